@@ -1,0 +1,140 @@
+"""Frozen ImageNet backbones, cut into a stem and four stages.
+
+ResNets run at output stride 8: stages 3 and 4 have stride 1 and every 3x3 convolution of the stage is dilated by
+2 and 4. (torchvision's ``replace_stride_with_dilation`` leaves the first block of a stage at the dilation of the
+stage before; this lineage does not.) VGG-16 keeps its pools, rounded up, so its stages 3 and 4 are at stride 16
+and stage 2 is resized to stage 3, as in PFENet.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from model.efficientnet_lite import EfficientNetLite0
+from model.ops import resize
+from model.torchvision_compat import import_models
+from model.weights import WeightsInfo, imagenet_file, load_exactly, read_weights
+
+
+class Features(NamedTuple):
+    """Features of N images."""
+
+    middle: Tensor
+    """(N, middle_channels, h, w): stage 3 (+) stage 2, in this order as in PFENet"""
+    stage3: Tensor
+    """(N, C3, h, w): the input of stage 4"""
+
+
+class Backbone(nn.Module):
+    """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it)."""
+
+    def __init__(self, *, stages: list[nn.Module], middle_channels: int) -> None:
+        super().__init__()
+        self.stem, self.stage1, self.stage2, self.stage3, self.stage4 = stages
+        self.middle_channels = middle_channels
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Features:
+        """Normalised RGB images (N, 3, H, W) -> middle features and stage 3."""
+        stage2 = self.stage2(self.stage1(self.stem(images)))
+        stage3 = self.stage3(stage2)
+        stage2 = resize(stage2, (stage3.shape[-2], stage3.shape[-1]))
+        return Features(torch.cat([stage3, stage2], 1), stage3)
+
+    @torch.no_grad()
+    def high(self, stage3: Tensor) -> Tensor:
+        """Stage 4: (N, C3, h, w) -> (N, C4, h, w)."""
+        return self.stage4(stage3)
+
+
+def build_backbone(
+    name: str, *, weights: str = "imagenet", weights_dir: Path = Path("initmodel"), deep_stem: bool = False
+) -> tuple[Backbone, WeightsInfo]:
+    """Build a backbone and load its weights.
+
+    Args:
+        name: one of ``BACKBONES``.
+        weights: 'imagenet' (by name: torchvision's file in ``weights_dir``, fetched if absent, or the pip
+            package), 'random', or the path of a file. A ResNet file with a deep stem is recognised.
+        deep_stem: the stem of a ResNet with random weights (a checkpoint fills them in).
+    Raises:
+        WeightsError: see :mod:`model.weights`.
+        ValueError: an unknown name.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}")
+    if weights == "random":
+        network = BACKBONES[name].network(deep_stem)
+        info = WeightsInfo("random", "deep" if deep_stem else "standard", "")
+    else:
+        path = imagenet_file(name, weights_dir) if weights == "imagenet" else Path(weights)
+        state, digest = read_weights(path)
+        deep_stem = name.startswith("resnet") and state.get("conv1.weight", torch.empty(0)).shape[-2:] == (3, 3)
+        network = BACKBONES[name].network(deep_stem)
+        load_exactly(network, state, source=str(path), ignore=("fc.", "classifier.", "_fc.", "_conv_head.", "_bn1."))
+        info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
+    return Backbone(stages=BACKBONES[name].stages(network), middle_channels=BACKBONES[name].middle_channels), info
+
+
+def _resnet(name: str, deep_stem: bool) -> nn.Module:
+    net = getattr(import_models(), name)(weights=None)
+    del net.fc
+    if deep_stem:
+        net.conv1, net.bn1 = _conv3x3(3, 64, stride=2), nn.BatchNorm2d(64)
+        net.conv2, net.bn2 = _conv3x3(64, 64), nn.BatchNorm2d(64)
+        net.conv3, net.bn3 = _conv3x3(64, 128), nn.BatchNorm2d(128)
+        first = net.layer1[0]
+        first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
+        first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
+    for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):
+        for block in stage:
+            block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
+        stage[0].downsample[0].stride = (1, 1)
+    return net
+
+
+def _resnet_stages(net: nn.Module) -> list[nn.Module]:
+    stem = [net.conv1, net.bn1, nn.ReLU(inplace=True)]
+    if hasattr(net, "conv2"):
+        stem += [net.conv2, net.bn2, nn.ReLU(inplace=True), net.conv3, net.bn3, nn.ReLU(inplace=True)]
+    return [nn.Sequential(*stem, net.maxpool), net.layer1, net.layer2, net.layer3, net.layer4]  # type: ignore[list-item]
+
+
+def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+
+
+def _vgg16_bn(deep_stem: bool) -> nn.Module:
+    net = import_models().vgg16_bn(weights=None, init_weights=False)
+    del net.classifier
+    for layer in net.features:
+        if isinstance(layer, nn.MaxPool2d):
+            layer.ceil_mode = True
+    return net
+
+
+def _vgg_stages(net: nn.Module) -> list[nn.Module]:
+    return [net.features[a:b] for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]  # type: ignore[index]
+
+
+class _Spec(NamedTuple):
+    network: Callable[[bool], nn.Module]
+    """deep_stem -> network with the parameter names of its weights file"""
+    stages: Callable[..., list[nn.Module]]
+    middle_channels: int
+
+
+BACKBONES: dict[str, _Spec] = {
+    "resnet50": _Spec(lambda deep: _resnet("resnet50", deep), _resnet_stages, 1024 + 512),
+    "resnet101": _Spec(lambda deep: _resnet("resnet101", deep), _resnet_stages, 1024 + 512),
+    "vgg16_bn": _Spec(_vgg16_bn, _vgg_stages, 512 + 256),
+    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 112 + 40),
+}

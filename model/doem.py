@@ -1,0 +1,33 @@
+"""Distracting object eliminating module (DOEM), section 3.5.1 of the paper.
+
+The module has no weights: it mines the region that is neither background nor target, pools its prototype, and
+FEM (eq. 9, ``fem.py``) takes that prototype in.
+"""
+
+from torch import Tensor
+
+from model.ops import masked_average_pool
+
+
+def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
+    """Y_DO = 1 - (Y_BG or Y_target) of boolean maps of one shape, as a float map                        (eq. 7)."""
+    return (~(background | target)).float()
+
+
+def mine_distracting_objects(query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mask and prototype of the query's distracting objects.
+
+        Y_DO = 1 - (Y_BG or Y_ini)                                                                       (eq. 7)
+        P_DO = sum(X^q * Y_DO) / sum(Y_DO)                                                               (eq. 8)
+
+    Both maps are binarised at probability 0.5, which is logit 0, so no gradient flows through the mask. Eq. 8
+    divides by the area of the mask. An empty Y_DO gives a zero prototype.
+
+    Args:
+        query_feature: X^q, (B, C, h, w)
+        bg_logits, initial_logits: of y_BG and y_ini, (B, 1, h, w)
+    Returns:
+        Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
+    """
+    mask = distracting_object_mask(bg_logits > 0, initial_logits > 0)
+    return mask, masked_average_pool(query_feature, mask)

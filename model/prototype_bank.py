@@ -1,0 +1,44 @@
+"""Bank B of distracting-object prototypes, section 3.5.2 of the paper."""
+
+import torch
+from torch import Tensor, nn
+
+
+class PrototypeBank(nn.Module):
+    """The latest ``capacity`` prototypes of each class, as one ring buffer a class.
+
+    Both buffers are registered: the bank moves with its module, is saved with it, and resumes.
+
+    Args:
+        num_classes: class ids run from 1 to this.
+        channels: C of a prototype.
+        capacity: prototypes kept a class (the paper: 2000).
+    """
+
+    prototypes: Tensor
+    """(num_classes, capacity, C)"""
+    stored: Tensor
+    """(num_classes,) how many were ever stored; the next one goes to slot stored % capacity"""
+
+    def __init__(self, *, num_classes: int, channels: int, capacity: int = 2000) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.register_buffer("prototypes", torch.zeros(num_classes, capacity, channels))
+        self.register_buffer("stored", torch.zeros(num_classes, dtype=torch.long))
+
+    @torch.no_grad()
+    def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
+        """Store (N, C) prototypes, oldest first, each under its class id (N,); all-zero (empty) ones are left out."""
+        kept = prototypes.abs().amax(1) > 0
+        prototypes, classes = prototypes[kept].detach().float(), class_ids[kept] - 1
+        same = classes[:, None] == classes[None, :]
+        rank = same.tril(-1).sum(1)  # how many of the same class come before in this call
+        newest = same.triu(1).sum(1) < self.capacity  # what this very call would overwrite is not written
+        slot = (self.stored[classes] + rank) % self.capacity
+        self.prototypes[classes[newest], slot[newest]] = prototypes[newest]
+        self.stored += torch.bincount(classes, minlength=len(self.stored))
+
+    def of_classes(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Prototypes of the classes (N,): (N, capacity, C), and which slots are filled: (N, capacity), boolean."""
+        filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[class_ids - 1, None]
+        return self.prototypes[class_ids - 1], filled

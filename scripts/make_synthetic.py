@@ -1,0 +1,31 @@
+"""Write the synthetic segmentation data set: python scripts/make_synthetic.py --out data/synthetic"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import cv2
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.synthetic import CLASS_NAMES, generate  # noqa: E402
+
+
+def main() -> None:
+    """Parse the command line and generate."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/synthetic"), help="folder to write to")
+    parser.add_argument("--train", type=int, default=600, help="number of training images")
+    parser.add_argument("--val", type=int, default=300, help="number of validation images")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same files, byte for byte")
+    args = parser.parse_args()
+
+    cv2.setNumThreads(1)
+    written = generate(args.out, args.train, args.val, args.seed, lambda items: tqdm(items, unit="image"))
+    size = f"{args.train} training and {args.val} validation images of {len(CLASS_NAMES)} classes"
+    print(f"{args.out}: {size}" + ("." if written else " are already there; nothing to do."))
+
+
+if __name__ == "__main__":
+    main()

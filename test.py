@@ -1,0 +1,155 @@
+"""Evaluate a checkpoint on the novel classes of its fold.
+
+    python test.py --config configs/pascal/resnet50_fold0_1shot.yaml --checkpoint runs/.../best.pt
+                   [--shots 5] [--episodes 1000] [--seeds 0 1 2 3 4] [--out results.json] [key=value ...]
+
+Any checkpoint evaluates at any number of shots. Several seeds give mean and standard deviation.
+"""
+
+import argparse
+import itertools
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model.ntrenet import NTRENet
+from model.weights import sha256_of
+from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_device
+from util.checkpoint import load_checkpoint, require_same, saved_config
+from util.config import Config, load_config
+from util.engine import BASELINES, NETWORK, evaluate, forward
+from util.errors import UserError, run_command
+from util.folds import novel_classes
+from util.metrics import Scores
+from util.record import environment, over_seeds, peak_memory_mib, write_json
+from util.visualize import draw_rows, episode_tiles, save_picture
+
+PANEL_ROWS = 4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--shots", type=int, help="supports an episode; by default the config's")
+    parser.add_argument("--episodes", type=int, help="episodes a seed; by default the config's eval.episodes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of episodes each")
+    parser.add_argument("--out", type=Path, help="write results here, as JSON")
+    parser.add_argument("--baselines", action="store_true", help="also score two predictions that need no training")
+    parser.add_argument("--panel", type=Path, help="write a picture of a few episodes here, as PNG")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args()
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+
+    overrides = list(args.overrides)
+    overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
+    overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
+    config = load_config(args.config, overrides)
+    device = select_device(config)
+    model = load_model(config, args.checkpoint).to(device)
+
+    index = build_index(config, "val")
+    classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    predictors = NETWORK | (BASELINES if args.baselines else {})
+    runs: list[dict[str, Scores]] = []
+    started = time.perf_counter()
+    for seed in args.seeds:
+        loader = build_eval_loader(config, build_eval_sampler(config, index, seed), config.eval.episodes)
+        with tqdm(total=config.eval.episodes, desc=f"seed {seed}", unit="episode", dynamic_ncols=True) as bar:
+            runs.append(
+                evaluate(
+                    model,
+                    loader,
+                    classes=classes,
+                    device=device,
+                    precision=config.precision,
+                    geometry=config.eval.geometry,
+                    predictors=predictors,
+                    bar=bar,
+                )
+            )
+    seconds = time.perf_counter() - started
+
+    results = {
+        "dataset": config.data.dataset,
+        "fold": config.data.fold,
+        "folds": config.data.num_folds,
+        "shots": config.data.shots,
+        "backbone": config.model.backbone,
+        "episodes": config.eval.episodes,
+        "seeds": args.seeds,
+        "unit": "percent",
+        **over_seeds([run["network"] for run in runs]),
+        "config": config.model_dump(),
+        "checkpoint": str(args.checkpoint),
+        "checkpoint_sha256": sha256_of(args.checkpoint),
+        "list_sha256": index.list_sha256,
+        "seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(device),
+        "environment": environment(device),
+    }
+    if args.baselines:
+        scored = {name: over_seeds([run[name] for run in runs])["miou"] for name in BASELINES}
+        results["baselines"] = {name: {"miou": miou["mean"], "std": miou["std"]} for name, miou in scored.items()}
+    print(table(results))
+    if args.out is not None:
+        write_json(args.out, results)
+        print(f"results: {args.out}")
+    if args.panel is not None:
+        save_picture(args.panel, episode_panel(config, model, device, args.seeds[0]))
+        print(f"picture: {args.panel}")
+
+
+def load_model(config: Config, path: Path) -> NTRENet:
+    """The model of a checkpoint, which must have been trained for this config's fold and network."""
+    checkpoint = load_checkpoint(path)
+    require_same(saved_config(checkpoint, path), config, path)
+    model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}") from error
+    return model
+
+
+def episode_panel(config: Config, model: NTRENet, device: torch.device, seed: int):  # type: ignore[no-untyped-def]
+    """Picture of the first few episodes of a seed."""
+    loader = build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), PANEL_ROWS)
+    rows = []
+    for batch in itertools.islice(loader, math.ceil(PANEL_ROWS / config.eval.batch_size)):
+        on_device = batch.to(device)
+        with torch.inference_mode():
+            output = forward(model.eval(), on_device, device, config.precision)
+        rows += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
+    return draw_rows(rows)
+
+
+def table(results: dict) -> str:
+    """The results as a person reads them."""
+
+    def cell(score: dict) -> str:
+        return f"{score['mean']:5.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
+
+    width = max(len(name) for name in (*results["per_class"], "all foreground"))
+    lines = [
+        "",
+        f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
+        f" {results['backbone']}: {results['episodes']} episodes, seeds {', '.join(map(str, results['seeds']))}",
+        *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
+        f"  {'mIoU':{width}}  {cell(results['miou'])}   (fold {results['fold']} of {results['folds']}, not a mean of folds)",
+        f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",
+        f"  {'precision':{width}}  {cell(results['precision'])}",
+    ]
+    for name, baseline in results.get("baselines", {}).items():
+        title = {"all_foreground": "all foreground", "prior": "prior at 0.5"}[name]
+        lines.append(f"  {title:{width}}  {baseline['miou']:5.1f}   mIoU without training, same episodes")
+    lines.append(f"  {results['seconds']:.0f} s, peak memory {results['peak_memory_mib']:.0f} MiB")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,146 @@
+"""Config to model, loss, loaders: the only file that knows both the configuration and the network."""
+
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from model.backbone import build_backbone
+from model.losses import NTRELoss
+from model.ntrenet import NTRENet, build_ntrenet
+from model.prototype_bank import PrototypeBank
+from model.weights import WeightsInfo
+from util.class_index import ClassIndex, load_class_index
+from util.config import Config
+from util.dataset import Episode, EpisodeDataset, collate
+from util.episodes import EpisodeSampler
+from util.errors import UserError
+from util.folds import base_classes, novel_classes
+from util.transforms import augment, fit
+
+CHANNELS = 256
+
+
+def select_device(config: Config) -> torch.device:
+    """'auto' is CUDA if there is one, else the CPU."""
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
+    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if config.precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs CUDA; set precision=bf16 or fp32")
+    return device
+
+
+def build_model(config: Config, weights: str | None = None, deep_stem: bool = False) -> tuple[NTRENet, WeightsInfo]:
+    """The network of a config.
+
+    Args:
+        weights: instead of the config's; 'random' where a checkpoint fills them in.
+        deep_stem: stem of a ResNet with random weights.
+    """
+    backbone, info = build_backbone(config.model.backbone, weights=weights or config.model.weights, deep_stem=deep_stem)
+    model = build_ntrenet(
+        backbone,
+        bgem=config.model.bgem,
+        doem=config.model.doem,
+        channels=CHANNELS,
+        prototype_channels=config.model.prototype_channels,
+        fem_scales=config.model.fem_scales,
+    )
+    return model.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
+
+
+def build_loss(config: Config) -> NTRELoss:
+    options = config.loss
+    bank = PrototypeBank(num_classes=len(config.data.classes), channels=CHANNELS, capacity=options.bank_size)
+    return NTRELoss(
+        bank=bank if options.pcl else None,
+        alpha=options.alpha,
+        beta=options.beta,
+        lambda_bg=options.lambda_bg,
+        gamma=options.gamma,
+        fem_aux=options.fem_aux,
+        pcl_negatives=options.pcl_negatives,
+    )
+
+
+def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
+    """SGD over everything but the frozen backbone."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    options = config.train
+    return torch.optim.SGD(trainable, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+
+
+def build_index(config: Config, split: str) -> ClassIndex:
+    """Class index of the 'train' or 'val' list."""
+    path = config.data.train_list if split == "train" else config.data.val_list
+    return load_class_index(Path(path), Path(config.data.root), len(config.data.classes))
+
+
+def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
+    data = config.data
+    return EpisodeSampler(
+        index,
+        classes=base_classes(data),
+        avoid=novel_classes(data) if data.novel_in_train == "drop" else (),
+        shots=data.shots,
+        min_area=data.min_area,
+        seed=config.seed,
+        class_names=data.classes,
+    )
+
+
+def build_eval_sampler(config: Config, index: ClassIndex, seed: int) -> EpisodeSampler:
+    data = config.data
+    return EpisodeSampler(
+        index,
+        classes=novel_classes(data),
+        shots=data.shots,
+        min_area=data.min_area,
+        seed=seed,
+        class_names=data.classes,
+    )
+
+
+def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> DataLoader[Episode]:
+    """Batches of steps ``start`` to ``stop``; step s holds the episodes s * batch_size and on.
+
+    One loader serves all epochs, so that its workers start once.
+    """
+    data, batch = config.data, config.train.batch_size
+    scale = (data.scale[0], data.scale[1])
+
+    def transform(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return augment(image, mask, data.image_size, rng, scale, data.rotation)
+
+    dataset = EpisodeDataset(sampler, transform=transform, length=stop * batch)
+    return _loader(config, dataset, range(start * batch, stop * batch), batch)
+
+
+def build_eval_loader(config: Config, sampler: EpisodeSampler, episodes: int) -> DataLoader[Episode]:
+    """Exactly ``episodes`` episodes, from number 0."""
+    transform = partial(_fit, size=config.data.image_size)
+    dataset = EpisodeDataset(sampler, transform=transform, length=episodes)
+    return _loader(config, dataset, range(episodes), config.eval.batch_size)
+
+
+def _fit(
+    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return fit(image, mask, size)
+
+
+def _loader(config: Config, dataset: EpisodeDataset, numbers: range, batch_size: int) -> DataLoader[Episode]:
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=numbers,  # type: ignore[arg-type]
+        num_workers=config.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
+    )

@@ -1,0 +1,149 @@
+"""List files, and the index of which classes stand in which image with how many pixels.
+
+The index is built once from all masks and cached beside the list (``train.txt.index.npz``). Its key covers the
+list, the number of classes, and size and time of every mask, so that a changed mask is noticed.
+"""
+
+import hashlib
+import multiprocessing
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from util.errors import UserError
+from util.images import image_size, read_mask
+
+
+class Item(NamedTuple):
+    """One line of a list."""
+
+    image: Path
+    mask: Path
+
+
+@dataclass(frozen=True)
+class ClassIndex:
+    """Pixel counts of every class in every image of a list."""
+
+    items: tuple[Item, ...]
+    pixels: np.ndarray
+    """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
+    list_path: Path
+    list_sha256: str
+
+    def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
+        """Indices of the images that hold at least ``min_area`` pixels of the class, ascending."""
+        return np.flatnonzero(self.pixels[:, class_id] >= min_area)
+
+
+def read_list(path: Path, root: Path) -> tuple[Item, ...]:
+    """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
+
+    Raises:
+        UserError: no such list, an empty one, or a line that is not two paths, or stands twice.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"list {path} cannot be read: {error}") from error
+    items: dict[Item, int] = {}
+    for number, line in enumerate(lines, 1):
+        parts = line.split()
+        if not parts:
+            continue
+        if len(parts) != 2:
+            raise UserError(f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
+        item = Item(root / parts[0].lstrip("/"), root / parts[1].lstrip("/"))
+        if item in items:
+            raise UserError(f"list {path} line {number}: the same as line {items[item]}; remove one of them")
+        items[item] = number
+    if not items:
+        raise UserError(f"list {path} holds no lines")
+    return tuple(items)
+
+
+def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress: bool = True) -> ClassIndex:
+    """The index of a list, from its cache or built with all cores.
+
+    Raises:
+        UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
+    """
+    items = read_list(list_path, root)
+    list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
+    key = hashlib.sha256(f"1 {list_sha256} {num_classes}".encode())
+    for item in items:
+        if not item.image.exists():
+            raise UserError(f"image {item.image} does not exist; check data.root and list {list_path}")
+        try:
+            stat = os.stat(item.mask)
+        except OSError:
+            raise UserError(f"mask {item.mask} does not exist; check data.root and list {list_path}") from None
+        key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
+    cache = list_path.with_name(list_path.name + ".index.npz")
+    pixels = _read_cache(cache, key.hexdigest())
+    if pixels is None:
+        pixels = _count_all(items, num_classes, list_path, progress)
+        _write_cache(cache, key.hexdigest(), pixels)
+    return ClassIndex(items, pixels, list_path, list_sha256)
+
+
+def _count_all(items: tuple[Item, ...], num_classes: int, list_path: Path, progress: bool) -> np.ndarray:
+    count = partial(count_pixels, num_classes=num_classes)
+    bar = tqdm(total=len(items), desc=f"indexing {list_path.name}", unit="mask", disable=not progress, leave=False)
+    rows: list[np.ndarray] = []
+    with bar:
+        if len(items) < 512:  # starting processes would take longer
+            for item in items:
+                rows.append(count(item))
+                bar.update()
+        else:
+            with multiprocessing.get_context("fork").Pool() as pool:
+                for row in pool.imap(count, items, chunksize=64):
+                    rows.append(row)
+                    bar.update()
+    return np.stack(rows)
+
+
+def count_pixels(item: Item, num_classes: int) -> np.ndarray:
+    """Pixels of each value 0 ... num_classes in one mask, (num_classes + 1,), int64."""
+    mask = read_mask(item.mask)
+    if image_size(item.image) != mask.shape:
+        height, width = image_size(item.image)
+        raise UserError(
+            f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
+            " they must be the same size"
+        )
+    counts = np.bincount(mask.ravel(), minlength=256)
+    strange = np.flatnonzero(counts[num_classes + 1 : 255])
+    if len(strange):
+        raise UserError(
+            f"mask {item.mask} holds the value {strange[0] + num_classes + 1}, but data.classes names {num_classes}"
+            " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
+        )
+    return counts[: num_classes + 1]
+
+
+def _read_cache(path: Path, key: str) -> np.ndarray | None:
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return stored["pixels"] if str(stored["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
+
+
+def _write_cache(path: Path, key: str, pixels: np.ndarray) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            np.savez_compressed(file, key=np.array(key), pixels=pixels)
+        temporary.replace(path)
+    except OSError as error:
+        tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,303 @@
+"""Typed, strict configuration: a YAML file, at most one ``base:`` file under it, ``key=value`` from the command line.
+
+The value written is the value used. Unknown keys, duplicate keys, wrong types and values out of range are errors
+that name the file, the key and the remedy. Every field is documented where it is declared.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from util.errors import UserError
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    dataset: str
+    """name in tables and results"""
+    root: str
+    """folder to which the lists' paths are relative"""
+    train_list: str
+    """file of 'image mask' lines: the base classes are trained on it"""
+    val_list: str
+    """likewise: the novel classes are evaluated on it"""
+    classes: list[str]
+    """names of the classes; their mask values are 1, 2, ... in this order (0 background, 255 ignored)"""
+    fold_scheme: Literal["contiguous", "interleaved"] = "contiguous"
+    """novel classes of fold i of 4: a run of neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
+    folds: list[list[str]] | None = None
+    """class names of each fold, instead of a scheme"""
+    fold: Annotated[int, Field(ge=0)] = 0
+    shots: Count = 1
+    """supports an episode"""
+    min_area: Count = 2048
+    """pixels a class needs in an image to qualify it as a support, and for the fold"""
+    novel_in_train: Literal["keep", "drop"] = "keep"
+    """training images that also hold novel classes: keep them with those pixels as background, or drop them"""
+    image_size: Count = 473
+    """side of the network's square input; 8n + 1"""
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.9, 1.1]
+    """random scaling in training, from and to"""
+    rotation: NonNegative = 10.0
+    """random rotation in training, degrees either way, in half of the images"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DataConfig":
+        if self.image_size % 8 != 1:
+            lower = max(self.image_size // 8, 1) * 8 + 1
+            raise ValueError(f"image_size must be 8n + 1, such as {lower} or {lower + 8}")
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale must be [from, to] with from <= to")
+        if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= 254:
+            raise ValueError("classes must be 2 to 254 different names")
+        folds = self.folds
+        if folds is not None:
+            unknown = [name for names in folds for name in names if name not in self.classes]
+            if unknown:
+                raise ValueError(f"folds names '{unknown[0]}', which is not among classes")
+            if any(not names or set(names) == set(self.classes) for names in folds):
+                raise ValueError("each fold must hold some, and not all, of the classes")
+        elif len(self.classes) % 4:
+            raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
+        if self.fold >= self.num_folds:
+            raise ValueError(f"fold must be 0 to {self.num_folds - 1}")
+        return self
+
+    @property
+    def num_folds(self) -> int:
+        return 4 if self.folds is None else len(self.folds)
+
+
+class ModelConfig(Section):
+    backbone: Literal["resnet50", "resnet101", "vgg16_bn", "efficientnet_lite0"] = "resnet50"
+    weights: str = "imagenet"
+    """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
+    bgem: bool = True
+    """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
+    doem: bool = True
+    """match, mine and eliminate distracting objects (eq. 5-9); needs bgem"""
+    prototype_channels: Count = 640
+    """D of the background prototype (Fig. 6)"""
+    fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
+    """FEM's scales, fine to coarse: sides above 1, or shares of the feature's side up to 1"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        if self.doem and not self.bgem:
+            raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
+        return self
+
+
+class LossConfig(Section):
+    alpha: NonNegative = 0.5
+    """weight of the second term of L_BG (eq. 3)"""
+    beta: NonNegative = 1.0
+    """weight of L_T (eq. 11)"""
+    lambda_bg: NonNegative = 1.0
+    """weight of L_BG (eq. 11)"""
+    gamma: NonNegative = 0.01
+    """weight of L_PCL (eq. 11)"""
+    fem_aux: NonNegative = 0.4
+    """weight of FEM's per-scale predictions"""
+    pcl: bool = True
+    """the contrastive loss (eq. 10); needs model.doem"""
+    pcl_negatives: Literal["do", "bg", "non_target"] = "do"
+    """what the bank stores (Table 4)"""
+    bank_size: Count = 2000
+    """prototypes kept a class"""
+
+
+class TrainConfig(Section):
+    epochs: Count = 200
+    batch_size: Count = 32
+    lr: Positive = 0.03
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    weight_decay: NonNegative = 1e-4
+    power: NonNegative = 0.9
+    """of the polynomial decay of the learning rate, a step at a time"""
+
+
+class EvalConfig(Section):
+    episodes: Count = 1000
+    batch_size: Count = 1
+    geometry: Literal["lineage", "exact"] = "exact"
+    """how logits return to the original size: as the published code does, up to 3 px off, or exactly"""
+    every: Count = 1
+    """epochs between evaluations in training"""
+    select: Literal["miou", "last"] = "miou"
+    """what best.pt is: the highest novel-fold mIoU, as in the lineage, or simply the last"""
+
+
+class Config(Section):
+    data: DataConfig
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    seed: Annotated[int, Field(ge=0)] = 0
+    """of weights, dropout, training episodes and augmentation"""
+    run_dir: str = ""
+    """everything a run writes; by default runs/ and the config's own path"""
+    resume: str = "none"
+    """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """of the forward and backward pass; fp16 needs CUDA"""
+    workers: Annotated[int, Field(ge=0)] = 4
+    """loader processes; the results do not depend on it"""
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        if self.loss.pcl and not self.model.doem:
+            raise ValueError("loss.pcl needs model.doem; set loss.pcl=false")
+        return self
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a config file, its base, and ``key=value`` overrides.
+
+    Raises:
+        UserError: naming the file (or the command line), the key and the remedy.
+    """
+    leaf = _read_yaml(path)
+    base_name = leaf.pop("base", None)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    if base_name is not None:
+        if not isinstance(base_name, str):
+            raise UserError(f"{path}: 'base' must be the path of one YAML file")
+        base_path = path.parent / base_name
+        base = _read_yaml(base_path)
+        if "base" in base:
+            raise UserError(f"{base_path}: a base file cannot have a 'base' of its own; name it in {path}")
+        _merge(values, base, str(base_path), origin)
+    _merge(values, leaf, str(path), origin)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise UserError(f"command line: {key}: cannot read the value '{text}'") from error
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        _merge(values, value, "command line", origin)
+    if not values.get("run_dir"):
+        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / path.stem)
+    return _validate(values, origin, str(path))
+
+
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """Validate a whole config that stands in a checkpoint or a record; ``source`` is named in errors."""
+    return _validate(values, {}, source)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """('train.lr', 0.03) and so on."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys and aliases, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", node.start_mark)
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"config {path} does not exist{hint}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} cannot be read: {error}") from error
+    try:
+        values = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold keys and values, such as 'data:' with 'fold: 0' under it")
+    return values
+
+
+def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
+    for key, value in new.items():
+        origin[prefix + key] = source
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value, source, origin, f"{prefix}{key}.")
+        elif isinstance(value, dict):
+            into[key] = {}
+            _merge(into[key], value, source, origin, f"{prefix}{key}.")
+        else:
+            into[key] = value
+
+
+def _validate(values: dict[str, Any], origin: dict[str, str], default_source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as validation:
+        error = validation.errors()[0]
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    named = [".".join(location[:n]) for n in range(len(location), 0, -1)]
+    source = next((origin[k] for k in named if k in origin), default_source)
+    if error["type"] == "extra_forbidden":
+        known = sorted(known_keys())
+        near = difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(
+            location[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6
+        )
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}"
+        raise UserError(f"{source}: unknown key '{key}'; {hint}")
+    if error["type"] == "missing":
+        raise UserError(f"{source}: key '{key}' is missing")
+    message = error["msg"].removeprefix("Value error, ")
+    given = error.get("input")
+    shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
+    raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
+
+
+def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+    """Every key a config can hold: 'data.fold', 'train.lr', 'seed' ..."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield prefix + name

@@ -1,0 +1,114 @@
+"""Episodes on disk: files in, tensors out.
+
+Shapes: K shots, S the side of the network's input, (H, W) the query's own size, B batch.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from util.class_index import Item
+from util.episodes import EpisodeSampler
+from util.errors import UserError
+from util.images import read_image, read_mask
+from util.transforms import IGNORE
+
+Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
+
+
+class Episode(NamedTuple):
+    """One episode, or with a leading B a batch of them; then ``truths`` and ``names`` hold one entry an episode."""
+
+    query: Tensor
+    """(3, S, S), uint8 RGB"""
+    query_mask: Tensor
+    """(S, S), uint8: 1 target, 0 other, 255 ignored"""
+    supports: Tensor
+    """(K, 3, S, S), uint8 RGB"""
+    support_masks: Tensor
+    """(K, S, S), uint8, likewise"""
+    class_id: Tensor
+    """(), int64, from 1"""
+    truths: list[Tensor]
+    """the query's mask at its own size, (H, W), uint8"""
+    names: list[str]
+    """files of query and supports, for messages"""
+
+    def to(self, device: torch.device) -> "Episode":
+        query, query_mask, supports, support_masks, class_id = (
+            t.to(device, non_blocking=True) for t in (self[0], self[1], self[2], self[3], self[4])
+        )
+        truths = [t.to(device, non_blocking=True) for t in self.truths]
+        return Episode(query, query_mask, supports, support_masks, class_id, truths, self.names)
+
+    def pin_memory(self) -> "Episode":
+        """Called by the data loader."""
+        query, query_mask, supports, support_masks, class_id = (t.pin_memory() for t in self[:5])  # type: ignore
+        return Episode(query, query_mask, supports, support_masks, class_id, [t.pin_memory() for t in self.truths], self.names)
+
+
+class EpisodeDataset(Dataset[Episode]):
+    """Item n is episode number n; its transforms draw from a generator of their own, seeded by (seed, n, image).
+
+    Args:
+        transform: (image, mask, generator) -> the same, (S, S).
+        length: episodes, 0 ... length - 1.
+    """
+
+    def __init__(self, sampler: EpisodeSampler, *, transform: Transform, length: int) -> None:
+        self.sampler, self.transform, self.length = sampler, transform, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, number: int) -> Episode:
+        files = self.sampler(number)
+        items = [self.sampler.index.items[i] for i in (files.query, *files.supports)]
+        pairs = [read_pair(item, files.class_id) for item in items]
+        images, masks = zip(
+            *(
+                self.transform(image, mask, np.random.default_rng([self.sampler.seed, 2, number, place]))
+                for place, (image, mask) in enumerate(pairs)
+            ),
+            strict=True,
+        )
+        image_tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+        mask_tensor = torch.from_numpy(np.stack(masks))
+        return Episode(
+            query=image_tensor[0],
+            query_mask=mask_tensor[0],
+            supports=image_tensor[1:],
+            support_masks=mask_tensor[1:],
+            class_id=torch.tensor(files.class_id),
+            truths=[torch.from_numpy(pairs[0][1])],
+            names=[f"query {items[0].image}, supports {', '.join(str(item.image) for item in items[1:])}"],
+        )
+
+
+def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its mask of one class: 1 target, 0 other, 255 ignored."""
+    image, mask = read_image(item.image), read_mask(item.mask)
+    if image.shape[:2] != mask.shape:
+        raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
+    return image, np.where(mask == IGNORE, IGNORE, mask == class_id).astype(np.uint8)
+
+
+def collate(episodes: list[Episode]) -> Episode:
+    """Stack episodes into a batch."""
+    query, query_mask, supports, support_masks, class_id = (
+        torch.stack([episode[i] for episode in episodes])  # type: ignore[arg-type]
+        for i in range(5)
+    )
+    return Episode(
+        query,
+        query_mask,
+        supports,
+        support_masks,
+        class_id,
+        truths=[truth for episode in episodes for truth in episode.truths],
+        names=[name for episode in episodes for name in episode.names],
+    )

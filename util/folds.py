@@ -1,0 +1,24 @@
+"""Which classes of a data set are novel in a fold, and which are base. Class ids run from 1."""
+
+from util.config import DataConfig
+
+
+def novel_classes(data: DataConfig) -> tuple[int, ...]:
+    """Ids of the classes that fold ``data.fold`` holds back for evaluation.
+
+    contiguous: PASCAL-5i, fold i of 20 classes is 5i + 1 ... 5i + 5.
+    interleaved: COCO-20i as in FWB, fold i of 80 classes is i + 1, i + 5, i + 9 ...
+    """
+    if data.folds is not None:
+        return tuple(sorted(data.classes.index(name) + 1 for name in data.folds[data.fold]))
+    count = len(data.classes)
+    if data.fold_scheme == "interleaved":
+        return tuple(range(data.fold + 1, count + 1, 4))
+    size = count // 4
+    return tuple(range(data.fold * size + 1, (data.fold + 1) * size + 1))
+
+
+def base_classes(data: DataConfig) -> tuple[int, ...]:
+    """Ids of the classes that fold ``data.fold`` trains on: all that are not novel."""
+    novel = set(novel_classes(data))
+    return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)

@@ -1,0 +1,79 @@
+"""What a run tells about itself: environment, hashes, results."""
+
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from util.metrics import Scores
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, device, command line, git revision and whether the tree was clean."""
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "git_revision": _git("rev-parse", "HEAD"),
+        "git_clean": _git("status", "--porcelain") == "",
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the GPU's allocator, or of this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write atomically, indented."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def over_seeds(scores: list[Scores]) -> dict[str, Any]:
+    """miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
+
+    std is the sample standard deviation over the seeds, 0 for a single one.
+    """
+
+    def spread(values: list[float]) -> dict[str, Any]:
+        percent = [100 * v for v in values]
+        std = statistics.stdev(percent) if len(percent) > 1 else 0.0
+        return {"mean": statistics.fmean(percent), "std": std, "per_seed": percent}
+
+    names = scores[0].per_class
+    return {
+        "miou": spread([s.miou for s in scores]),
+        "fb_iou": spread([s.fb_iou for s in scores]),
+        "precision": spread([s.precision for s in scores]),
+        "per_class": {name: 100 * statistics.fmean(s.per_class[name] for s in scores) for name in names},
+    }

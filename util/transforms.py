@@ -1,0 +1,101 @@
+"""Geometry of training and evaluation, and normalisation. Images stay uint8 until they are on the device.
+
+Shapes: image (H, W, 3) RGB uint8, mask (H, W) uint8 with 255 ignored, S the side of the network's square input.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+IGNORE = 255
+
+cv2.setNumThreads(1)  # loader workers are the parallelism
+
+
+def normalize(images: Tensor) -> Tensor:
+    """uint8 RGB (..., 3, H, W) -> float32 with ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    return (images.float() - mean) / std
+
+
+def augment(
+    image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator, scale: tuple[float, float], rotation: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random scale, rotation (p 0.5), horizontal flip (p 0.5) and crop to (size, size), as one warp.
+
+    Empty places become the mean colour and 255. As in the lineage, a crop that keeps less than 85 % of the
+    target (mask value 1) is drawn again, at most 30 times.
+    """
+    height, width = mask.shape
+    factor = rng.uniform(*scale)
+    angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0
+    flip = rng.random() < 0.5
+    to_scaled = _about_centre((width, height), (width * factor, height * factor), factor, angle, flip)
+    target_pixels = float((mask == 1).sum()) * factor**2
+    for _ in range(30):
+        left = _crop_offset(width * factor, size, rng)
+        top = _crop_offset(height * factor, size, rng)
+        matrix = to_scaled - np.array([[0, 0, left], [0, 0, top]])
+        warped = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST, borderValue=IGNORE)
+        if (warped == 1).sum() >= 0.85 * target_pixels:
+            break
+    picture = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=MEAN_COLOUR)
+    return picture, warped
+
+
+def _about_centre(
+    source: tuple[float, float], target: tuple[float, float], factor: float, angle: float, flip: bool
+) -> np.ndarray:
+    """2x3 matrix: scale and rotate about the centre of ``source``, flip, centre on ``target`` (width, height)."""
+    cos, sin = factor * math.cos(math.radians(angle)), factor * math.sin(math.radians(angle))
+    linear = np.array([[cos, sin], [-sin, cos]])
+    if flip:
+        linear[0] *= -1
+    centre_in = (np.array(source) - 1) / 2  # pixel centres stand at whole numbers
+    centre_out = (np.array(target) - 1) / 2
+    return np.hstack([linear, (centre_out - linear @ centre_in)[:, None]])
+
+
+def _crop_offset(length: float, size: int, rng: np.random.Generator) -> float:
+    """Where the crop begins: anywhere it fits, or half of the missing length before a too small image."""
+    room = length - size
+    return rng.uniform(0, room) if room > 0 else room / 2
+
+
+def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
+    """(height, width) of an image whose longer side is brought to ``size``, both rounded down to multiples of 8."""
+    ratio = size / max(height, width)
+    return max(8, int(height * ratio) // 8 * 8), max(8, int(width * ratio) // 8 * 8)
+
+
+def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluation: resized by the longer side and placed top left, the image on black, the mask on 255."""
+    height, width = fitted_size(*mask.shape, size)
+    picture = np.zeros((size, size, 3), np.uint8)
+    picture[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    fitted = np.full((size, size), IGNORE, np.uint8)
+    fitted[:height, :width] = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
+    return picture, fitted
+
+
+def to_original(logits: Tensor, height: int, width: int, geometry: str) -> Tensor:
+    """Undo :func:`fit` for logits (1, S, S): (1, height, width).
+
+    lineage: the whole square is resized to the square of the original's longer side, and the image's part of
+        it read, as the published code does; the rounding to multiples of 8 leaves it up to 3 px off.
+    exact: the valid part is cut out and resized.
+    """
+    if geometry == "lineage":
+        side = max(height, width)
+        square = F.interpolate(logits[None], size=(side, side), mode="bilinear", align_corners=True)[0]
+        return square[:, :height, :width]
+    fitted_height, fitted_width = fitted_size(height, width, logits.shape[-1])
+    valid = logits[None, :, :fitted_height, :fitted_width]
+    return F.interpolate(valid, size=(height, width), mode="bilinear", align_corners=False)[0]

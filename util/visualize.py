@@ -1,0 +1,80 @@
+"""Pictures of episodes: what goes in, what the network thinks, what comes out."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from model.ntrenet import NTRENetOutput
+from util.dataset import Episode
+
+TARGET, DISTRACTOR, BACKGROUND = (230, 60, 60), (70, 120, 235), (60, 180, 90)
+TILE, GAP, CAPTION = 220, 6, 26
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    """Tint the pixels of a boolean mask (H, W) in an RGB image (H, W, 3) and draw their outline."""
+    tinted = image.astype(np.float32)
+    tinted[mask] = 0.45 * tinted[mask] + 0.55 * np.array(colour)
+    picture = np.ascontiguousarray(tinted.astype(np.uint8))
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    return cv2.drawContours(picture, contours, -1, colour, 1)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Map (H, W) of [0, 1] to RGB colours, dark blue to yellow."""
+    return cv2.cvtColor(cv2.applyColorMap((255 * values.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+
+
+def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tuple[str, np.ndarray]]:
+    """Captions and RGB tiles (S, S, 3) of one episode of a batch; maps that an ablation lacks are left out."""
+    query = _image(batch.query[place])
+    support = _image(batch.supports[place, 0])
+    truth = batch.query_mask[place].cpu().numpy()
+    predicted = (output.logits[place, 0] > 0).cpu().numpy() & (truth != 255)
+    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != 255].sum(), 1)
+    tiles = [
+        ("support", overlay(support, batch.support_masks[place, 0].cpu().numpy() == 1, TARGET)),
+        ("query", query),
+        ("ground truth", overlay(query, truth == 1, TARGET)),
+        ("prior", heat(_upsampled(output.prior[place], query))),
+    ]
+    if output.query_bg_logits is not None:
+        tiles.append(("background", heat(_upsampled(output.query_bg_logits[place].float().sigmoid(), query))))
+    if output.do_mask is not None:
+        tiles.append(("distracting", overlay(query, _upsampled(output.do_mask[place], query) > 0.5, DISTRACTOR)))
+    tiles.append((f"prediction, IoU {100 * iou:.0f}", overlay(query, predicted, TARGET)))
+    return tiles
+
+
+def draw_rows(rows: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
+    """One picture of episodes, a row each: RGB (H, W, 3)."""
+    width = max(len(row) for row in rows) * (TILE + GAP) + GAP
+    sheet = Image.new("RGB", (width, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(15)
+    for y, row in enumerate(rows):
+        top = GAP + y * (TILE + CAPTION + GAP)
+        for x, (caption, tile) in enumerate(row):
+            left = GAP + x * (TILE + GAP)
+            sheet.paste(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.BILINEAR), (left, top))
+            draw.text((left + 2, top + TILE + 4), caption, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def save_picture(path: Path, picture: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path)
+
+
+def _image(tensor: Tensor) -> np.ndarray:
+    return tensor.permute(1, 2, 0).cpu().numpy()
+
+
+def _upsampled(values: Tensor, like: np.ndarray) -> np.ndarray:
+    size = like.shape[:2]
+    resized = torch.nn.functional.interpolate(values[None].float(), size=size, mode="bilinear", align_corners=True)
+    return resized[0, 0].cpu().numpy()
