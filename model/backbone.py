@@ -19,6 +19,10 @@ from model.torchvision_compat import import_models
 from model.weights import WeightsInfo, imagenet_file, load_exactly, read_weights
 
 
+UNUSED = ("fc.", "classifier.", "_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16)))
+"""what weights files hold beyond the stages used here: classification heads, the last blocks of EfficientNet"""
+
+
 class Features(NamedTuple):
     """Features of N images."""
 
@@ -44,6 +48,7 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Normalised RGB images (N, 3, H, W) -> middle features and stage 3."""
+        images = images.contiguous(memory_format=torch.channels_last)
         stage2 = self.stage2(self.stage1(self.stem(images)))
         stage3 = self.stage3(stage2)
         stage2 = resize(stage2, (stage3.shape[-2], stage3.shape[-1]))
@@ -79,7 +84,7 @@ def build_backbone(
         state, digest = read_weights(path)
         deep_stem = name.startswith("resnet") and state.get("conv1.weight", torch.empty(0)).shape[-2:] == (3, 3)
         network = BACKBONES[name].network(deep_stem)
-        load_exactly(network, state, source=str(path), ignore=("fc.", "classifier.", "_fc.", "_conv_head.", "_bn1."))
+        load_exactly(network, state, source=str(path), ignore=UNUSED)
         info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
     return Backbone(stages=BACKBONES[name].stages(network), middle_channels=BACKBONES[name].middle_channels), info
 
@@ -136,5 +141,5 @@ BACKBONES: dict[str, _Spec] = {
     "resnet50": _Spec(lambda deep: _resnet("resnet50", deep), _resnet_stages, 1024 + 512),
     "resnet101": _Spec(lambda deep: _resnet("resnet101", deep), _resnet_stages, 1024 + 512),
     "vgg16_bn": _Spec(_vgg16_bn, _vgg_stages, 512 + 256),
-    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 112 + 40),
+    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40),
 }

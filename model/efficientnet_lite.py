@@ -14,8 +14,6 @@ GROUPS = (
     (6, 5, 2, 40, 2),
     (6, 3, 2, 80, 3),
     (6, 5, 1, 112, 3),
-    (6, 5, 2, 192, 4),
-    (6, 3, 1, 320, 1),
 )
 STEM_CHANNELS = 32
 
@@ -79,4 +77,4 @@ class EfficientNetLite0(nn.Module):
         """Stem and stages 1 to 4 as :class:`model.backbone.Backbone` takes them."""
         blocks = list(self._blocks)
         stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
-        return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 11), (11, 16)))]
+        return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11)))]

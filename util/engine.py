@@ -24,8 +24,7 @@ def forward(model: NTRENet, batch: Episode, device: torch.device, precision: str
     """Run the model on a batch that lies on ``device``, in the given precision."""
     dtype = PRECISION[precision]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        query = normalize(batch.query).contiguous(memory_format=torch.channels_last)
-        return model(query, normalize(batch.supports), batch.support_masks)
+        return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
 def poly_lr(base: float, step: int, total: int, power: float) -> float:
