@@ -112,7 +112,9 @@ def load_model(config: Config, path: Path) -> NTRENet:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError(f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}") from error
+        raise UserError(
+            f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}"
+        ) from error
     return model
 
 
@@ -140,7 +142,7 @@ def table(results: dict) -> str:
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
         f" {results['backbone']}: {results['episodes']} episodes, seeds {', '.join(map(str, results['seeds']))}",
         *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
-        f"  {'mIoU':{width}}  {cell(results['miou'])}   (fold {results['fold']} of {results['folds']}, not a mean of folds)",
+        f"  {'mIoU':{width}}  {cell(results['miou'])}   (this fold alone, not the mean of folds)",
         f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",
         f"  {'precision':{width}}  {cell(results['precision'])}",
     ]

@@ -124,25 +124,30 @@ def main() -> None:
             miou = math.nan
             if (epoch + 1) % config.eval.every == 0 or is_last:
                 miou = _validate(config, model, val_batches, classes, device, writer, run_dir, step)
+            improved = miou > best_miou  # False for nan
+            best_miou = miou if improved else best_miou
             state = {
                 "config": config.model_dump(),
                 "weights": weights._asdict(),
                 "step": step,
-                "best_miou": max(best_miou, -1.0 if math.isnan(miou) else miou),
+                "best_miou": best_miou,
                 "model": model.state_dict(),
             }
-            if (config.eval.select == "miou" and miou > best_miou) or (config.eval.select == "last" and is_last):
+            if improved if config.eval.select == "miou" else is_last:
                 save_checkpoint(run_dir / "best.pt", state)
-            best_miou = state["best_miou"]
             save_checkpoint(run_dir / "last.pt", state | _training_state(criterion, optimizer, scaler, device))
-    print(f"done: {run_dir}/best.pt ({_selection(config)}), best validation mIoU {100 * best_miou:.1f}; {run_dir}/last.pt")
+    print(
+        f"done: {run_dir}/best.pt ({_selection(config)}), best validation mIoU {100 * best_miou:.1f}; {run_dir}/last.pt"
+    )
 
 
 def _checkpoint_to_resume(config: Config, run_dir: Path) -> dict[str, Any] | None:
     last = run_dir / "last.pt"
     if config.resume == "none":
         if last.exists():
-            raise UserError(f"{run_dir} already holds a run; set resume=auto to continue it, or run_dir=... for another")
+            raise UserError(
+                f"{run_dir} already holds a run; set resume=auto to continue it, or run_dir=... for another"
+            )
         return None
     path = last if config.resume == "auto" else Path(config.resume)
     if config.resume == "auto" and not path.exists():
@@ -162,7 +167,8 @@ def _announce(
         f"{data.dataset} fold {data.fold} of {data.num_folds}, {data.shots}-shot, {config.model.backbone}"
         f" on {device.type}, {config.precision}\n"
         f"weights: {weights.source} (stem {weights.stem}, sha256 {weights.sha256[:16] or 'none'})\n"
-        f"training: {train} images of {len(base_classes(data))} base classes, {steps} steps of {config.train.batch_size}"
+        f"training: {train} images of {len(base_classes(data))} base classes,"
+        f" {steps} steps of {config.train.batch_size} episodes"
         f"{f', resumed at step {step}' if step else ''}\n"
         f"validation: {config.eval.episodes} episodes over {val} images of"
         f" {', '.join(data.classes[c - 1] for c in novel_classes(data))}\n"

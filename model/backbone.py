@@ -18,7 +18,6 @@ from model.ops import resize
 from model.torchvision_compat import import_models
 from model.weights import WeightsInfo, imagenet_file, load_exactly, read_weights
 
-
 UNUSED = ("fc.", "classifier.", "_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16)))
 """what weights files hold beyond the stages used here: classification heads, the last blocks of EfficientNet"""
 
@@ -35,10 +34,11 @@ class Features(NamedTuple):
 class Backbone(nn.Module):
     """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it)."""
 
-    def __init__(self, *, stages: list[nn.Module], middle_channels: int) -> None:
+    def __init__(self, *, stages: list[nn.Module], middle_channels: int, middle_scale: float = 1.0) -> None:
         super().__init__()
         self.stem, self.stage1, self.stage2, self.stage3, self.stage4 = stages
         self.middle_channels = middle_channels
+        self.middle_scale = middle_scale
         self.requires_grad_(False)
         self.eval()
 
@@ -52,7 +52,8 @@ class Backbone(nn.Module):
         stage2 = self.stage2(self.stage1(self.stem(images)))
         stage3 = self.stage3(stage2)
         stage2 = resize(stage2, (stage3.shape[-2], stage3.shape[-1]))
-        return Features(torch.cat([stage3, stage2], 1), stage3)
+        middle = torch.cat([stage3, stage2], 1)
+        return Features(middle if self.middle_scale == 1 else middle * self.middle_scale, stage3)
 
     @torch.no_grad()
     def high(self, stage3: Tensor) -> Tensor:
@@ -86,7 +87,11 @@ def build_backbone(
         network = BACKBONES[name].network(deep_stem)
         load_exactly(network, state, source=str(path), ignore=UNUSED)
         info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
-    return Backbone(stages=BACKBONES[name].stages(network), middle_channels=BACKBONES[name].middle_channels), info
+    spec = BACKBONES[name]
+    backbone = Backbone(
+        stages=spec.stages(network), middle_channels=spec.middle_channels, middle_scale=spec.middle_scale
+    )
+    return backbone, info
 
 
 def _resnet(name: str, deep_stem: bool) -> nn.Module:
@@ -107,10 +112,11 @@ def _resnet(name: str, deep_stem: bool) -> nn.Module:
 
 
 def _resnet_stages(net: nn.Module) -> list[nn.Module]:
-    stem = [net.conv1, net.bn1, nn.ReLU(inplace=True)]
-    if hasattr(net, "conv2"):
-        stem += [net.conv2, net.bn2, nn.ReLU(inplace=True), net.conv3, net.bn3, nn.ReLU(inplace=True)]
-    return [nn.Sequential(*stem, net.maxpool), net.layer1, net.layer2, net.layer3, net.layer4]  # type: ignore[list-item]
+    part = dict(net.named_children())
+    stem = [part["conv1"], part["bn1"], nn.ReLU(inplace=True)]
+    if "conv2" in part:
+        stem += [part["conv2"], part["bn2"], nn.ReLU(inplace=True), part["conv3"], part["bn3"], nn.ReLU(inplace=True)]
+    return [nn.Sequential(*stem, part["maxpool"]), *(part[f"layer{n}"] for n in (1, 2, 3, 4))]
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -127,7 +133,8 @@ def _vgg16_bn(deep_stem: bool) -> nn.Module:
 
 
 def _vgg_stages(net: nn.Module) -> list[nn.Module]:
-    return [net.features[a:b] for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]  # type: ignore[index]
+    layers = list(net.get_submodule("features").children())
+    return [nn.Sequential(*layers[a:b]) for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]
 
 
 class _Spec(NamedTuple):
@@ -135,11 +142,13 @@ class _Spec(NamedTuple):
     """deep_stem -> network with the parameter names of its weights file"""
     stages: Callable[..., list[nn.Module]]
     middle_channels: int
+    middle_scale: float = 1.0
+    """brings middle features to about unit deviation, for which the head's learning rate is meant"""
 
 
 BACKBONES: dict[str, _Spec] = {
     "resnet50": _Spec(lambda deep: _resnet("resnet50", deep), _resnet_stages, 1024 + 512),
     "resnet101": _Spec(lambda deep: _resnet("resnet101", deep), _resnet_stages, 1024 + 512),
     "vgg16_bn": _Spec(_vgg16_bn, _vgg_stages, 512 + 256),
-    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40),
+    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40, 1 / 8),
 }

@@ -117,7 +117,9 @@ class NTRELoss(nn.Module):
         self.alpha, self.beta, self.lambda_bg, self.gamma, self.fem_aux = alpha, beta, lambda_bg, gamma, fem_aux
         self.pcl_negatives: Negatives = pcl_negatives
 
-    def forward(self, output: NTRENetOutput, query_masks: Tensor, support_masks: Tensor, class_ids: Tensor) -> LossTerms:
+    def forward(
+        self, output: NTRENetOutput, query_masks: Tensor, support_masks: Tensor, class_ids: Tensor
+    ) -> LossTerms:
         """Loss of one batch; stores its negative prototypes in the bank first, then takes eq. 10.
 
         Args:
@@ -139,9 +141,7 @@ class NTRELoss(nn.Module):
         total = self.beta * (initial + final + self.fem_aux * fem_aux) + self.lambda_bg * bg + self.gamma * pcl
         return LossTerms(total, final, initial, fem_aux, bg, pcl)
 
-    def _contrast(
-        self, bank: PrototypeBank, output: NTRENetOutput, support_masks: Tensor, class_ids: Tensor
-    ) -> Tensor:
+    def _contrast(self, bank: PrototypeBank, output: NTRENetOutput, support_masks: Tensor, class_ids: Tensor) -> Tensor:
         shots = support_masks.shape[1]
         negatives = negative_prototypes(output, support_masks, self.pcl_negatives)
         bank.store(negatives.flatten(0, 1), class_ids.repeat_interleave(1 + shots))

@@ -92,25 +92,33 @@ class NTRENet(nn.Module):
             support_masks: (B, K, H, W), integer; 1 target, 0 other, 255 ignored
         """
         x_q, x_s, p_s, prior = self.encode(query, supports, support_masks)
-        image_size = (query.shape[-2], query.shape[-1])
+        bg_q = bg_s = initial = do_mask = p_do = None
 
-        if self.bgmm is None or self.bgem is None:  # PFENet
-            out = self.fem(x_q, p_s, prior)
-            return NTRENetOutput(resize(out.logits, image_size), *out, prior, x_q, x_s, p_s)
+        feature, prototype = x_q, p_s
+        fem_prior: Tensor | None = prior  # PFENet: FEM(X^q, P^s, C_p)
+        if self.bgmm is not None and self.bgem is not None:
+            bg_q = self.bgmm(x_q)
+            bg_s = self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
+            feature = self.bgem(x_q, self.bgmm.prototype)  # BGEM alone: FEM(X_BG, P^s, C_p)
+            if self.matching is not None:
+                feature, initial = self.matching(feature, p_s, prior)
+                do_mask, p_do = mine_distracting_objects(x_q, bg_q, initial)
+                prototype, fem_prior = p_do, None  # NTRENet: FEM(X_act, P_DO)
+        out = self.fem(feature, prototype, fem_prior)
 
-        bg_q = self.bgmm(x_q)
-        bg_s = self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
-        x_bg = self.bgem(x_q, self.bgmm.prototype)
-
-        if self.matching is None:  # BGEM alone
-            out = self.fem(x_bg, p_s, prior)
-            return NTRENetOutput(resize(out.logits, image_size), *out, prior, x_q, x_s, p_s, bg_q, bg_s)
-
-        x_act, initial = self.matching(x_bg, p_s, prior)
-        do_mask, p_do = mine_distracting_objects(x_q, bg_q, initial)
-        out = self.fem(x_act, p_do)
         return NTRENetOutput(
-            resize(out.logits, image_size), *out, prior, x_q, x_s, p_s, bg_q, bg_s, initial, do_mask, p_do
+            logits=resize(out.logits, (query.shape[-2], query.shape[-1])),
+            feature_logits=out.logits,
+            scale_logits=out.scale_logits,
+            prior=prior,
+            query_feature=x_q,
+            support_features=x_s,
+            support_prototype=p_s,
+            query_bg_logits=bg_q,
+            support_bg_logits=bg_s,
+            initial_logits=initial,
+            do_mask=do_mask,
+            do_prototype=p_do,
         )
 
     def encode(self, query: Tensor, supports: Tensor, support_masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,10 +155,13 @@ def build_ntrenet(
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
+
+    Convolutions before a ReLU start from He's initialisation. torch's default, which the lineage uses, shrinks
+    the signal at each of FEM's many layers, and hundreds of steps go by before anything is learned.
     """
     if doem and not bgem:
         raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
-    return NTRENet(
+    network = NTRENet(
         backbone=backbone,
         reduce_query=_reduction(backbone.middle_channels, channels),
         reduce_support=_reduction(backbone.middle_channels, channels),
@@ -159,6 +170,10 @@ def build_ntrenet(
         matching=FeatureMatching(channels=channels) if doem else None,
         fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem),
     )
+    for module in (m for part in network.children() if part is not backbone for m in part.modules()):
+        if isinstance(module, nn.Conv2d) and module.out_channels > 1:  # the others give logits
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    return network
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:

@@ -21,7 +21,5 @@ def import_models() -> ModuleType:
         if "torchvision::nms does not exist" not in str(error):
             raise
     _SCHEMAS.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _SCHEMAS.define(
-        "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    )
+    _SCHEMAS.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     return importlib.import_module("torchvision.models")

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.synthetic import CLASS_NAMES, generate  # noqa: E402
+from util.synthetic import CLASS_NAMES, generate
 
 
 def main() -> None:

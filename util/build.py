@@ -128,9 +128,7 @@ def build_eval_loader(config: Config, sampler: EpisodeSampler, episodes: int) ->
     return _loader(config, dataset, range(episodes), config.eval.batch_size)
 
 
-def _fit(
-    image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     return fit(image, mask, size)
 
 
@@ -138,7 +136,7 @@ def _loader(config: Config, dataset: EpisodeDataset, numbers: range, batch_size:
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        sampler=numbers,  # type: ignore[arg-type]
+        sampler=numbers,
         num_workers=config.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",

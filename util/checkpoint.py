@@ -49,7 +49,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write checkpoint {path} ({error}); free some space or set run_dir elsewhere") from error
+        raise UserError(
+            f"cannot write checkpoint {path} ({error}); free some space or set run_dir elsewhere"
+        ) from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -59,7 +59,9 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
         if not parts:
             continue
         if len(parts) != 2:
-            raise UserError(f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
+            raise UserError(
+                f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'"
+            )
         item = Item(root / parts[0].lstrip("/"), root / parts[1].lstrip("/"))
         if item in items:
             raise UserError(f"list {path} line {number}: the same as line {items[item]}; remove one of them")
@@ -82,7 +84,7 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
         if not item.image.exists():
             raise UserError(f"image {item.image} does not exist; check data.root and list {list_path}")
         try:
-            stat = os.stat(item.mask)
+            stat = item.mask.stat()
         except OSError:
             raise UserError(f"mask {item.mask} does not exist; check data.root and list {list_path}") from None
         key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())

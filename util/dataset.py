@@ -38,17 +38,24 @@ class Episode(NamedTuple):
     names: list[str]
     """files of query and supports, for messages"""
 
-    def to(self, device: torch.device) -> "Episode":
-        query, query_mask, supports, support_masks, class_id = (
-            t.to(device, non_blocking=True) for t in (self[0], self[1], self[2], self[3], self[4])
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Episode":
+        """The same with every tensor changed."""
+        return Episode(
+            change(self.query),
+            change(self.query_mask),
+            change(self.supports),
+            change(self.support_masks),
+            change(self.class_id),
+            [change(truth) for truth in self.truths],
+            self.names,
         )
-        truths = [t.to(device, non_blocking=True) for t in self.truths]
-        return Episode(query, query_mask, supports, support_masks, class_id, truths, self.names)
+
+    def to(self, device: torch.device) -> "Episode":
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Episode":
         """Called by the data loader."""
-        query, query_mask, supports, support_masks, class_id = (t.pin_memory() for t in self[:5])  # type: ignore
-        return Episode(query, query_mask, supports, support_masks, class_id, [t.pin_memory() for t in self.truths], self.names)
+        return self.map(lambda tensor: tensor.pin_memory())
 
 
 class EpisodeDataset(Dataset[Episode]):
@@ -99,16 +106,12 @@ def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 def collate(episodes: list[Episode]) -> Episode:
     """Stack episodes into a batch."""
-    query, query_mask, supports, support_masks, class_id = (
-        torch.stack([episode[i] for episode in episodes])  # type: ignore[arg-type]
-        for i in range(5)
-    )
     return Episode(
-        query,
-        query_mask,
-        supports,
-        support_masks,
-        class_id,
+        query=torch.stack([episode.query for episode in episodes]),
+        query_mask=torch.stack([episode.query_mask for episode in episodes]),
+        supports=torch.stack([episode.supports for episode in episodes]),
+        support_masks=torch.stack([episode.support_masks for episode in episodes]),
+        class_id=torch.stack([episode.class_id for episode in episodes]),
         truths=[truth for episode in episodes for truth in episode.truths],
         names=[name for episode in episodes for name in episode.names],
     )

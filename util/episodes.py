@@ -45,8 +45,8 @@ class EpisodeSampler:
         avoid: tuple[int, ...] = (),
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
-        allowed = ~(index.pixels[:, list(avoid)] > 0).any(1)
-        self.supports_of = {c: np.array([i for i in index.qualifying(c, min_area) if allowed[i]]) for c in classes}
+        avoided = np.flatnonzero(index.pixels[:, list(avoid)].sum(1) > 0)
+        self.supports_of = {c: np.setdiff1d(index.qualifying(c, min_area), avoided) for c in classes}
         for c, images in self.supports_of.items():
             if len(images) < shots + 1:
                 raise UserError(

@@ -112,54 +112,90 @@ def cells(x: Array, y: Array, shift: Array) -> tuple[Array, Array]:
 
 # (name, contours, texture) of each class; its id is its position, counted from 1, and its fold (id - 1) // 5.
 CLASSES: tuple[tuple[str, list[Array], Texture], ...] = (
-    ("striped_star", [polar(np.tile([1, 0.48], 5), np.arange(10) * np.pi / 5)],
-     lambda x, y, _: line(x) - 0.25),
-    ("dotted_ring", [polar(1, TURN), polar(0.45, TURN)],
-     lambda x, y, _: 0.34 - np.hypot(*stagger(x / 1.1, y / 1.1))),
-    ("brick_arrow", [mirrored((0, -1), (0.85, -0.1), (0.36, -0.1), (0.36, 1))],
-     lambda x, y, _: oblong(*stagger(x / 2, y), 0.43, 0.37)),
-    ("checked_heart", [np.stack(
-        [16 * np.sin(TURN)**3, 5 * np.cos(2 * TURN) + 2 * np.cos(3 * TURN) - 13 * np.cos(TURN)], axis=1)],
-     lambda x, y, _: 8 * (line(x / 1.6) - 0.25) * (line(y / 1.6) - 0.25)),
-    ("cracked_leaf", [mirrored(*np.stack([0.55 * (1 - ARC**2), ARC], axis=1))],
-     lambda x, y, table: 0.15 - cells(x / 1.3, y / 1.3, 0.8 * table)[1]),
-
-    ("zigzag_cross", [mirrored((0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36), (0.36, 1))],
-     lambda x, y, _: line(0.9 * y + 1.8 * line(0.55 * x)) - 0.25),
-    ("bubble_crescent", [np.concatenate(
-        [polar(1, np.pi + 2.3 * ARC), polar(0.78, np.pi - 2 * ARC) - (0, 0.36)])],
-     lambda x, y, _: 0.11 - np.abs(np.hypot(*stagger(x / 1.2, y / 1.2)) - 0.32)),
-    ("grid_drop", [np.stack([0.75 * np.sin(TURN) * np.sin(TURN / 2)**1.3, -np.cos(TURN)], axis=1)],
-     lambda x, y, _: 0.16 - np.minimum(line(x), line(y))),
-    ("rayed_flower", [polar(0.79 + 0.21 * np.cos(6 * TURN), TURN)],
-     lambda x, y, _: (line(np.arctan2(y, x) * 5 / np.pi) - 0.25) * np.hypot(x, y)),
-    ("marbled_horseshoe", [np.concatenate([polar(1, 2.5 * ARC), polar(0.45, -2.35 * ARC)])],
-     marble),
-
-    ("dashed_hourglass", [mirrored((0.75, -1), (0.72, -0.7), (0.2, 0), (0.72, 0.7), (0.75, 1))],
-     lambda x, y, _: oblong(*stagger(x / 2, y), 0.3, 0.22)),
-    ("plus_hexagon", [polar(1, np.arange(6) * np.pi / 3)],
-     lambda x, y, _: plus(*stagger(x / 1.4, y / 1.4))),
-    ("honeycomb_bolt", [np.array(
-        [(0.15, -1), (-0.6, 0.2), (-0.08, 0.2), (-0.3, 1), (0.65, -0.25), (0.1, -0.25), (0.6, -1)])],
-     lambda x, y, table: 0.16 - cells(x / 1.3, y / 1.1, 0 * table)[1]),
-    ("target_tee", [mirrored((1, -1), (1, -0.3), (0.36, -0.3), (0.36, 1))],
-     lambda x, y, _: line(np.hypot(x, y)) - 0.25),
-    ("speckled_mushroom", [np.concatenate(
-        [polar(1, ARC * np.pi / 2), mirrored((0.95, 0.16), (0.36, 0.16), (0.42, 1))])],
-     lambda x, y, table: 0.23 - cells(x * 1.05, y * 1.05, table)[0]),
-
-    ("scaly_fish", [mirrored(*polar(1, 1.3 + 1.3 * ARC) * (0.65, 1), (0.65, 1.5), (0, 1.25))[:, ::-1]],
-     lambda x, y, _: scale(*stagger(x, y))),
-    ("wavy_crown", [mirrored((0, -0.75), (0.4, -0.05), (0.95, -0.75), (0.8, 0.75))],
-     lambda x, y, _: 0.14 - line(0.8 * y + 0.3 * np.sin(2.6 * x))),
-    ("woven_house", [mirrored((0, -1), (1, -0.15), (0.72, -0.15), (0.72, 0.9))],
-     lambda x, y, _: line(np.where((x // 1.5 + y // 1.5) % 2, x, y) * 4 / 3) - 0.25),
-    ("triangle_tree", [mirrored(
-        (0, -1), (0.5, -0.35), (0.28, -0.35), (0.7, 0.25), (0.42, 0.25), (0.9, 0.85), (0.2, 0.85))],
-     lambda x, y, _: triangle(*stagger(x, y))),
-    ("quartered_gear", [polar(0.84 + 0.16 * np.tanh(4 * np.sin(8 * TURN)), TURN)],
-     lambda x, y, _: np.sign(x * y) * np.minimum(np.abs(x), np.abs(y))),
+    ("striped_star", [polar(np.tile([1, 0.48], 5), np.arange(10) * np.pi / 5)], lambda x, y, _: line(x) - 0.25),
+    ("dotted_ring", [polar(1, TURN), polar(0.45, TURN)], lambda x, y, _: 0.34 - np.hypot(*stagger(x / 1.1, y / 1.1))),
+    (
+        "brick_arrow",
+        [mirrored((0, -1), (0.85, -0.1), (0.36, -0.1), (0.36, 1))],
+        lambda x, y, _: oblong(*stagger(x / 2, y), 0.43, 0.37),
+    ),
+    (
+        "checked_heart",
+        [np.stack([16 * np.sin(TURN) ** 3, 5 * np.cos(2 * TURN) + 2 * np.cos(3 * TURN) - 13 * np.cos(TURN)], axis=1)],
+        lambda x, y, _: 8 * (line(x / 1.6) - 0.25) * (line(y / 1.6) - 0.25),
+    ),
+    (
+        "cracked_leaf",
+        [mirrored(*np.stack([0.55 * (1 - ARC**2), ARC], axis=1))],
+        lambda x, y, table: 0.15 - cells(x / 1.3, y / 1.3, 0.8 * table)[1],
+    ),
+    (
+        "zigzag_cross",
+        [mirrored((0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36), (0.36, 1))],
+        lambda x, y, _: line(0.9 * y + 1.8 * line(0.55 * x)) - 0.25,
+    ),
+    (
+        "bubble_crescent",
+        [np.concatenate([polar(1, np.pi + 2.3 * ARC), polar(0.78, np.pi - 2 * ARC) - (0, 0.36)])],
+        lambda x, y, _: 0.11 - np.abs(np.hypot(*stagger(x / 1.2, y / 1.2)) - 0.32),
+    ),
+    (
+        "grid_drop",
+        [np.stack([0.75 * np.sin(TURN) * np.sin(TURN / 2) ** 1.3, -np.cos(TURN)], axis=1)],
+        lambda x, y, _: 0.16 - np.minimum(line(x), line(y)),
+    ),
+    (
+        "rayed_flower",
+        [polar(0.79 + 0.21 * np.cos(6 * TURN), TURN)],
+        lambda x, y, _: (line(np.arctan2(y, x) * 5 / np.pi) - 0.25) * np.hypot(x, y),
+    ),
+    ("marbled_horseshoe", [np.concatenate([polar(1, 2.5 * ARC), polar(0.45, -2.35 * ARC)])], marble),
+    (
+        "dashed_hourglass",
+        [mirrored((0.75, -1), (0.72, -0.7), (0.2, 0), (0.72, 0.7), (0.75, 1))],
+        lambda x, y, _: oblong(*stagger(x / 2, y), 0.3, 0.22),
+    ),
+    ("plus_hexagon", [polar(1, np.arange(6) * np.pi / 3)], lambda x, y, _: plus(*stagger(x / 1.4, y / 1.4))),
+    (
+        "honeycomb_bolt",
+        [np.array([(0.15, -1), (-0.6, 0.2), (-0.08, 0.2), (-0.3, 1), (0.65, -0.25), (0.1, -0.25), (0.6, -1)])],
+        lambda x, y, table: 0.16 - cells(x / 1.3, y / 1.1, 0 * table)[1],
+    ),
+    (
+        "target_tee",
+        [mirrored((1, -1), (1, -0.3), (0.36, -0.3), (0.36, 1))],
+        lambda x, y, _: line(np.hypot(x, y)) - 0.25,
+    ),
+    (
+        "speckled_mushroom",
+        [np.concatenate([polar(1, ARC * np.pi / 2), mirrored((0.95, 0.16), (0.36, 0.16), (0.42, 1))])],
+        lambda x, y, table: 0.23 - cells(x * 1.05, y * 1.05, table)[0],
+    ),
+    (
+        "scaly_fish",
+        [mirrored(*polar(1, 1.3 + 1.3 * ARC) * (0.65, 1), (0.65, 1.5), (0, 1.25))[:, ::-1]],
+        lambda x, y, _: scale(*stagger(x, y)),
+    ),
+    (
+        "wavy_crown",
+        [mirrored((0, -0.75), (0.4, -0.05), (0.95, -0.75), (0.8, 0.75))],
+        lambda x, y, _: 0.14 - line(0.8 * y + 0.3 * np.sin(2.6 * x)),
+    ),
+    (
+        "woven_house",
+        [mirrored((0, -1), (1, -0.15), (0.72, -0.15), (0.72, 0.9))],
+        lambda x, y, _: line(np.where((x // 1.5 + y // 1.5) % 2, x, y) * 4 / 3) - 0.25,
+    ),
+    (
+        "triangle_tree",
+        [mirrored((0, -1), (0.5, -0.35), (0.28, -0.35), (0.7, 0.25), (0.42, 0.25), (0.9, 0.85), (0.2, 0.85))],
+        lambda x, y, _: triangle(*stagger(x, y)),
+    ),
+    (
+        "quartered_gear",
+        [polar(0.84 + 0.16 * np.tanh(4 * np.sin(8 * TURN)), TURN)],
+        lambda x, y, _: np.sign(x * y) * np.minimum(np.abs(x), np.abs(y)),
+    ),
 )
 CLASS_NAMES: tuple[str, ...] = tuple(name for name, _, _ in CLASSES)
 OUTLINES: tuple[list[Array], ...] = tuple(normalised(contours) for _, contours, _ in CLASSES)
@@ -241,9 +277,7 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> t
     return colour * shade[..., None], alpha
 
 
-def place(
-    rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]
-) -> tuple[slice, slice] | None:
+def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]) -> tuple[slice, slice] | None:
     """A random window for a new object, None if it would hide more than MIN_VISIBLE allows wherever tried.
 
     `owner` (H, W) holds the 1-based number of the object seen at each pixel, `areas` their full pixel counts.
@@ -286,7 +320,7 @@ def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
             colour, alpha = render_object(rng, class_id, diameter)
         areas.append(int((alpha > 0.5).sum()))
         owner[window][alpha > 0.5] = number
-        move = np.column_stack([np.eye(2), shadow_shift + (window[1].start, window[0].start)])
+        move = np.column_stack([np.eye(2), shadow_shift + np.array([window[1].start, window[0].start])])
         shadow = cv2.GaussianBlur(cv2.warpAffine(alpha, move, (width, height)), (0, 0), 3)
         image *= 1 - 0.4 * shadow[..., None]
         image[window] += (colour - image[window]) * alpha[..., None]
@@ -309,8 +343,13 @@ def file_names(split: str, index: int) -> tuple[str, str]:
     return f"JPEGImages/{split}_{index:05d}.jpg", f"SegmentationClassAug/{split}_{index:05d}.png"
 
 
-def generate(root: str | Path, train: int = 600, val: int = 300, seed: int = 0,
-             progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter) -> bool:
+def generate(
+    root: str | Path,
+    train: int = 600,
+    val: int = 300,
+    seed: int = 0,
+    progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
+) -> bool:
     """Write the data set below `root`; False, with nothing written, if it is already complete there.
 
     `progress` wraps the list of (split, index) to be written, e.g. in a progress bar.

@@ -26,7 +26,12 @@ def normalize(images: Tensor) -> Tensor:
 
 
 def augment(
-    image: np.ndarray, mask: np.ndarray, size: int, rng: np.random.Generator, scale: tuple[float, float], rotation: float
+    image: np.ndarray,
+    mask: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    rotation: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random scale, rotation (p 0.5), horizontal flip (p 0.5) and crop to (size, size), as one warp.
 
@@ -77,7 +82,7 @@ def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
 
 def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Evaluation: resized by the longer side and placed top left, the image on black, the mask on 255."""
-    height, width = fitted_size(*mask.shape, size)
+    height, width = fitted_size(mask.shape[0], mask.shape[1], size)
     picture = np.zeros((size, size, 3), np.uint8)
     picture[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     fitted = np.full((size, size), IGNORE, np.uint8)

@@ -26,7 +26,9 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -
 
 def heat(values: np.ndarray) -> np.ndarray:
     """Map (H, W) of [0, 1] to RGB colours, dark blue to yellow."""
-    return cv2.cvtColor(cv2.applyColorMap((255 * values.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB)
+    return cv2.cvtColor(
+        cv2.applyColorMap((255 * values.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB
+    )
 
 
 def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tuple[str, np.ndarray]]:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained and evaluated NTRENet on a CPU: bash scripts/quickstart.sh
+# Leaves runs/quickstart/results.json, runs/quickstart/panel.png and the checkpoints. Run again, it continues.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh requirements.txt
+config=configs/synthetic/efficientnet_lite0_fold0_1shot.yaml
+run=runs/quickstart
+python scripts/make_synthetic.py --out data/synthetic
+python train.py --config $config run_dir=$run resume=auto
+python test.py --config $config --checkpoint $run/best.pt --baselines --out $run/results.json --panel $run/panel.png
