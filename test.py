@@ -7,12 +7,10 @@ Any checkpoint evaluates at any number of shots. Several seeds give mean and sta
 """
 
 import argparse
-import itertools
-import math
 import time
 from pathlib import Path
+from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from model.ntrenet import NTRENet
@@ -20,12 +18,12 @@ from model.weights import sha256_of
 from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_device
 from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.config import Config, load_config
-from util.engine import BASELINES, NETWORK, evaluate, forward
+from util.engine import BASELINES, NETWORK, evaluate
 from util.errors import UserError, run_command
 from util.folds import novel_classes
 from util.metrics import Scores
 from util.record import environment, over_seeds, peak_memory_mib, write_json
-from util.visualize import draw_rows, episode_tiles, save_picture
+from util.visualize import episode_picture, save_picture
 
 PANEL_ROWS = 4
 
@@ -100,7 +98,9 @@ def main() -> None:
         write_json(args.out, results)
         print(f"results: {args.out}")
     if args.panel is not None:
-        save_picture(args.panel, episode_panel(config, model, device, args.seeds[0]))
+        loader = build_eval_loader(config, build_eval_sampler(config, index, args.seeds[0]), PANEL_ROWS)
+        picture = episode_picture(model, loader, rows=PANEL_ROWS, device=device, precision=config.precision)
+        save_picture(args.panel, picture)
         print(f"picture: {args.panel}")
 
 
@@ -118,22 +118,10 @@ def load_model(config: Config, path: Path) -> NTRENet:
     return model
 
 
-def episode_panel(config: Config, model: NTRENet, device: torch.device, seed: int):  # type: ignore[no-untyped-def]
-    """Picture of the first few episodes of a seed."""
-    loader = build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), PANEL_ROWS)
-    rows = []
-    for batch in itertools.islice(loader, math.ceil(PANEL_ROWS / config.eval.batch_size)):
-        on_device = batch.to(device)
-        with torch.inference_mode():
-            output = forward(model.eval(), on_device, device, config.precision)
-        rows += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
-    return draw_rows(rows)
-
-
-def table(results: dict) -> str:
+def table(results: dict[str, Any]) -> str:
     """The results as a person reads them."""
 
-    def cell(score: dict) -> str:
+    def cell(score: dict[str, Any]) -> str:
         return f"{score['mean']:5.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
 
     width = max(len(name) for name in (*results["per_class"], "all foreground"))

@@ -33,11 +33,11 @@ from util.build import (
 from util.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.config import Config, load_config
 from util.dataset import Episode
-from util.engine import evaluate, forward, poly_lr, train_one_epoch
+from util.engine import evaluate, poly_lr, train_one_epoch
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
 from util.record import append_json_line, environment, write_json
-from util.visualize import draw_rows, episode_tiles
+from util.visualize import episode_picture
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
@@ -216,13 +216,8 @@ def _validate(
         writer.add_scalar(f"val/{name}", getattr(scores, name), step)
     append_json_line(run_dir / "metrics.jsonl", {"step": step, **scores._asdict()})
 
-    rows = []
-    for batch in itertools.islice(batches, math.ceil(PANELS / config.eval.batch_size)):
-        on_device = batch.to(device)
-        with torch.inference_mode():
-            output = forward(model, on_device, device, config.precision)
-        rows += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
-    writer.add_image("episodes", draw_rows(rows[:PANELS]), step, dataformats="HWC")
+    picture = episode_picture(model, batches, rows=PANELS, device=device, precision=config.precision)
+    writer.add_image("episodes", picture, step, dataformats="HWC")
     return scores.miou
 
 

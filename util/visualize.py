@@ -1,5 +1,6 @@
 """Pictures of episodes: what goes in, what the network thinks, what comes out."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import cv2
@@ -8,8 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from model.ntrenet import NTRENetOutput
+from model.ntrenet import NTRENet, NTRENetOutput
 from util.dataset import Episode
+from util.engine import forward
 
 TARGET, DISTRACTOR, BACKGROUND = (230, 60, 60), (70, 120, 235), (60, 180, 90)
 TILE, GAP, CAPTION = 220, 6, 26
@@ -50,6 +52,22 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tup
         tiles.append(("distracting", overlay(query, _upsampled(output.do_mask[place], query) > 0.5, DISTRACTOR)))
     tiles.append((f"prediction, IoU {100 * iou:.0f}", overlay(query, predicted, TARGET)))
     return tiles
+
+
+def episode_picture(
+    model: NTRENet, loader: Iterable[Episode], *, rows: int, device: torch.device, precision: str
+) -> np.ndarray:
+    """The first ``rows`` episodes of a loader, run through the model and drawn: RGB (H, W, 3)."""
+    model.eval()
+    tiles: list[list[tuple[str, np.ndarray]]] = []
+    for batch in loader:
+        on_device = batch.to(device)
+        with torch.inference_mode():
+            output = forward(model, on_device, device, precision)
+        tiles += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
+        if len(tiles) >= rows:
+            break
+    return draw_rows(tiles[:rows])
 
 
 def draw_rows(rows: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
