@@ -33,7 +33,7 @@ from util.build import (
 from util.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.config import Config, load_config
 from util.dataset import Episode
-from util.engine import evaluate, poly_lr, train_one_epoch
+from util.engine import evaluate, learning_rate, train_one_epoch
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
 from util.record import append_json_line, environment, write_json
@@ -99,7 +99,8 @@ def main() -> None:
     classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     loader = build_train_loader(config, train_sampler, start=step, stop=total_steps)
     batches = iter(loader) if step < total_steps else iter(())
-    lr_at = partial(poly_lr, config.train.lr, total=total_steps, power=config.train.power)
+    options = config.train
+    lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     with (
         SummaryWriter(run_dir / "tensorboard", purge_step=step) as writer,
         tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) as bar,

@@ -127,6 +127,8 @@ class TrainConfig(Section):
     weight_decay: NonNegative = 1e-4
     power: NonNegative = 0.9
     """of the polynomial decay of the learning rate, a step at a time"""
+    warmup: Annotated[int, Field(ge=0)] = 100
+    """steps over which the learning rate rises to lr; 0 for none"""
 
 
 class EvalConfig(Section):

@@ -27,9 +27,9 @@ def forward(model: NTRENet, batch: Episode, device: torch.device, precision: str
         return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
-def poly_lr(base: float, step: int, total: int, power: float) -> float:
-    """base * (1 - step / total) ** power."""
-    return base * (1 - step / total) ** power
+def learning_rate(step: int, *, base: float, total: int, power: float, warmup: int) -> float:
+    """Polynomial decay base * (1 - step / total) ** power, after a linear rise over the first ``warmup`` steps."""
+    return base * (1 - step / total) ** power * min(1.0, (step + 1) / max(warmup, 1))
 
 
 def train_one_epoch(
