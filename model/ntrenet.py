@@ -155,9 +155,6 @@ def build_ntrenet(
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
-
-    Convolutions before a ReLU start from He's initialisation. torch's default, which the lineage uses, shrinks
-    the signal at each of FEM's many layers, and hundreds of steps go by before anything is learned.
     """
     if doem and not bgem:
         raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
@@ -170,10 +167,25 @@ def build_ntrenet(
         matching=FeatureMatching(channels=channels) if doem else None,
         fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem),
     )
-    for module in (m for part in network.children() if part is not backbone for m in part.modules()):
+    _initialise(network)
+    return network
+
+
+@torch.no_grad()
+def _initialise(network: NTRENet) -> None:
+    """He's initialisation before every ReLU; the prior, one input among 2C + 1, starts with the weight of C.
+
+    torch's default, which the lineage uses, shrinks the signal at each of FEM's many layers and all but hides the
+    prior: hundreds of steps go by before anything is learned.
+    """
+    heads = [part for part in network.children() if part is not network.backbone]
+    for module in (m for part in heads for m in part.modules()):
         if isinstance(module, nn.Conv2d) and module.out_channels > 1:  # the others give logits
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    return network
+    takers = network.fem.scales if network.matching is None else [network.matching]
+    for conv in (taker.get_submodule("conv") for taker in takers):
+        weight = conv.get_parameter("weight")
+        weight[:, -1] *= len(weight) ** 0.5
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:
