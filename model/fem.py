@@ -25,7 +25,7 @@ class FEMScale(nn.Module):
 
     def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2 * channels + with_prior, channels, 1, bias=False)
+        self.merge = nn.Conv2d(2 * channels + with_prior, channels, 1, bias=False)
         self.inter_scale = None if first else _conv_relu(2 * channels, channels, 1)
         self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
         self.classifier = classifier(channels)
@@ -34,7 +34,7 @@ class FEMScale(nn.Module):
         self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """All maps at this scale's size -> enriched feature (B, C, *, *), logits (B, 1, *, *)."""
-        x = F.relu(concat_conv(self.conv, pooled, prototype, prior))
+        x = F.relu(concat_conv(self.merge, pooled, prototype, prior))
         if self.inter_scale is not None and finer is not None:
             x = self.inter_scale(torch.cat([x, finer], 1)) + x
         x = self.refine(x) + x

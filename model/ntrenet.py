@@ -21,7 +21,7 @@ from model.backbone import Backbone
 from model.bgem import BGEM
 from model.bgmm import BGMM
 from model.doem import mine_distracting_objects
-from model.fem import FEM
+from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, resize
 from model.prior import prior_mask
@@ -182,10 +182,12 @@ def _initialise(network: NTRENet) -> None:
     for module in (m for part in heads for m in part.modules()):
         if isinstance(module, nn.Conv2d) and module.out_channels > 1:  # the others give logits
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    takers = network.fem.scales if network.matching is None else [network.matching]
-    for conv in (taker.get_submodule("conv") for taker in takers):
-        weight = conv.get_parameter("weight")
-        weight[:, -1] *= len(weight) ** 0.5
+    if network.matching is not None:
+        merges = [network.matching.conv]
+    else:
+        merges = [scale.merge for scale in network.fem.modules() if isinstance(scale, FEMScale)]
+    for merge in merges:
+        merge.weight[:, -1] *= merge.out_channels**0.5
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:

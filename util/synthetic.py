@@ -1,6 +1,6 @@
 """A small synthetic data set for few-shot segmentation, in the layout of PASCAL VOC.
 
-Every image shows 2-4 objects of different classes on an outdoor background. A class is one silhouette with
+Every image shows 2 or 3 objects of different classes on an outdoor background. A class is one silhouette with
 one texture; colours are drawn anew for each object, so only shape and texture give a class away. The 20
 classes form 4 folds of 5 consecutive ids. Each image is a pure function of (seed, split, index).
 """
@@ -25,7 +25,7 @@ SPLITS = ("train", "val")
 JPEG_QUALITY = 92
 MIN_VISIBLE = 0.7  # share of each object's pixels that later objects leave in view
 SUPERSAMPLING = 3
-DECK_SIZES = (2, 2, 3, 3, 3, 3, 4)  # objects in 7 images that together show each of the 20 classes once
+DECK_SIZES = (2, 2, 2, 2, 3, 3, 3, 3)  # objects in 8 images that together show each of the 20 classes once
 TURN = np.linspace(0, 2 * np.pi, 160, endpoint=False)
 ARC = np.linspace(-1, 1, 60)
 
@@ -295,7 +295,7 @@ def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]
 
 
 def classes_of(seed: int, split: str, index: int) -> list[int]:
-    """The 2-4 different class ids in an image; each run of 7 images shows every class once."""
+    """The 2 or 3 different class ids in an image; each run of 8 images shows every class once."""
     block, position = divmod(index, len(DECK_SIZES))
     rng = np.random.default_rng([seed, SPLITS.index(split), 0, block])
     ends = np.cumsum(rng.permutation(DECK_SIZES))
@@ -305,7 +305,7 @@ def classes_of(seed: int, split: str, index: int) -> list[int]:
 def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
     """Image (H, W, 3) and mask (H, W) number `index` of a split, both uint8."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 1, index])
-    height, width = int(rng.integers(150, 181)), int(rng.integers(200, 241))
+    height, width = int(rng.integers(112, 129)), int(rng.integers(144, 161))
     if rng.uniform() < 0.3:
         height, width = width, height
     image = background(rng, height, width)
@@ -313,7 +313,7 @@ def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
     classes, areas = classes_of(seed, split, index), list[int]()
     shadow_shift = rng.uniform((-4, 2), (4, 6))
     for number, class_id in enumerate(classes, start=1):
-        diameter = min(height, width) * rng.uniform(0.33, 0.66 - 0.06 * len(classes))
+        diameter = min(height, width) * rng.uniform(0.42, 0.72 - 0.05 * len(classes))
         colour, alpha = render_object(rng, class_id, diameter)
         while (window := place(rng, alpha, owner, areas)) is None:
             diameter *= 0.93
