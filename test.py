@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
-from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_device
+from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.config import Config, load_config
 from util.engine import BASELINES, NETWORK, evaluate
@@ -47,7 +47,7 @@ def main() -> None:
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
-    device = select_device(config)
+    device, precision = select_hardware(config)
     model = load_model(config, args.checkpoint).to(device)
 
     index = build_index(config, "val")
@@ -64,7 +64,7 @@ def main() -> None:
                     loader,
                     classes=classes,
                     device=device,
-                    precision=config.precision,
+                    precision=precision,
                     geometry=config.eval.geometry,
                     predictors=predictors,
                     bar=bar,
@@ -72,7 +72,7 @@ def main() -> None:
             )
     seconds = time.perf_counter() - started
 
-    results = {
+    results: dict[str, Any] = {
         "dataset": config.data.dataset,
         "fold": config.data.fold,
         "folds": config.data.num_folds,
@@ -88,6 +88,7 @@ def main() -> None:
         "list_sha256": index.list_sha256,
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(device),
+        "precision": str(precision).removeprefix("torch."),
         "environment": environment(device),
     }
     if args.baselines:
@@ -99,7 +100,7 @@ def main() -> None:
         print(f"results: {args.out}")
     if args.panel is not None:
         loader = build_eval_loader(config, build_eval_sampler(config, index, args.seeds[0]), PANEL_ROWS)
-        picture = episode_picture(model, loader, rows=PANEL_ROWS, device=device, precision=config.precision)
+        picture = episode_picture(model, loader, rows=PANEL_ROWS, device=device, precision=precision)
         save_picture(args.panel, picture)
         print(f"picture: {args.panel}")
 

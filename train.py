@@ -28,7 +28,7 @@ from util.build import (
     build_optimizer,
     build_train_loader,
     build_train_sampler,
-    select_device,
+    select_hardware,
 )
 from util.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.config import Config, load_config
@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.lr=0.01 resume=auto")
     args = parser.parse_args()
     config = load_config(args.config, args.overrides)
-    device = select_device(config)
+    device, precision = select_hardware(config)
     run_dir = Path(config.run_dir)
     checkpoint = _checkpoint_to_resume(config, run_dir)
 
@@ -64,7 +64,7 @@ def main() -> None:
     model.to(device)
     criterion = build_loss(config).to(device)
     optimizer = build_optimizer(config, model)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     train_index, val_index = build_index(config, "train"), build_index(config, "val")
     train_sampler = build_train_sampler(config, train_index)
@@ -94,7 +94,7 @@ def main() -> None:
         "resumed_at_step": step,
     }
     write_json(run_dir / "run.json", record)
-    _announce(config, device, weights, len(train_sampler), len(val_sampler), total_steps, step)
+    _announce(config, device, precision, weights, len(train_sampler), len(val_sampler), total_steps, step)
 
     classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     loader = build_train_loader(config, train_sampler, start=step, stop=total_steps)
@@ -117,14 +117,14 @@ def main() -> None:
                 step=step,
                 lr_at=lr_at,
                 device=device,
-                precision=config.precision,
+                precision=precision,
                 bar=bar,
                 on_step=partial(_write_losses, writer),
             )
             is_last = step == total_steps
             miou = math.nan
             if (epoch + 1) % config.eval.every == 0 or is_last:
-                miou = _validate(config, model, val_batches, classes, device, writer, run_dir, step)
+                miou = _validate(config, model, val_batches, classes, device, precision, writer, run_dir, step)
             improved = miou > best_miou  # False for nan
             best_miou = miou if improved else best_miou
             state = {
@@ -161,12 +161,19 @@ def _checkpoint_to_resume(config: Config, run_dir: Path) -> dict[str, Any] | Non
 
 
 def _announce(
-    config: Config, device: torch.device, weights: WeightsInfo, train: int, val: int, steps: int, step: int
+    config: Config,
+    device: torch.device,
+    precision: torch.dtype,
+    weights: WeightsInfo,
+    train: int,
+    val: int,
+    steps: int,
+    step: int,
 ) -> None:
     data = config.data
     print(
         f"{data.dataset} fold {data.fold} of {data.num_folds}, {data.shots}-shot, {config.model.backbone}"
-        f" on {device.type}, {config.precision}\n"
+        f" on {device.type}, {str(precision).removeprefix('torch.')}\n"
         f"weights: {weights.source} (stem {weights.stem}, sha256 {weights.sha256[:16] or 'none'})\n"
         f"training: {train} images of {len(base_classes(data))} base classes,"
         f" {steps} steps of {config.train.batch_size} episodes"
@@ -197,6 +204,7 @@ def _validate(
     batches: torch.utils.data.DataLoader[Episode],
     classes: dict[int, str],
     device: torch.device,
+    precision: torch.dtype,
     writer: SummaryWriter,
     run_dir: Path,
     step: int,
@@ -208,7 +216,7 @@ def _validate(
             batches,
             classes=classes,
             device=device,
-            precision=config.precision,
+            precision=precision,
             geometry=config.eval.geometry,
             bar=bar,
         )["network"]
@@ -217,7 +225,7 @@ def _validate(
         writer.add_scalar(f"val/{name}", getattr(scores, name), step)
     append_json_line(run_dir / "metrics.jsonl", {"step": step, **scores._asdict()})
 
-    picture = episode_picture(model, batches, rows=PANELS, device=device, precision=config.precision)
+    picture = episode_picture(model, batches, rows=PANELS, device=device, precision=precision)
     writer.add_image("episodes", picture, step, dataformats="HWC")
     return scores.miou
 

@@ -1,7 +1,9 @@
 """Config to model, loss, loaders: the only file that knows both the configuration and the network."""
 
+import re
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,17 +24,38 @@ from util.folds import base_classes, novel_classes
 from util.transforms import augment, fit
 
 CHANNELS = 256
+PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def select_device(config: Config) -> torch.device:
-    """'auto' is CUDA if there is one, else the CPU."""
+class Hardware(NamedTuple):
+    """What a run computes on, and how."""
+
+    device: torch.device
+    precision: torch.dtype
+
+
+def select_hardware(config: Config) -> Hardware:
+    """'auto' is CUDA if there is one, else the CPU; and bfloat16 where it is native, else float32.
+
+    Raises:
+        UserError: the config asks for what is not there.
+    """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
     device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
+    if config.precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+        return Hardware(device, torch.bfloat16 if native else torch.float32)
     if config.precision == "fp16" and device.type == "cpu":
         raise UserError("precision=fp16 needs CUDA; set precision=bf16 or fp32")
-    return device
+    return Hardware(device, PRECISION[config.precision])
+
+
+def _cpu_has_bf16() -> bool:
+    """Without these instructions bf16 convolutions are many times slower than fp32."""
+    flags = Path("/proc/cpuinfo")
+    return flags.exists() and bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text(encoding="utf-8")))
 
 
 def build_model(config: Config, weights: str | None = None, deep_stem: bool = False) -> tuple[NTRENet, WeightsInfo]:

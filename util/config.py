@@ -155,8 +155,8 @@ class Config(Section):
     resume: str = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the forward and backward pass; fp16 needs CUDA"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
     workers: Annotated[int, Field(ge=0)] = 4
     """loader processes; the results do not depend on it"""
 

@@ -14,16 +14,13 @@ from util.errors import UserError
 from util.metrics import Counts, Scores
 from util.transforms import normalize, to_original
 
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
 
 
-def forward(model: NTRENet, batch: Episode, device: torch.device, precision: str) -> NTRENetOutput:
-    """Run the model on a batch that lies on ``device``, in the given precision."""
-    dtype = PRECISION[precision]
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+def forward(model: NTRENet, batch: Episode, precision: torch.dtype) -> NTRENetOutput:
+    """Run the model on a batch that lies on its device, in the given precision."""
+    with torch.autocast(batch.query.device.type, dtype=precision, enabled=precision != torch.float32):
         return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
@@ -42,7 +39,7 @@ def train_one_epoch(
     step: int,
     lr_at: Callable[[int], float],
     device: torch.device,
-    precision: str,
+    precision: torch.dtype,
     bar: tqdm,
     on_step: Callable[[int, float, LossTerms], None],
 ) -> int:
@@ -60,7 +57,7 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         on_device = batch.to(device)
-        output = forward(model, on_device, device, precision)
+        output = forward(model, on_device, precision)
         terms = criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
         if not math.isfinite(float(terms.total)):
             shown = ", ".join(f"{name} {float(value):g}" for name, value in terms._asdict().items())
@@ -104,7 +101,7 @@ def evaluate(
     *,
     classes: dict[int, str],
     device: torch.device,
-    precision: str,
+    precision: torch.dtype,
     geometry: str,
     predictors: Mapping[str, Predictor] = NETWORK,
     bar: tqdm | None = None,
@@ -120,7 +117,7 @@ def evaluate(
     counts = {name: Counts(classes, device) for name in predictors}
     for number, batch in enumerate(loader):
         on_device = batch.to(device)
-        output = forward(model, on_device, device, precision)
+        output = forward(model, on_device, precision)
         for name, predict in predictors.items():
             for logits, truth, class_id in zip(
                 predict(output).float(), on_device.truths, batch.class_id.tolist(), strict=True

@@ -55,7 +55,7 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tup
 
 
 def episode_picture(
-    model: NTRENet, loader: Iterable[Episode], *, rows: int, device: torch.device, precision: str
+    model: NTRENet, loader: Iterable[Episode], *, rows: int, device: torch.device, precision: torch.dtype
 ) -> np.ndarray:
     """The first ``rows`` episodes of a loader, run through the model and drawn: RGB (H, W, 3)."""
     model.eval()
@@ -63,7 +63,7 @@ def episode_picture(
     for batch in loader:
         on_device = batch.to(device)
         with torch.inference_mode():
-            output = forward(model, on_device, device, precision)
+            output = forward(model, on_device, precision)
         tiles += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
         if len(tiles) >= rows:
             break
