@@ -20,7 +20,6 @@ from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.config import Config, load_config
 from util.engine import BASELINES, NETWORK, evaluate
 from util.errors import UserError, run_command
-from util.folds import novel_classes
 from util.metrics import Scores
 from util.record import environment, over_seeds, peak_memory_mib, write_json
 from util.visualize import episode_picture, save_picture
@@ -47,29 +46,17 @@ def main() -> None:
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
-    device, precision = select_hardware(config)
-    model = load_model(config, args.checkpoint).to(device)
+    hardware = select_hardware(config)
+    model = load_model(config, args.checkpoint).to(hardware.device)
 
     index = build_index(config, "val")
-    classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     predictors = NETWORK | (BASELINES if args.baselines else {})
     runs: list[dict[str, Scores]] = []
     started = time.perf_counter()
     for seed in args.seeds:
         loader = build_eval_loader(config, build_eval_sampler(config, index, seed), config.eval.episodes)
         with tqdm(total=config.eval.episodes, desc=f"seed {seed}", unit="episode", dynamic_ncols=True) as bar:
-            runs.append(
-                evaluate(
-                    model,
-                    loader,
-                    classes=classes,
-                    device=device,
-                    precision=precision,
-                    geometry=config.eval.geometry,
-                    predictors=predictors,
-                    bar=bar,
-                )
-            )
+            runs.append(evaluate(model, loader, config=config, hardware=hardware, predictors=predictors, bar=bar))
     seconds = time.perf_counter() - started
 
     results: dict[str, Any] = {
@@ -87,9 +74,9 @@ def main() -> None:
         "checkpoint_sha256": sha256_of(args.checkpoint),
         "list_sha256": index.list_sha256,
         "seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(device),
-        "precision": str(precision).removeprefix("torch."),
-        "environment": environment(device),
+        "peak_memory_mib": peak_memory_mib(hardware.device),
+        "dtype": str(hardware.precision).removeprefix("torch."),
+        "environment": environment(hardware.device),
     }
     if args.baselines:
         scored = {name: over_seeds([run[name] for run in runs])["miou"] for name in BASELINES}
@@ -100,7 +87,7 @@ def main() -> None:
         print(f"results: {args.out}")
     if args.panel is not None:
         loader = build_eval_loader(config, build_eval_sampler(config, index, args.seeds[0]), PANEL_ROWS)
-        picture = episode_picture(model, loader, rows=PANEL_ROWS, device=device, precision=precision)
+        picture = episode_picture(model, loader, rows=PANEL_ROWS, hardware=hardware)
         save_picture(args.panel, picture)
         print(f"picture: {args.panel}")
 

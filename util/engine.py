@@ -7,11 +7,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.losses import LossTerms, NTRELoss
+from model.losses import LossTerms
 from model.ntrenet import NTRENet, NTRENetOutput
+from util.build import Hardware
+from util.config import Config
 from util.dataset import Episode
 from util.errors import UserError
+from util.folds import novel_classes
 from util.metrics import Counts, Scores
+from util.training import Training
 from util.transforms import normalize, to_original
 
 Predictor = Callable[[NTRENetOutput], Tensor]
@@ -30,47 +34,43 @@ def learning_rate(step: int, *, base: float, total: int, power: float, warmup: i
 
 
 def train_one_epoch(
-    model: NTRENet,
-    criterion: NTRELoss,
+    training: Training,
     batches: Iterable[Episode],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
     *,
-    step: int,
     lr_at: Callable[[int], float],
-    device: torch.device,
-    precision: torch.dtype,
     bar: tqdm,
     on_step: Callable[[int, float, LossTerms], None],
-) -> int:
-    """Train on ``batches``, one step each, and return the next step's number.
+) -> None:
+    """Train on ``batches``, one step each.
 
     Args:
-        step: number of the first step in the whole run; the learning rate is a function of it.
+        lr_at: learning rate of a step.
         on_step: called with (step, learning rate, loss terms) after each.
     Raises:
         UserError: a loss is not finite; names the step, every term and the files.
     """
+    model, optimizer, scaler = training.model, training.optimizer, training.scaler
     model.train()
     for batch in batches:
-        lr = lr_at(step)
+        lr = lr_at(training.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        on_device = batch.to(device)
-        output = forward(model, on_device, precision)
-        terms = criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
-        if not math.isfinite(float(terms.total)):
+        on_device = batch.to(training.hardware.device)
+        output = forward(model, on_device, training.hardware.precision)
+        losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
+        terms = LossTerms(*(term.detach() for term in losses))
+        if not math.isfinite(terms.total):
             shown = ", ".join(f"{name} {float(value):g}" for name, value in terms._asdict().items())
             raise UserError(
-                f"the loss of step {step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
+                f"the loss of step {training.step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
                 " lower train.lr, set precision=fp32, or look at these files"
             )
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(terms.total).backward()
+        scaler.scale(losses.total).backward()
         scaler.step(optimizer)
         scaler.update()
-        on_step(step, lr, terms)
-        step += 1
+        on_step(training.step, lr, terms)
+        training.step += 1
         bar.update()
         bar.set_postfix(
             loss=f"{float(terms.total):.3f}",
@@ -80,7 +80,6 @@ def train_one_epoch(
             lr=f"{lr:.4f}",
             refresh=False,
         )
-    return step
 
 
 NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}
@@ -99,30 +98,27 @@ def evaluate(
     model: NTRENet,
     loader: Iterable[Episode],
     *,
-    classes: dict[int, str],
-    device: torch.device,
-    precision: torch.dtype,
-    geometry: str,
+    config: Config,
+    hardware: Hardware,
     predictors: Mapping[str, Predictor] = NETWORK,
     bar: tqdm | None = None,
 ) -> dict[str, Scores]:
-    """Score every predictor on the same episodes, at each query's original size.
+    """Score every predictor on the same episodes, on the fold's novel classes, at each query's original size.
 
     Args:
-        classes: ids and names of the fold's novel classes.
-        geometry: see :func:`util.transforms.to_original`.
-        bar: advanced by one an episode, with the network's running mIoU.
+        bar: advanced by one an episode, with the running mIoU of the first predictor.
     """
     model.eval()
-    counts = {name: Counts(classes, device) for name in predictors}
+    classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    counts = {name: Counts(classes, hardware.device) for name in predictors}
     for number, batch in enumerate(loader):
-        on_device = batch.to(device)
-        output = forward(model, on_device, precision)
+        on_device = batch.to(hardware.device)
+        output = forward(model, on_device, hardware.precision)
         for name, predict in predictors.items():
             for logits, truth, class_id in zip(
                 predict(output).float(), on_device.truths, batch.class_id.tolist(), strict=True
             ):
-                at_original = to_original(logits, truth.shape[0], truth.shape[1], geometry)
+                at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
                 counts[name].add(at_original[0] > 0, truth, class_id)
         if bar is not None:
             bar.update(len(batch.truths))

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from model.ntrenet import NTRENet, NTRENetOutput
+from util.build import Hardware
 from util.dataset import Episode
 from util.engine import forward
 
@@ -54,16 +55,14 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tup
     return tiles
 
 
-def episode_picture(
-    model: NTRENet, loader: Iterable[Episode], *, rows: int, device: torch.device, precision: torch.dtype
-) -> np.ndarray:
+def episode_picture(model: NTRENet, loader: Iterable[Episode], *, rows: int, hardware: Hardware) -> np.ndarray:
     """The first ``rows`` episodes of a loader, run through the model and drawn: RGB (H, W, 3)."""
     model.eval()
     tiles: list[list[tuple[str, np.ndarray]]] = []
     for batch in loader:
-        on_device = batch.to(device)
+        on_device = batch.to(hardware.device)
         with torch.inference_mode():
-            output = forward(model, on_device, precision)
+            output = forward(model, on_device, hardware.precision)
         tiles += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
         if len(tiles) >= rows:
             break
