@@ -30,8 +30,9 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """
     logits = resize(logits.float(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
     valid = masks != IGNORE
-    loss = F.binary_cross_entropy_with_logits(logits, (masks == 1).float(), weight=valid.float(), reduction="sum")
-    return loss / valid.sum().clamp_min(1)
+    logits = logits.masked_fill(~valid, 0)
+    loss = F.binary_cross_entropy_with_logits(logits, (masks == 1).float(), reduction="none")
+    return (loss * valid).sum() / valid.sum().clamp_min(1)
 
 
 def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Tensor:
@@ -47,6 +48,7 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Te
         masks: (N, H, W), of queries and supports alike
     """
     logits = resize(bg_logits.float(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
+    logits = logits.masked_fill(masks == IGNORE, 0)
     target, valid = (masks == 1).float(), (masks != IGNORE).float()
     on_target = (F.softplus(logits) * target).sum((1, 2)) / target.sum((1, 2)).clamp_min(1)
     everywhere = (F.softplus(-logits) * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)

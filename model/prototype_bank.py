@@ -30,7 +30,7 @@ class PrototypeBank(nn.Module):
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
         """Store (N, C) prototypes, oldest first, each under its class id (N,); all-zero (empty) ones are left out."""
         kept = prototypes.abs().amax(1) > 0
-        prototypes, classes = prototypes[kept].detach().float(), class_ids[kept] - 1
+        prototypes, classes = prototypes[kept].to(self.prototypes.dtype), class_ids[kept] - 1
         same = classes[:, None] == classes[None, :]
         rank = same.tril(-1).sum(1)  # how many of the same class come before in this call
         newest = same.triu(1).sum(1) < self.capacity  # what this very call would overwrite is not written

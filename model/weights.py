@@ -76,7 +76,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if expected and not digest.startswith(expected):
         raise WeightsError(
             f"weights file {path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {expected};"
-            " delete it and fetch it again"
+            " delete it and fetch it again, or rename it if those digits are no hash"
         )
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -86,7 +86,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"weights file {path} does not hold a state dict (names to tensors)")
+        raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
     return {name.removeprefix("module."): value for name, value in state.items()}, digest
 
 
@@ -111,7 +111,8 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, i
     if problems:
         raise WeightsError(
             f"{source} does not fit {type(network).__name__}: of {len(wanted)} entries {', '.join(problems)};"
-            " it belongs to another architecture or is incomplete"
+            " it belongs to another architecture or is incomplete; set model.weights to a file of this architecture,"
+            " or to imagenet to fetch one"
         )
     network.load_state_dict(state, strict=False)
 

@@ -1,0 +1,577 @@
+"""The configs in configs/, and how strictly a config is read."""
+
+import importlib
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from model.torchvision_compat import import_models
+from util.config import Config, config_from_dict, flatten, known_keys, load_config
+from util.errors import UserError
+from util.synthetic import CLASS_NAMES
+
+ROOT = Path(__file__).resolve().parent.parent
+BACKBONES = {"pascal": ("vgg16_bn", "resnet50", "resnet101"), "coco": ("resnet50", "resnet101")}
+SHIPPED = sorted(path for folder in ("pascal", "coco", "synthetic") for path in (ROOT / "configs" / folder).iterdir())
+
+# The paper's rows of NTRENet: (data set, backbone, shots) -> class mIoU of folds 0, 1, 2, 3.
+PAPER = {
+    ("pascal", "vgg16_bn", 1): (57.7, 67.6, 57.1, 53.7),
+    ("pascal", "vgg16_bn", 5): (60.3, 68.0, 55.2, 57.1),
+    ("pascal", "resnet50", 1): (65.4, 72.3, 59.4, 59.8),
+    ("pascal", "resnet50", 5): (66.2, 72.8, 61.7, 62.2),
+    ("pascal", "resnet101", 1): (65.5, 71.8, 59.1, 58.3),
+    ("pascal", "resnet101", 5): (67.9, 73.2, 60.1, 66.8),
+    ("coco", "resnet50", 1): (36.8, 42.6, 39.9, 37.9),
+    ("coco", "resnet50", 5): (38.2, 44.1, 40.4, 38.4),
+    ("coco", "resnet101", 1): (38.3, 40.4, 39.5, 38.1),
+    ("coco", "resnet101", 5): (42.3, 44.4, 44.2, 41.7),
+}
+
+MINIMAL = """\
+data:
+  dataset: Letters
+  root: r
+  train_list: t.txt
+  val_list: v.txt
+  classes: [a, b, c, d]
+"""
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """The message with which a config is refused."""
+    with pytest.raises(UserError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- the configs of the repository
+
+
+@pytest.mark.parametrize(("dataset", "count"), [("pascal", 24), ("coco", 16)])
+def test_there_is_one_config_for_each_backbone_fold_and_shot(dataset: str, count: int) -> None:
+    names = {path.name for path in (ROOT / "configs" / dataset).iterdir()}
+    combinations = itertools.product(BACKBONES[dataset], range(4), (1, 5))
+    assert names == {f"{backbone}_fold{fold}_{shots}shot.yaml" for backbone, fold, shots in combinations}
+    assert len(names) == count
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_name_of_a_config_equals_its_content(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    config = load_config(path.relative_to(ROOT))
+    assert path.name == f"{config.model.backbone}_fold{config.data.fold}_{config.data.shots}shot.yaml"
+    assert (
+        config.data.dataset
+        == {"pascal": "PASCAL-5i", "coco": "COCO-20i", "synthetic": "Synthetic-5i"}[path.parent.name]
+    )
+    assert config.run_dir == f"runs/{path.parent.name}/{path.stem}"
+    assert yaml.safe_load(path.read_text())["base"] == f"../base/{path.parent.name}.yaml"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_opens_with_its_command_and_the_papers_number(path: Path) -> None:
+    lines = path.read_text().splitlines()
+    assert lines[0] == f"# python train.py --config {path.relative_to(ROOT)}"
+    assert len(lines) <= 8
+    if path.parent.name == "synthetic":
+        return
+    backbone, fold, shots = re.fullmatch(r"(\w+)_fold(\d)_(\d)shot", path.stem).groups()
+    number = PAPER[path.parent.name, backbone, int(shots)][int(fold)]
+    table = {"pascal": 1, "coco": 2}[path.parent.name]
+    assert re.findall(r"table (\d)", lines[1]) == [str(table)]
+    assert re.findall(r"\d+\.\d+", lines[1]) == [str(number)]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "episodes", "scale", "scheme"),
+    [
+        ("pascal/resnet50_fold0_1shot", 200, 1000, [0.9, 1.1], "contiguous"),
+        ("coco/resnet50_fold0_1shot", 50, 4000, [0.8, 1.25], "interleaved"),
+    ],
+)
+def test_pascal_and_coco_are_trained_and_evaluated_as_in_section_4_2_of_the_paper(
+    name: str, epochs: int, episodes: int, scale: list[float], scheme: str
+) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.yaml")
+    train = config.train
+    assert (train.epochs, train.batch_size, train.lr) == (epochs, 32, 0.03)
+    assert (train.momentum, train.weight_decay, train.power) == (0.9, 0.0001, 0.9)
+    assert (config.data.image_size, config.data.rotation, config.data.scale) == (473, 10, scale)
+    assert (config.eval.episodes, config.eval.geometry) == (episodes, "lineage")
+    assert (config.data.min_area, config.data.novel_in_train, config.data.fold_scheme) == (2048, "keep", scheme)
+    assert config.model.prototype_channels == 640
+    loss = config.loss
+    assert (loss.alpha, loss.beta, loss.lambda_bg, loss.gamma, loss.bank_size) == (0.5, 1, 1, 0.01, 2000)
+    assert (config.model.bgem, config.model.doem, loss.pcl, loss.pcl_negatives) == (True, True, True, "do")
+
+
+def test_class_names_of_pascal_and_coco_stand_in_the_order_of_their_ids() -> None:
+    import_models()
+    get_weight = importlib.import_module("torchvision.models").get_weight
+    coco = get_weight("FasterRCNN_ResNet50_FPN_Weights.COCO_V1").meta["categories"]
+    voc = get_weight("DeepLabV3_ResNet50_Weights.COCO_WITH_VOC_LABELS_V1").meta["categories"]
+    for folder, expected in (("coco", coco), ("pascal", voc)):
+        expected = [name for name in expected if name not in ("__background__", "N/A")]
+        assert load_config(ROOT / f"configs/{folder}/resnet50_fold0_1shot.yaml").data.classes == expected
+
+
+def test_class_names_of_the_synthetic_config_are_the_generators() -> None:
+    config = load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml")
+    assert tuple(config.data.classes) == CLASS_NAMES
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_survives_the_way_through_a_checkpoint_or_a_yaml_file(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert config_from_dict(config.model_dump(), "x") == config
+    assert load_config(write(tmp_path / "c.yaml", yaml.safe_dump(config.model_dump()))) == config
+
+
+# ---------------------------------------------------------------- the value written is the value used
+
+OTHER_VALUES = {
+    "data.dataset": "Other",
+    "data.root": "elsewhere",
+    "data.train_list": "x.txt",
+    "data.val_list": "y.txt",
+    "data.classes": ["p", "q", "r", "s"],
+    "data.fold_scheme": "interleaved",
+    "data.folds": [["a"], ["b", "d"]],
+    "data.fold": 3,
+    "data.shots": 5,
+    "data.min_area": 7,
+    "data.novel_in_train": "drop",
+    "data.image_size": 161,
+    "data.scale": [0.5, 2.5],
+    "data.rotation": 3.5,
+    "model.backbone": "resnet101",
+    "model.weights": "initmodel/x.pth",
+    "model.bgem": True,
+    "model.doem": True,
+    "model.prototype_channels": 12,
+    "model.fem_scales": [1.0, 0.5],
+    "loss.alpha": 0.25,
+    "loss.beta": 2.0,
+    "loss.lambda_bg": 3.0,
+    "loss.gamma": 0.5,
+    "loss.fem_aux": 0.0,
+    "loss.pcl": False,
+    "loss.pcl_negatives": "non_target",
+    "loss.bank_size": 3,
+    "train.epochs": 4,
+    "train.batch_size": 5,
+    "train.lr": 0.125,
+    "train.momentum": 0.0,
+    "train.weight_decay": 0.5,
+    "train.power": 1.5,
+    "train.warmup": 3,
+    "eval.episodes": 6,
+    "eval.batch_size": 7,
+    "eval.geometry": "lineage",
+    "eval.every": 8,
+    "eval.select": "last",
+    "seed": 9,
+    "run_dir": "somewhere",
+    "resume": "auto",
+    "device": "cpu",
+    "precision": "bf16",
+    "workers": 0,
+}
+
+
+def test_known_keys_are_the_keys_of_a_config(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
+    assert set(known_keys()) == {key for key, _ in flatten(config.model_dump())} == set(OTHER_VALUES)
+
+
+@pytest.mark.parametrize("key", OTHER_VALUES)
+@pytest.mark.parametrize("place", ["file", "base", "command line"])
+def test_the_value_written_is_the_value_used(key: str, place: str, tmp_path: Path) -> None:
+    *sections, name = key.split(".")
+    tree = {name: OTHER_VALUES[key]}
+    for section in reversed(sections):
+        tree = {section: tree}
+    minimal = yaml.safe_load(MINIMAL)
+    if place == "command line":
+        text = yaml.safe_dump(OTHER_VALUES[key], default_flow_style=True).removesuffix("...\n").strip()
+        config = load_config(write(tmp_path / "c.yaml", MINIMAL), [f"{key}={text}"])
+    else:
+        for section, value in tree.items():
+            minimal[section] = {**minimal.get(section, {}), **value} if isinstance(value, dict) else value
+        path = write(tmp_path / "c.yaml", yaml.safe_dump(minimal))
+        config = load_config(path if place == "file" else write(tmp_path / "leaf.yaml", "base: c.yaml\n"))
+    values = dict(flatten(config.model_dump()))
+    assert values[key] == OTHER_VALUES[key]
+    assert type(values[key]) is type(OTHER_VALUES[key])
+    default = dict(flatten(load_config(write(tmp_path / "d.yaml", MINIMAL)).model_dump()))
+    changed = {k for k in values if values[k] != default[k]} - {"run_dir"}
+    assert changed <= {key}
+
+
+def test_a_file_goes_before_its_base_and_the_command_line_before_both(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", MINIMAL + "  fold: 1\n  shots: 2\n  min_area: 3\ntrain: {lr: 0.1, epochs: 11}\n")
+    path = write(tmp_path / "leaf.yaml", "base: base.yaml\ndata:\n  shots: 4\n  min_area: 5\ntrain: {lr: 0.2}\n")
+    config = load_config(path, ["data.min_area=6", "train.lr=0.3", "train.lr=0.4"])
+    assert (config.data.fold, config.data.shots, config.data.min_area) == (1, 4, 6)
+    assert (config.train.lr, config.train.epochs) == (0.4, 11)
+
+
+def test_an_override_can_set_several_keys_of_a_section(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), ["train={lr: 0.5, epochs: 3}", "train.epochs=4"])
+    assert (config.train.lr, config.train.epochs, config.train.batch_size) == (0.5, 4, 32)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E-4", 1e-4), ("5.e+1", 50.0), (".5e0", 0.5), ("2", 2)])
+def test_numbers_with_an_exponent_are_numbers(text: str, value: float, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", f"{MINIMAL}train:\n  lr: {text}\n")
+    assert load_config(path).train.lr == value
+    assert load_config(write(tmp_path / "d.yaml", MINIMAL), [f"train.lr={text}"]).train.lr == value
+
+
+@pytest.mark.parametrize("text", ["v1e5x", "e5", "1e", "1e5.5", "'1e5'"])
+def test_names_that_resemble_numbers_stay_text(text: str, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.dataset={text}"])
+    assert config.data.dataset == text.strip("'")
+
+
+def test_a_config_cannot_be_changed_once_it_is_read(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.lr = 1.0
+
+
+# ---------------------------------------------------------------- what is refused, and how
+
+WRONG = {
+    # case: (key, value as written, words of the message beside file and key)
+    "text for a number": ("train.lr", "fast", ["number", "'fast'"]),
+    "quoted number": ("train.epochs", "'20'", ["integer", "'20'"]),
+    "text for a whole number": ("data.fold", "zero", ["integer", "'zero'"]),
+    "bool for a whole number": ("data.fold", "true", ["integer", "True"]),
+    "yaml 1.1 bool for a whole number": ("data.shots", "yes", ["integer", "True"]),
+    "bool for a number": ("train.lr", "true", ["number", "True"]),
+    "fraction for a whole number": ("data.shots", "1.5", ["integer", "1.5"]),
+    "whole number for a bool": ("model.bgem", "1", ["boolean", "1"]),
+    "text for a bool": ("loss.pcl", "'true'", ["boolean", "'true'"]),
+    "number for text": ("data.root", "5", ["string", "5"]),
+    "date for text": ("run_dir", "2024-01-31", ["string"]),
+    "text for a list": ("data.scale", "0.9", ["list", "0.9"]),
+    "nothing for a number": ("train.lr", "", ["number", "None"]),
+    "list for a number": ("train.lr", "[0.1]", ["number", "[0.1]"]),
+    "nothing for a section": ("train", "", ["None"]),
+    "number for a section": ("train", "3", ["3"]),
+    "no such choice": ("precision", "fp8", ["'fp32'", "'bf16'", "'fp16'", "'fp8'"]),
+    "no such backbone": ("model.backbone", "resnet18", ["'resnet50'", "'vgg16_bn'", "'resnet18'"]),
+    "zero learning rate": ("train.lr", "0", ["greater than 0"]),
+    "negative learning rate": ("train.lr", "-0.1", ["greater than 0", "-0.1"]),
+    "learning rate that is no number": ("train.lr", ".nan", ["nan"]),
+    "infinite learning rate": ("train.lr", ".inf", ["inf"]),
+    "infinite scale": ("data.scale", "[0.9, .inf]", ["inf"]),
+    "no shots": ("data.shots", "0", ["greater than or equal to 1", "0"]),
+    "negative fold": ("data.fold", "-1", ["greater than or equal to 0"]),
+    "momentum of 1": ("train.momentum", "1", ["less than 1"]),
+    "negative weight": ("loss.gamma", "-0.01", ["greater than or equal to 0"]),
+    "negative seed": ("seed", "-1", ["greater than or equal to 0"]),
+    "seed beyond 64 bits": ("seed", "18446744073709551616", ["less than", "18446744073709551616"]),
+    "negative workers": ("workers", "-2", ["greater than or equal to 0"]),
+    "scale of one number": ("data.scale", "[0.9]", ["2 items"]),
+    "scale of three numbers": ("data.scale", "[0.9, 1, 1.1]", ["2 items"]),
+    "no scales": ("model.fem_scales", "[]", ["1 item"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+@pytest.mark.parametrize("place", ["file", "base", "command line"])
+def test_a_wrong_value_is_refused_by_key_value_and_place(case: str, place: str, tmp_path: Path) -> None:
+    key, value, words = WRONG[case]
+    *sections, name = key.split(".")
+    if place == "command line":
+        source, message = "command line", refusal(write(tmp_path / "c.yaml", MINIMAL), f"{key}={value}")
+    else:
+        lines = f"  {name}: {value}\n" if sections == ["data"] else f"{name}: {value}\n"
+        if sections and sections != ["data"]:
+            lines = f"{sections[0]}:\n  {lines}"
+        text = MINIMAL if f"  {name}:" not in MINIMAL else re.sub(rf"  {name}:.*\n", "", MINIMAL)
+        source = str(write(tmp_path / "c.yaml", text + lines))
+        path = Path(source) if place == "file" else write(tmp_path / "leaf.yaml", "base: c.yaml\nseed: 1\n")
+        if place == "base" and key == "seed":
+            write(path, "base: c.yaml\n")
+        message = refusal(path)
+    assert message.startswith(f"{source}: {key}")
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("  fold: 4\n", ["fold must be 0 to 3"]),
+        ("  folds: [[a], [b, c], [d]]\n  fold: 3\n", ["fold must be 0 to 2"]),
+        ("  folds: [[a], [z]]\n", ["'z'", "not among classes"]),
+        ("  folds: [[a, b, c, d], [a]]\n", ["not all"]),
+        ("  folds: [[a], []]\n", ["each fold must hold some"]),
+        ("  folds: [[a, a], [b]]\n", ["'a'"]),
+        ("  image_size: 472\n", ["8n + 1", "473"]),
+        ("  scale: [1.1, 0.9]\n", ["from <= to"]),
+    ],
+)
+def test_data_settings_that_contradict_each_other_are_refused(text: str, words: list[str], tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL + text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: data")
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("near", ["465", "473"])
+def test_the_image_sizes_that_an_error_suggests_are_accepted(near: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    message = refusal(path, "data.image_size=470")
+    assert near in message
+    assert load_config(path, [f"data.image_size={near}"]).data.image_size == int(near)
+
+
+@pytest.mark.parametrize(
+    ("classes", "word"),
+    [
+        ("[a, b, c, a]", "different"),
+        ("[a]", "2 to 254"),
+        ("[]", "2 to 254"),
+        (str([f"c{i}" for i in range(255)]), "2 to 254"),
+    ],
+)
+def test_classes_are_2_to_254_different_names(classes: str, word: str, tmp_path: Path) -> None:
+    assert word in refusal(write(tmp_path / "c.yaml", MINIMAL), f"data.classes={classes}")
+
+
+def test_18_classes_need_folds_of_their_own(tmp_path: Path) -> None:
+    names = [f"c{i}" for i in range(18)]
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    message = refusal(path, f"data.classes={names}")
+    assert "18 classes" in message
+    assert "data.folds" in message
+    config = load_config(path, [f"data.classes={names}", "data.folds=[[c0, c17], [c3], [c9]]", "data.fold=2"])
+    assert config.data.num_folds == 3
+
+
+@pytest.mark.parametrize(
+    ("switches", "word"),
+    [
+        (["loss.pcl=true", "model.doem=false"], "loss.pcl"),
+        (["model.doem=false"], "loss.pcl"),
+        (["loss.pcl=false", "model.bgem=false"], "doem needs bgem"),
+    ],
+)
+def test_a_part_whose_foundation_is_off_is_refused(switches: list[str], word: str, tmp_path: Path) -> None:
+    assert word in refusal(write(tmp_path / "c.yaml", MINIMAL), *switches)
+    text = "\n".join(f"{s.split('.')[0]}: {{{s.split('.')[1].replace('=', ': ')}}}" for s in switches)
+    path = write(tmp_path / "d.yaml", f"{MINIMAL}{text}\n")
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert word in message
+
+
+@pytest.mark.parametrize(
+    "switches",
+    [
+        ["loss.pcl=false"],
+        ["loss.pcl=false", "model.doem=false"],
+        ["loss.pcl=false", "model.doem=false", "model.bgem=false"],
+    ],
+)
+def test_the_rows_of_table_3_are_accepted(switches: list[str], tmp_path: Path) -> None:
+    assert isinstance(load_config(write(tmp_path / "c.yaml", MINIMAL), switches), Config)
+
+
+@pytest.mark.parametrize("switch", ["model.doem=false", "data.fold=9", "data.scale=[2, 1]"])
+def test_a_contradiction_that_an_override_brings_about_is_laid_at_the_command_line(switch: str, tmp_path: Path) -> None:
+    assert refusal(write(tmp_path / "c.yaml", MINIMAL), switch).startswith("command line: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "unknown", "nearest"),
+    [
+        ("xyzzy: 1\n", "xyzzy", None),
+        ("train:\n  epoch: 1\n", "train.epoch", "train.epochs"),
+        ("train:\n  batchsize: 1\n", "train.batchsize", "train.batch_size"),
+        ("  shot: 1\n", "data.shot", "data.shots"),
+        ("  novel_in_training: drop\n", "data.novel_in_training", "data.novel_in_train"),
+        ("worker: 1\n", "worker", "workers"),
+        ("device_: cpu\n", "device_", "device"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_file_key_and_nearest_key(
+    text: str, unknown: str, nearest: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL + text)
+    message = refusal(path)
+    assert message.startswith(f"{path}: unknown key '{unknown}'")
+    if nearest is None:
+        assert "train.lr" in message
+        assert "data.fold" in message
+    else:
+        assert f"did you mean '{nearest}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"), [("lr", "train.lr"), ("shots", "data.shots"), ("epoch", "train.epochs"), ("Seed", "seed")]
+)
+def test_a_key_without_its_section_is_answered_with_the_whole_key(key: str, nearest: str, tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "c.yaml", MINIMAL), f"{key}=1")
+    assert message == f"command line: unknown key '{key}'; did you mean '{nearest}'?"
+
+
+def test_an_unknown_key_of_the_base_is_laid_at_the_base(tmp_path: Path) -> None:
+    base = write(tmp_path / "base.yaml", MINIMAL + "  fold_sceme: contiguous\n")
+    message = refusal(write(tmp_path / "leaf.yaml", "base: base.yaml\ndata:\n  fold: 1\n"))
+    assert message == f"{base}: unknown key 'data.fold_sceme'; did you mean 'data.fold_scheme'?"
+
+
+@pytest.mark.parametrize("key", ["dataset", "root", "train_list", "val_list", "classes"])
+def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", re.sub(rf"  {key}:.*\n", "", MINIMAL))
+    assert refusal(path) == f"{path}: key 'data.{key}' is missing"
+
+
+def test_a_missing_section_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "seed: 1\n")
+    assert refusal(path) == f"{path}: key 'data' is missing"
+
+
+@pytest.mark.parametrize(
+    ("extra", "line", "word"),
+    [
+        ("seed: 1\nseed: 2\n", 8, "'seed' stands twice"),
+        ("  root: again\n", 7, "'root' stands twice"),
+        ("train: {lr: 1, lr: 1}\n", 7, "'lr' stands twice"),
+        ("1: 2\n", 7, "not text"),
+        ("? [a, b]\n: 2\n", 7, "not text"),
+        ("train: &t\n  lr: 1\neval: *t\n", 9, "alias"),
+        ("train:\n  <<: *t\n", 8, "alias"),
+        ("train: [1, 2\n", None, "not valid YAML"),
+        ("\tseed: 1\n", 7, "not valid YAML"),
+        ("seed: !!python/object/apply:os.getcwd []\n", 7, "not valid YAML"),
+        ("run_dir: 2024-13-01\n", None, "not valid YAML"),
+    ],
+)
+def test_broken_yaml_is_refused_with_file_and_line(extra: str, line: int | None, word: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL + extra)
+    message = refusal(path)
+    assert message.startswith(f"{path} line {line}: " if line else str(path)), message
+    assert word in message
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "- a\n- b\n", "just words\n", "5\n"])
+def test_a_file_that_holds_no_keys_is_refused(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", text)
+    assert refusal(path).startswith(f"{path}: must hold keys and values")
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"\xff\xfe\x00\x80")
+    assert str(path) in refusal(path)
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_a_missing_file_is_refused_with_the_nearest_name() -> None:
+    wrong = ROOT / "configs/pascal/resnet50_fold0_1shots.yaml"
+    right = ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"
+    assert refusal(wrong) == f"config {wrong} does not exist; did you mean {right}?"
+
+
+def test_a_missing_file_that_resembles_none_gets_no_hint(tmp_path: Path) -> None:
+    write(tmp_path / "resnet50.yaml", MINIMAL)
+    assert refusal(tmp_path / "zzz.yaml") == f"config {tmp_path / 'zzz.yaml'} does not exist"
+    assert "does not exist" in refusal(tmp_path / "no/such/folder.yaml")
+
+
+# ---------------------------------------------------------------- base
+
+
+def test_a_base_is_sought_beside_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "base/letters.yaml", MINIMAL)
+    path = write(tmp_path / "leaves/leaf.yaml", "base: ../base/letters.yaml\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_config(path).data.dataset == "Letters"
+    assert load_config(Path("../leaves/leaf.yaml")).run_dir == "runs/leaves/leaf"
+
+
+def test_a_base_with_a_base_of_its_own_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "ground.yaml", MINIMAL)
+    base = write(tmp_path / "base.yaml", "base: ground.yaml\n")
+    path = write(tmp_path / "leaf.yaml", "base: base.yaml\n")
+    message = refusal(path)
+    assert message.startswith(f"{base}: ")
+    assert str(path) in message
+
+
+def test_a_missing_base_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "letters.yaml", MINIMAL)
+    message = refusal(write(tmp_path / "leaf.yaml", "base: leters.yaml\n"))
+    assert message == f"config {tmp_path / 'leters.yaml'} does not exist; did you mean {tmp_path / 'letters.yaml'}?"
+
+
+@pytest.mark.parametrize("name", ["[a.yaml, b.yaml]", "5", "{a: b}"])
+def test_a_base_is_the_path_of_one_file(name: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "leaf.yaml", f"base: {name}\n")
+    assert refusal(path).startswith(f"{path}: 'base'")
+
+
+def test_the_command_line_cannot_name_a_base(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    assert refusal(path, "base=other.yaml").startswith("command line: unknown key 'base'")
+
+
+# ---------------------------------------------------------------- the command line
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lr", ["'train.lr'", "key=value"]),
+        ("train.lr:0.1", ["key=value"]),
+        ("train.lr=[", ["train.lr", "'['"]),
+        ("train.lr={a: 1, a: 2}", ["train.lr"]),
+        ("train.lr=*a", ["train.lr"]),
+        ("train..lr=1", ["unknown key"]),
+        ("=1", ["unknown key ''"]),
+        ("run_dir=2024-13-01", ["run_dir", "2024-13-01"]),
+        (f"train.epochs={'9' * 5000}", ["train.epochs"]),
+    ],
+)
+def test_an_unreadable_override_is_refused(override: str, words: list[str], tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "c.yaml", MINIMAL), override)
+    assert message.startswith("command line: ")
+    assert all(word in message for word in words), message
+
+
+def test_a_value_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path / "c.yaml", MINIMAL), ["run_dir=runs/lr=0.1"]).run_dir == "runs/lr=0.1"
+
+
+def test_run_dir_is_by_default_runs_and_the_configs_own_path(tmp_path: Path) -> None:
+    path = write(tmp_path / "letters/first.yaml", MINIMAL)
+    assert load_config(path).run_dir == "runs/letters/first"
+    assert load_config(path, ["run_dir="]).run_dir == "runs/letters/first"
+    assert load_config(path, ["run_dir=here"]).run_dir == "here"
+
+
+def test_a_config_from_a_checkpoint_is_checked_as_strictly(tmp_path: Path) -> None:
+    values = load_config(write(tmp_path / "c.yaml", MINIMAL)).model_dump()
+    values["train"]["lr"] = "fast"
+    with pytest.raises(UserError, match=r"^checkpoint x\.pt: train\.lr: .*number"):
+        config_from_dict(values, "checkpoint x.pt")
+    values["train"] = {"lrr": 1}
+    with pytest.raises(UserError, match=r"^checkpoint x\.pt: unknown key 'train\.lrr'; did you mean 'train\.lr'"):
+        config_from_dict(values, "checkpoint x.pt")

@@ -1,0 +1,1399 @@
+"""Lists, images, class index, folds, episodes, transforms and loaders."""
+
+import errno
+import hashlib
+import itertools
+import os
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import class_index
+from util.build import build_eval_loader, build_eval_sampler, build_index, build_train_loader, build_train_sampler
+from util.class_index import ClassIndex, Item, load_class_index, read_list
+from util.config import Config, DataConfig, load_config
+from util.dataset import Episode, read_pair
+from util.episodes import EpisodeSampler
+from util.errors import UserError
+from util.folds import base_classes, novel_classes
+from util.images import image_size, read_image, read_mask
+from util.transforms import augment, fit, fitted_size, normalize, to_original
+
+ROOT = Path(__file__).resolve().parent.parent
+MEAN_COLOUR = (124, 116, 104)  # 255 * (0.485, 0.456, 0.406) = 123.7, 116.3, 103.5
+
+# ---------------------------------------------------------------- folds
+
+
+def data_config(names: list[str], **changes: object) -> DataConfig:
+    lists = {"dataset": "d", "root": "r", "train_list": "t", "val_list": "v"}
+    return DataConfig.model_validate({**lists, "classes": names, **changes})
+
+
+def names(count: int) -> list[str]:
+    return [f"class{number}" for number in range(1, count + 1)]
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_novel_classes_of_pascal_fold_i_are_5i_plus_1_to_5(fold: int) -> None:
+    data = data_config(names(20), fold=fold)
+    assert novel_classes(data) == tuple(5 * fold + offset for offset in (1, 2, 3, 4, 5))
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_novel_classes_of_coco_fold_i_are_every_fourth_from_i_plus_1(fold: int) -> None:
+    data = data_config(names(80), fold=fold, fold_scheme="interleaved")
+    assert novel_classes(data) == tuple(c for c in range(1, 81) if c % 4 == (fold + 1) % 4)
+
+
+def test_coco_fold_0_holds_the_classes_that_the_literature_lists() -> None:
+    data = load_config(ROOT / "configs/coco/resnet50_fold0_1shot.yaml").data
+    assert {data.classes[c - 1] for c in novel_classes(data)} == {
+        *("person", "airplane", "boat", "parking meter", "dog", "elephant", "backpack", "suitcase", "sports ball"),
+        *("skateboard", "wine glass", "spoon", "sandwich", "hot dog", "chair", "dining table", "mouse", "microwave"),
+        *("refrigerator", "scissors"),
+    }
+
+
+@pytest.mark.parametrize("count", [4, 20, 80])
+@pytest.mark.parametrize("scheme", ["contiguous", "interleaved"])
+def test_base_and_novel_are_disjoint_and_cover_all_and_the_folds_partition_the_classes(count: int, scheme: str) -> None:
+    held_back: list[int] = []
+    for fold in range(4):
+        data = data_config(names(count), fold=fold, fold_scheme=scheme)
+        novel, base = novel_classes(data), base_classes(data)
+        assert not set(novel) & set(base)
+        assert sorted(novel + base) == list(range(1, count + 1))
+        assert len(novel) == count // 4
+        held_back += novel
+    assert sorted(held_back) == list(range(1, count + 1))
+
+
+def test_explicit_folds_are_found_by_name_whatever_their_order_and_size() -> None:
+    folds = [["e", "a"], ["b"], ["a", "c", "d"]]
+    expected = [((1, 5), (2, 3, 4)), ((2,), (1, 3, 4, 5)), ((1, 3, 4), (2, 5))]
+    for fold, (novel, base) in enumerate(expected):
+        data = data_config(["a", "b", "c", "d", "e"], folds=folds, fold=fold)
+        assert (novel_classes(data), base_classes(data)) == (novel, base)
+
+
+# ---------------------------------------------------------------- lists
+
+
+def write_list(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"i/a.jpg m/a.png\ni/b.jpg m/b.png\n",
+        b"i/a.jpg m/a.png\ni/b.jpg m/b.png",
+        b"i/a.jpg m/a.png\r\ni/b.jpg m/b.png\r\n",
+        b"\n\ni/a.jpg m/a.png\n   \n\t\ni/b.jpg m/b.png\n\n",
+        b"/i/a.jpg /m/a.png\n//i/b.jpg m/b.png\n",
+        b"  i/a.jpg\tm/a.png  \ni/b.jpg     m/b.png\n",
+    ],
+    ids=["plain", "no last newline", "windows line ends", "blank lines", "leading slashes", "other white space"],
+)
+def test_a_list_gives_its_lines_in_order_below_the_root(content: bytes, tmp_path: Path) -> None:
+    items = read_list(write_list(tmp_path / "l.txt", content), Path("data/x"))
+    assert items == (
+        Item(Path("data/x/i/a.jpg"), Path("data/x/m/a.png")),
+        Item(Path("data/x/i/b.jpg"), Path("data/x/m/b.png")),
+    )
+
+
+@pytest.mark.parametrize("line", ["my image.jpg my mask.png", "only.jpg", "a.jpg a.png 3", "my image.jpg mask.png"])
+def test_a_line_that_is_not_two_paths_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "l.txt", f"x.jpg x.png\n\n{line}\n".encode())
+    with pytest.raises(UserError, match=r"line 3: .*without spaces") as caught:
+        read_list(path, tmp_path)
+    assert str(path) in str(caught.value)
+    assert line in str(caught.value)
+
+
+@pytest.mark.parametrize("again", ["a.jpg a.png", "/a.jpg  a.png"])
+def test_a_line_that_stands_twice_is_refused_with_both_numbers(again: str, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "l.txt", f"x.jpg x.png\na.jpg a.png\n\nb.jpg b.png\n{again}\n".encode())
+    with pytest.raises(UserError, match=r"line 5: the same as line 2"):
+        read_list(path, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \r\n\n"])
+def test_an_empty_list_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = write_list(tmp_path / "l.txt", content)
+    with pytest.raises(UserError, match="holds no lines") as caught:
+        read_list(path, tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_or_binary_list_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist") as caught:
+        read_list(tmp_path / "none.txt", tmp_path)
+    assert str(tmp_path / "none.txt") in str(caught.value)
+    binary = write_list(tmp_path / "binary.txt", b"\xff\xd8\xff\xe0\x00")
+    with pytest.raises(UserError, match=r"binary\.txt cannot be read"):
+        read_list(binary, tmp_path)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_list(tmp_path, tmp_path)
+
+
+# ---------------------------------------------------------------- images
+
+LABELS = np.array([[0, 1, 2], [20, 254, 255]], np.uint8).repeat(9, 0).repeat(7, 1)  # (18, 21)
+
+
+def save_palette_mask(path: Path, mask: np.ndarray) -> None:
+    image = Image.fromarray(mask, "L")
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    assert image.mode == "P"
+    image.save(path)
+
+
+def photograph(height: int = 60, width: int = 90) -> np.ndarray:
+    """A picture (H, W, 3) that does not compress to nothing."""
+    noise = np.random.default_rng(7).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3)).astype(np.uint8)
+    return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+def test_palette_and_greyscale_masks_hold_the_same_values(tmp_path: Path) -> None:
+    save_palette_mask(tmp_path / "palette.png", LABELS)
+    Image.fromarray(LABELS).save(tmp_path / "grey.png")
+    for name in ("palette.png", "grey.png"):
+        mask = read_mask(tmp_path / name)
+        assert mask.dtype == np.uint8
+        np.testing.assert_array_equal(mask, LABELS)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_palette_masks_of_few_colours_keep_their_values(bits: int, tmp_path: Path) -> None:
+    labels = LABELS.astype(int) % 2**bits
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0])
+    image.save(tmp_path / "m.png", bits=bits)
+    assert (tmp_path / "m.png").read_bytes()[24] == bits, "bit depth in the PNG's header"
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.png"), labels)
+
+
+def test_a_two_level_mask_holds_0_and_1(tmp_path: Path) -> None:
+    Image.fromarray(LABELS > 1).save(tmp_path / "m.png")
+    mask = read_mask(tmp_path / "m.png")
+    assert mask.dtype == np.uint8
+    np.testing.assert_array_equal(mask, (LABELS > 1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
+def test_masks_that_are_neither_palette_nor_greyscale_are_refused(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(LABELS.astype(np.uint16)) if mode == "I;16" else Image.fromarray(LABELS).convert(mode)
+    image.save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=f"mode {mode}") as caught:
+        read_mask(tmp_path / "m.png")
+    assert str(tmp_path / "m.png") in str(caught.value)
+
+
+def test_rgb_pictures_are_read_as_they_are_and_in_rgb_order(tmp_path: Path) -> None:
+    picture = photograph()
+    Image.fromarray(picture).save(tmp_path / "i.png")
+    np.testing.assert_array_equal(read_image(tmp_path / "i.png"), picture)
+
+
+def test_greyscale_jpegs_become_rgb(tmp_path: Path) -> None:
+    Image.fromarray(photograph()).convert("L").save(tmp_path / "i.jpg", quality=95)
+    stored = np.asarray(Image.open(tmp_path / "i.jpg"))
+    assert stored.ndim == 2
+    image = read_image(tmp_path / "i.jpg")
+    assert (image.shape, image.dtype) == ((60, 90, 3), np.uint8)
+    np.testing.assert_array_equal(image, np.repeat(stored[..., None], 3, 2))
+
+
+def test_cmyk_jpegs_become_rgb(tmp_path: Path) -> None:
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0]], np.uint8)
+    picture = np.broadcast_to(colours.repeat(16, 0), (32, 80, 3))
+    Image.fromarray(picture).convert("CMYK").save(tmp_path / "i.jpg", quality=95)
+    assert Image.open(tmp_path / "i.jpg").mode == "CMYK"
+    image = read_image(tmp_path / "i.jpg")
+    assert (image.shape, image.dtype) == ((32, 80, 3), np.uint8)
+    difference = np.abs(image.astype(int) - picture)[:, np.arange(80) % 16 // 4 == 1]
+    assert difference.max() < 12
+
+
+def test_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+    picture = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8).repeat(8, 0).repeat(8, 1)
+    Image.fromarray(picture).quantize(8).save(tmp_path / "palette.png")
+    Image.fromarray(picture).convert("RGBA").save(tmp_path / "alpha.png")
+    for name in ("palette.png", "alpha.png"):
+        np.testing.assert_array_equal(read_image(tmp_path / name), picture)
+
+
+def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(photograph(40, 70)).save(tmp_path / "i.jpg", exif=exif)
+    assert read_image(tmp_path / "i.jpg").shape == (40, 70, 3)
+    assert image_size(tmp_path / "i.jpg") == (40, 70)
+
+
+@pytest.mark.parametrize("name", ["i.jpg", "i.png"])
+def test_a_truncated_file_is_refused_by_name_or_still_whole(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    Image.fromarray(photograph()).save(path)
+    data, whole = path.read_bytes(), read_image(path)
+    refused = 0
+    for length in [*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 25, len(data))]:
+        path.write_bytes(data[:length])
+        try:
+            np.testing.assert_array_equal(read_image(path), whole)
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)
+            assert length < len(data) - (12 if name == "i.png" else 0) or name == "i.jpg"
+    assert refused >= 60
+
+
+def test_a_truncated_mask_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "m.png"
+    save_palette_mask(path, np.random.default_rng(0).integers(0, 21, (60, 70)).astype(np.uint8))
+    data = path.read_bytes()
+    for share in (0, 0.01, 0.1, 0.3, 0.5, 0.9):
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(UserError, match=r"mask .*m\.png cannot be read"):
+            read_mask(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, image_size])
+@pytest.mark.parametrize("content", [b"", b"this is a text file\n", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_a_file_that_is_no_picture_is_refused_by_name(read, content: bytes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "i.jpg"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read") as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [read_image, read_mask, image_size])
+def test_a_missing_file_or_a_folder_is_refused_by_name(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(UserError, match="does not exist") as caught:
+        read(tmp_path / "none.png")
+    assert str(tmp_path / "none.png") in str(caught.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        read(tmp_path)
+
+
+def test_damaged_bytes_never_raise_anything_but_a_user_error(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    picture, mask = tmp_path / "i.jpg", tmp_path / "m.png"
+    Image.fromarray(photograph()).save(picture)
+    save_palette_mask(mask, LABELS)
+    outcomes = Counter()
+    for path, read in ((picture, read_image), (mask, read_mask)):
+        data = path.read_bytes()
+        for trial in range(120):
+            damaged = bytearray(data)
+            for _ in range(rng.randint(1, 4)):
+                damaged[rng.randrange(len(data) if trial % 2 else 200)] = rng.randrange(256)
+            path.write_bytes(damaged)
+            try:
+                read(path)
+            except UserError:
+                outcomes[path.name] += 1
+    assert min(outcomes["i.jpg"], outcomes["m.png"]) > 20
+
+
+def test_a_pair_is_read_as_target_other_and_ignored(tmp_path: Path) -> None:
+    Image.fromarray(photograph(18, 21)).save(tmp_path / "i.jpg")
+    save_palette_mask(tmp_path / "m.png", LABELS)
+    item = Item(tmp_path / "i.jpg", tmp_path / "m.png")
+    for class_id in (1, 2, 20, 254):
+        image, mask = read_pair(item, class_id)
+        assert (image.shape, mask.dtype) == ((18, 21, 3), np.uint8)
+        for value, seen in zip(LABELS.ravel().tolist(), mask.ravel().tolist(), strict=True):
+            assert seen == (255 if value == 255 else int(value == class_id))
+
+
+def test_a_pair_of_different_sizes_is_refused(tmp_path: Path) -> None:
+    Image.fromarray(photograph(21, 18)).save(tmp_path / "i.jpg")
+    save_palette_mask(tmp_path / "m.png", LABELS)
+    with pytest.raises(UserError, match=r"i\.jpg.*m\.png"):
+        read_pair(Item(tmp_path / "i.jpg", tmp_path / "m.png"), 1)
+
+
+# ---------------------------------------------------------------- class index
+
+
+def write_tree(root: Path, masks: list[np.ndarray], name: str = "train.txt") -> Path:
+    """Images, masks and a list below ``root``; the path of the list."""
+    (root / "images").mkdir(parents=True, exist_ok=True)
+    (root / "masks").mkdir(exist_ok=True)
+    for number, mask in enumerate(masks):
+        Image.fromarray(np.zeros((*mask.shape, 3), np.uint8)).save(root / f"images/{number}.png")
+        Image.fromarray(mask).save(root / f"masks/{number}.png")
+    lines = [f"images/{number}.png masks/{number}.png\n" for number in range(len(masks))]
+    (root / name).write_text("".join(lines))
+    return root / name
+
+
+def random_masks(count: int, num_classes: int, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    values = [*range(num_classes + 1), 255]
+    return [rng.choice(values, tuple(rng.integers(5, 30, 2))).astype(np.uint8) for _ in range(count)]
+
+
+def counted(masks: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
+    return np.stack([np.bincount(mask.ravel(), minlength=256)[: num_classes + 1] for mask in masks])
+
+
+def load(path: Path, num_classes: int = 6) -> ClassIndex:
+    return load_class_index(path, path.parent, num_classes, progress=False)
+
+
+def forbid_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("a mask was counted again")
+
+    monkeypatch.setattr(class_index, "count_pixels", fail)
+
+
+@pytest.fixture
+def masks() -> list[np.ndarray]:
+    return random_masks(12, 6)
+
+
+def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    index = load(path)
+    np.testing.assert_array_equal(index.pixels, counted(masks, 6))
+    assert index.pixels.shape == (12, 7)
+    assert index.items == read_list(path, tmp_path)
+    assert index.list_path == path
+    assert index.list_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_254_classes_can_be_counted(tmp_path: Path) -> None:
+    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert load(write_tree(tmp_path, [mask]), 254).pixels.tolist() == [[1] * 255]
+
+
+def test_qualifying_images_hold_at_least_the_area(masks: list[np.ndarray], tmp_path: Path) -> None:
+    index = load(write_tree(tmp_path, masks))
+    for class_id in range(1, 7):
+        areas = [int((mask == class_id).sum()) for mask in masks]
+        for area in {*areas, min(areas) + 1, max(areas) + 1}:
+            assert index.qualifying(class_id, area).tolist() == [i for i, a in enumerate(areas) if a >= area]
+
+
+def test_the_second_time_the_index_comes_from_its_cache(
+    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    forbid_counting(monkeypatch)
+    index = load(path)
+    np.testing.assert_array_equal(index.pixels, counted(masks, 6))
+    assert np.issubdtype(index.pixels.dtype, np.integer)
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_two_lists_of_a_folder_have_an_index_each(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    other = tmp_path / "val.txt"
+    other.write_text("images/3.png masks/3.png\n")
+    for _ in range(2):
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+        np.testing.assert_array_equal(load(other).pixels, counted(masks[3:4], 6))
+
+
+def test_a_mask_that_changed_in_size_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    file = tmp_path / "masks/4.png"
+    before = file.stat()
+    masks[4] = np.zeros_like(masks[4])
+    Image.fromarray(masks[4]).save(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    assert file.stat().st_size != before.st_size
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+def test_a_mask_that_changed_at_the_same_size_is_noticed_by_its_time(tmp_path: Path) -> None:
+    masks = [np.full((8, 8), value, np.uint8) for value in (1, 2, 3)]
+    path = write_tree(tmp_path, masks)
+    load(path)
+    file = tmp_path / "masks/1.png"
+    before = file.stat()
+    masks[1][:] = 5
+    Image.fromarray(masks[1]).save(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns + 1_000_000))
+    assert file.stat().st_size == before.st_size
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+def test_a_changed_list_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks[::-1], 6))
+    path.write_text("\n".join(lines[:5]))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks[:5], 6))
+
+
+def test_a_changed_order_is_noticed_even_among_masks_of_one_size_and_time(tmp_path: Path) -> None:
+    """As archives and copies leave them."""
+    masks = [np.full((8, 8), value, np.uint8) for value in (1, 2, 3)]
+    path = write_tree(tmp_path, masks)
+    for number in range(3):
+        os.utime(tmp_path / f"masks/{number}.png", (1_700_000_000, 1_700_000_000))
+    assert len({(tmp_path / f"masks/{number}.png").stat().st_size for number in range(3)}) == 1
+    load(path)
+    path.write_text("\n".join(reversed(path.read_text().splitlines())))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks[::-1], 6))
+
+
+def test_another_number_of_classes_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path, 6)
+    np.testing.assert_array_equal(load(path, 9).pixels, counted(masks, 9))
+    with pytest.raises(UserError, match="holds the value"):
+        load(path, 5)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"P",
+        lambda data: b"not an archive",
+        lambda data: data[:100],
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-1],
+        lambda data: data.replace(b"pixels", b"pixelz"),
+        lambda data: bytes(len(data)),
+    ],
+    ids=["empty", "one byte", "text", "100 bytes", "half", "last byte lost", "array renamed", "zeros"],
+)
+def test_a_damaged_cache_is_built_anew(damage, masks: list[np.ndarray], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    path = write_tree(tmp_path, masks)
+    load(path)
+    (cache,) = tmp_path.glob("*.npz")
+    whole = cache.read_bytes()
+    cache.write_bytes(damage(whole))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    assert len(cache.read_bytes()) == len(whole), "and is written again"
+
+
+def test_a_cache_with_a_flipped_bit_is_never_believed_and_never_fatal(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    (cache,) = tmp_path.glob("*.npz")
+    whole = cache.read_bytes()
+    for place in range(0, len(whole), 17):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        cache.write_bytes(damaged)
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+def test_a_cache_that_is_another_programs_file_is_built_anew(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    (cache,) = tmp_path.glob("*.npz")
+    np.savez(cache, pixels=np.zeros((12, 7)))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    np.savez(cache, key=np.array("x"))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+def test_a_cache_that_cannot_be_put_in_its_place_is_done_without(
+    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = write_tree(tmp_path, masks)
+    (tmp_path / "train.txt.index.npz").mkdir()
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    out = capfd.readouterr()
+    assert "not cached" in out.out + out.err
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+def test_a_folder_that_cannot_be_written_is_done_without_a_cache(
+    reason: int, masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under EROFS, a read-only mount, Linux refuses to unlink even a file that is not there."""
+    path = write_tree(tmp_path, masks)
+    path_open, path_unlink = Path.open, Path.unlink
+
+    def open_(self: Path, mode: str = "r", *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        if tmp_path in self.parents and set(mode) & set("wax+"):
+            raise OSError(reason, os.strerror(reason), str(self))
+        return path_open(self, mode, *args, **kwargs)
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if tmp_path in self.parents and reason == errno.EROFS:
+            raise OSError(reason, os.strerror(reason), str(self))
+        path_unlink(self, missing_ok)
+
+    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    for _ in range(2):
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_an_image_and_a_mask_of_different_sizes_are_refused_by_both_names(
+    masks: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = write_tree(tmp_path, masks)
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "images/7.png")
+    Image.fromarray(np.zeros((50, 40), np.uint8)).save(tmp_path / "masks/7.png")
+    with pytest.raises(UserError, match=r"images/7\.png is 50x40 but mask .*masks/7\.png is 40x50"):
+        load(path)
+
+
+@pytest.mark.parametrize(("value", "refused"), [(6, False), (255, False), (7, True), (254, True), (100, True)])
+def test_a_mask_value_that_is_no_class_is_refused_by_file_and_value(
+    value: int, refused: bool, masks: list[np.ndarray], tmp_path: Path
+) -> None:
+    masks[5][2, 3] = value
+    path = write_tree(tmp_path, masks)
+    if not refused:
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+        return
+    with pytest.raises(UserError, match=rf"masks/5\.png holds the value {value}, .* 6\b"):
+        load(path)
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_missing_file_is_refused_by_name_cached_or_not(
+    kind: str, cached: bool, masks: list[np.ndarray], tmp_path: Path
+) -> None:
+    path = write_tree(tmp_path, masks)
+    if cached:
+        load(path)
+    file = tmp_path / f"{kind}s/9.png"
+    file.unlink()
+    with pytest.raises(UserError, match=f"{kind} .* does not exist") as caught:
+        load(path)
+    assert str(file) in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_an_unreadable_file_is_refused_by_name(kind: str, masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    (tmp_path / f"{kind}s/9.png").write_bytes(b"nothing")
+    with pytest.raises(UserError, match=rf"{kind} .*{kind}s/9\.png cannot be read"):
+        load(path)
+    assert not list(tmp_path.glob("*.npz"))
+
+
+def test_many_masks_are_counted_by_a_pool_with_the_same_result(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    masks = [rng.choice([*range(7), 255], (8, 8)).astype(np.uint8) for _ in range(520)]
+    path = write_tree(tmp_path, masks)
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+    next(tmp_path.glob("*.npz")).unlink()
+    masks[413][1, 1] = 77
+    Image.fromarray(masks[413]).save(tmp_path / "masks/413.png")
+    with pytest.raises(UserError, match=r"masks/413\.png holds the value 77") as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- episodes
+
+MIN_AREA = 2048
+
+
+def random_index(images: int = 60, num_classes: int = 8, seed: int = 0) -> ClassIndex:
+    """An index, of no files, in which a class is absent, small or large in an image."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(1, MIN_AREA, (images, num_classes + 1))
+    large = rng.integers(MIN_AREA, 9 * MIN_AREA, (images, num_classes + 1))
+    pixels = np.choose(rng.choice(3, (images, num_classes + 1), p=[0.6, 0.15, 0.25]), [0, small, large])
+    return index_of(pixels)
+
+
+def index_of(pixels: np.ndarray) -> ClassIndex:
+    items = tuple(Item(Path(f"{number}.jpg"), Path(f"{number}.png")) for number in range(len(pixels)))
+    return ClassIndex(items, np.asarray(pixels), Path("some/list.txt"), "")
+
+
+def sampler_of(index: ClassIndex, **changes: object) -> EpisodeSampler:
+    options = {"classes": (2, 3, 5), "shots": 3, "min_area": MIN_AREA, "seed": 1, "class_names": names(8)}
+    return EpisodeSampler(index, **{**options, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_every_episode_keeps_the_protocol(shots: int, seed: int) -> None:
+    index = random_index(seed=seed)
+    classes = (2, 3, 5)
+    sampler = sampler_of(index, shots=shots, seed=seed)
+    in_fold = {i for i in range(60) if any(index.pixels[i, c] >= MIN_AREA for c in classes)}
+    assert len(sampler) == len(in_fold)
+    for number in range(4 * len(sampler)):
+        query, supports, class_id = sampler(number)
+        assert query in in_fold
+        assert class_id in classes
+        assert index.pixels[query, class_id] > 0
+        assert len(supports) == shots
+        assert len({query, *supports}) == shots + 1, "all different, and never the query"
+        assert all(index.pixels[support, class_id] >= MIN_AREA for support in supports)
+
+
+def test_every_run_of_len_numbers_visits_every_image_of_the_fold_once() -> None:
+    index = random_index()
+    sampler = sampler_of(index)
+    in_fold = [i for i in range(60) if (index.pixels[i, [2, 3, 5]] >= MIN_AREA).any()]
+    orders = []
+    for run in range(5):
+        queries = [sampler(run * len(sampler) + place).query for place in range(len(sampler))]
+        assert sorted(queries) == in_fold
+        orders.append(tuple(queries))
+    assert len(set(orders)) == 5, "in another order each time"
+    assert tuple(in_fold) not in orders
+
+
+def test_an_episode_is_a_function_of_seed_and_number_alone() -> None:
+    index = random_index()
+    numbers = [*range(150), 10_000, 123_456_789, 2**40]
+    first = sampler_of(index)
+    expected = {number: first(number) for number in numbers}
+    shuffled = random.Random(0).sample(numbers, len(numbers))
+    np.random.seed(5)
+    torch.manual_seed(5)
+    fresh = sampler_of(random_index())
+    assert {number: fresh(number) for number in shuffled} == expected
+    assert {number: sampler_of(index)(number) for number in shuffled[:20]} == {n: expected[n] for n in shuffled[:20]}
+    assert all(first(number) == episode for number, episode in expected.items())
+
+
+def test_different_seeds_give_different_episodes() -> None:
+    index = random_index()
+    runs = {tuple(sampler_of(index, seed=seed)(number) for number in range(30)) for seed in range(20)}
+    assert len(runs) == 20
+
+
+def test_the_seed_changes_the_order_of_queries_the_classes_and_the_supports_each() -> None:
+    pixels = np.zeros((30, 9), int)
+    pixels[:, [2, 3, 5]] = MIN_AREA  # anything goes with anything
+    samplers = [sampler_of(index_of(pixels), seed=seed, shots=1) for seed in range(10)]
+    for field in ("query", "class_id", "supports"):
+        assert len({tuple(getattr(sampler(number), field) for number in range(30)) for sampler in samplers}) == 10
+
+
+def test_other_episodes_of_the_same_query_have_other_supports() -> None:
+    pixels = np.zeros((30, 9), int)
+    pixels[:, 2] = 5000
+    sampler = sampler_of(index_of(pixels), classes=(2,), shots=5)
+    of_query: dict[int, set] = {}
+    for number in range(10 * len(sampler)):
+        episode = sampler(number)
+        of_query.setdefault(episode.query, set()).add(frozenset(episode.supports))
+    assert all(len(supports) >= 9 for supports in of_query.values())
+
+
+def test_a_query_is_about_each_of_its_classes_and_each_other_image_supports_it_equally_often() -> None:
+    pixels = np.zeros((6, 9), int)
+    pixels[:, [2, 3, 5]] = MIN_AREA
+    sampler = sampler_of(index_of(pixels), shots=2)
+    episodes = [sampler(number) for number in range(6000)]
+    # five standard deviations of a binomial distribution
+    by_class = Counter((episode.query, episode.class_id) for episode in episodes)
+    assert len(by_class) == 18
+    assert all(abs(count - 6000 / 18) < 5 * 18 for count in by_class.values())
+    for place in (0, 1):
+        by_support = Counter((episode.query, episode.supports[place]) for episode in episodes)
+        assert len(by_support) == 30
+        assert all(abs(count - 200) < 5 * 14 for count in by_support.values())
+
+
+def test_a_class_of_a_query_counts_whatever_its_area_but_not_among_supports() -> None:
+    pixels = np.zeros((9, 9), int)
+    pixels[:4, 2] = MIN_AREA
+    pixels[4:8, 3] = MIN_AREA
+    pixels[0, 3] = 1  # too small to support class 3
+    pixels[8, 2] = MIN_AREA - 1  # not in the fold
+    sampler = sampler_of(index_of(pixels), classes=(2, 3), shots=3)
+    assert len(sampler) == 8
+    episodes = [sampler(number) for number in range(800)]
+    assert {episode.class_id for episode in episodes if episode.query == 0} == {2, 3}
+    assert {support for e in episodes if e.class_id == 3 for support in e.supports} == {4, 5, 6, 7}
+    assert {support for e in episodes if e.class_id == 2 for support in e.supports} == {0, 1, 2, 3}
+    assert 8 not in {episode.query for episode in episodes}
+
+
+@pytest.mark.parametrize("min_area", [1, 500, 2048, 3000])
+def test_the_area_is_the_samplers_and_counts_from_exactly_that_many_pixels(min_area: int) -> None:
+    pixels = np.zeros((40, 9), int)
+    pixels[:10, 2] = min_area
+    pixels[10:20, 2] = min_area - 1
+    pixels[20:30, 2] = min_area + 1
+    sampler = sampler_of(index_of(pixels), classes=(2,), shots=4, min_area=min_area)
+    seen = {image for number in range(200) for image in (sampler(number).query, *sampler(number).supports)}
+    assert seen == {*range(10), *range(20, 30)}
+
+
+def test_images_with_a_pixel_of_an_avoided_class_are_left_out() -> None:
+    index = random_index(images=200)
+    avoid = (1, 7)
+    sampler = sampler_of(index, avoid=avoid)
+    bare = {i for i in range(200) if index.pixels[i, 1] == 0 and index.pixels[i, 7] == 0}
+    in_fold = {i for i in bare if (index.pixels[i, [2, 3, 5]] >= MIN_AREA).any()}
+    assert 0 < len(in_fold) == len(sampler) < len(sampler_of(index))
+    for number in range(2 * len(sampler)):
+        query, supports, _ = sampler(number)
+        assert query in in_fold
+        assert set(supports) <= bare
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_a_class_with_too_few_images_is_refused_by_name_and_numbers(shots: int) -> None:
+    pixels = np.zeros((30, 9), int)
+    pixels[:20, 2] = MIN_AREA
+    pixels[20 : 20 + shots, 3] = MIN_AREA
+    pixels[20 + shots :, 3] = MIN_AREA - 1
+    with pytest.raises(UserError) as caught:
+        sampler_of(index_of(pixels), classes=(2, 3), shots=shots)
+    message = str(caught.value)
+    assert f"class 'class3' has {shots} images with at least 2048 pixels" in message
+    assert f"{shots}-shot episodes need {shots + 1}" in message
+    assert "some/list.txt" in message
+    pixels[20 + shots, 3] = MIN_AREA
+    sampler_of(index_of(pixels), classes=(2, 3), shots=shots)(0)
+
+
+def test_a_class_that_occurs_nowhere_is_refused_by_name() -> None:
+    pixels = np.zeros((30, 9), int)
+    with pytest.raises(UserError, match="'class5' has 0 images"):
+        sampler_of(index_of(pixels), classes=(5,), shots=1)
+
+
+# ---------------------------------------------------------------- geometry of evaluation
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size", "expected"),
+    [
+        (375, 500, 473, (352, 472)),  # 375 * 473 / 500 = 354.75
+        (500, 375, 473, (472, 352)),
+        (333, 500, 473, (312, 472)),  # 315.02
+        (500, 334, 473, (472, 312)),  # 315.96
+        (480, 640, 473, (352, 472)),  # 354.75
+        (281, 500, 473, (264, 472)),  # 265.83
+        (500, 500, 473, (472, 472)),
+        (473, 473, 473, (472, 472)),
+        (50, 100, 473, (232, 472)),  # 236.50
+        (160, 240, 161, (104, 160)),  # 107.33
+        (8, 1000, 473, (8, 472)),  # 3.78, but not nothing
+    ],
+)
+def test_fitted_sizes_computed_by_hand(height: int, width: int, size: int, expected: tuple[int, int]) -> None:
+    assert fitted_size(height, width, size) == expected
+    picture, mask = fit(np.full((height, width, 3), 9, np.uint8), np.ones((height, width), np.uint8), size)
+    assert (picture.shape, picture.dtype) == ((size, size, 3), np.uint8)
+    assert (mask.shape, mask.dtype) == ((size, size), np.uint8)
+    inside = np.zeros((size, size), bool)
+    inside[: expected[0], : expected[1]] = True
+    np.testing.assert_array_equal(picture, np.where(inside, 9, 0)[..., None].repeat(3, 2))
+    np.testing.assert_array_equal(mask, np.where(inside, 1, 255))
+
+
+def resample(values: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Bilinear samples of (H, W) at all rows x columns, positions beyond the rim clamped."""
+    down = np.stack([np.interp(rows, np.arange(len(values)), column) for column in values.T], 1)
+    return np.stack([np.interp(columns, np.arange(values.shape[1]), row) for row in down])
+
+
+def half_pixel(length: int, source: int) -> np.ndarray:
+    """Where the pixel centres of ``length`` pixels lie among ``source`` pixels of the same extent."""
+    return (np.arange(length) + 0.5) * source / length - 0.5
+
+
+@pytest.mark.parametrize(("height", "width"), [(75, 100), (101, 67), (300, 211)])
+def test_fit_resizes_the_image_bilinearly(height: int, width: int) -> None:
+    image = photograph(height, width)
+    picture, _ = fit(image, np.zeros((height, width), np.uint8), 97)
+    h, w = fitted_size(height, width, 97)
+    for channel in range(3):
+        expected = resample(image[..., channel].astype(float), half_pixel(h, height), half_pixel(w, width))
+        assert np.abs(picture[:h, :w, channel] - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(75, 100), (101, 67), (300, 211)])
+def test_fit_takes_every_mask_value_from_its_own_place(height: int, width: int) -> None:
+    mask = np.random.default_rng(0).choice([0, 1, 255], (height // 9 + 1, width // 9 + 1)).astype(np.uint8)
+    mask = mask.repeat(9, 0).repeat(9, 1)[:height, :width]
+    _, fitted = fit(np.zeros((height, width, 3), np.uint8), mask, 97)
+    h, w = fitted_size(height, width, 97)
+    rows, columns = half_pixel(h, height), half_pixel(w, width)
+    reach = max(1.0, 0.5 * height / h + 0.5)
+    for (i, y), (j, x) in itertools.product(enumerate(rows), enumerate(columns)):
+        top, left = max(0, int(np.floor(y - reach))), max(0, int(np.floor(x - reach)))
+        near = mask[top : int(np.ceil(y + reach)) + 1, left : int(np.ceil(x + reach)) + 1]
+        assert fitted[i, j] in near
+
+
+def blob(height: int, width: int) -> np.ndarray:
+    """A mask of two ellipses and a hole."""
+    y, x = np.mgrid[:height, :width] / np.array([height, width]).reshape(2, 1, 1)
+    first = ((x - 0.4) / 0.3) ** 2 + ((y - 0.5) / 0.4) ** 2 < 1
+    second = ((x - 0.85) / 0.12) ** 2 + ((y - 0.85) / 0.13) ** 2 < 1
+    hole = (x - 0.35) ** 2 + (y - 0.45) ** 2 < 0.01
+    return ((first | second) & ~hole).astype(np.uint8)
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return (a & b).sum() / (a | b).sum()
+
+
+SIZES = [(375, 500), (500, 333), (333, 333), (281, 499), (97, 131), (601, 457), (473, 473)]
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_exact_geometry_brings_a_fitted_mask_back_to_the_original(height: int, width: int) -> None:
+    mask = blob(height, width)
+    _, fitted = fit(np.zeros((height, width, 3), np.uint8), mask, 473)
+    logits = torch.from_numpy(np.where(fitted == 1, 1.0, -1.0).astype(np.float32))[None]
+    back = to_original(logits, height, width, "exact")
+    assert back.shape == (1, height, width)
+    assert iou(back[0].numpy() > 0, mask == 1) > 0.97
+
+
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_exact_geometry_maps_places_onto_themselves(height: int, width: int) -> None:
+    h, w = fitted_size(height, width, 473)
+    ramp = np.full((2, 473, 473), 1e6, np.float32)  # what lies beyond the image must not matter
+    ramp[0, :h, :w] = (np.arange(h)[:, None] + 0.5) * height / h - 0.5
+    ramp[1, :h, :w] = (np.arange(w) + 0.5) * width / w - 0.5
+    rows = to_original(torch.from_numpy(ramp[:1]), height, width, "exact")[0].numpy()
+    columns = to_original(torch.from_numpy(ramp[1:]), height, width, "exact")[0].numpy()
+    # half of a pixel at the rim, where there is nothing to interpolate with; the rest exactly
+    inner = slice(3, -3)
+    np.testing.assert_allclose(rows[inner, inner], np.mgrid[:height, :width][0][inner, inner], atol=0.01)
+    np.testing.assert_allclose(columns[inner, inner], np.mgrid[:height, :width][1][inner, inner], atol=0.01)
+    assert np.abs(rows - np.mgrid[:height, :width][0]).max() < 1
+    assert np.abs(columns - np.mgrid[:height, :width][1]).max() < 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(75, 100), (100, 61), (90, 90), (33, 47)])
+@pytest.mark.parametrize("geometry", ["lineage", "exact"])
+def test_both_geometries_equal_a_direct_recomputation(height: int, width: int, geometry: str) -> None:
+    logits = np.random.default_rng(0).standard_normal((1, 73, 73)).astype(np.float32)
+    if geometry == "lineage":  # the whole square to a square of the longer side, corners on corners; then a crop
+        side = np.linspace(0, 72, max(height, width))
+        expected = resample(logits[0], side, side)[:height, :width]
+    else:
+        h, w = fitted_size(height, width, 73)
+        expected = resample(logits[0, :h, :w], half_pixel(height, h), half_pixel(width, w))
+    result = to_original(torch.from_numpy(logits), height, width, geometry)
+    assert result.shape == (1, height, width)
+    np.testing.assert_allclose(result[0].numpy(), expected, atol=1e-4)
+
+
+def test_lineage_geometry_leaves_a_mask_of_a_pascal_image_3_px_off_at_most() -> None:
+    height, width = 375, 500
+    mask = blob(height, width)
+    _, fitted = fit(np.zeros((height, width, 3), np.uint8), mask, 473)
+    logits = torch.from_numpy(np.where(fitted == 1, 1.0, -1.0).astype(np.float32))[None]
+    back = to_original(logits, height, width, "lineage")[0].numpy() > 0
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))  # 3 px, and 1 for two roundings
+    assert not (back & (cv2.dilate(mask, disc) == 0)).any()
+    assert back[cv2.erode(mask, disc) == 1].all()
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def coordinates(height: int, width: int) -> np.ndarray:
+    """A picture that tells of every pixel its x and y, as finely as it can, and by 255 that it lies in the picture."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * unit(width), y * unit(height), np.full_like(x, 255)], -1).astype(np.uint8)
+
+
+def unit(length: int) -> int:
+    """What a step of one pixel is worth in a picture of coordinates."""
+    return 255 // (length - 1)
+
+
+def labels(height: int, width: int, seed: int = 0) -> np.ndarray:
+    small = np.random.default_rng(seed).choice([0, 1, 255], (height // 15 + 1, width // 15 + 1), p=[0.5, 0.4, 0.1])
+    return small.astype(np.uint8).repeat(15, 0).repeat(15, 1)[:height, :width]
+
+
+def recover(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """From a warped picture of coordinates: the 2x3 map from its pixels (x, y) to the source's, and where it is."""
+    inside = cv2.erode((picture[..., 2] == 255).astype(np.uint8), np.ones((3, 3), np.uint8)) == 1
+    y, x = np.nonzero(inside)
+    source = picture[inside][:, :2] / [unit(width), unit(height)]
+    solution = np.linalg.lstsq(np.stack([x, y, np.ones_like(x)], 1).astype(float), source, rcond=None)[0]
+    return solution.T, inside
+
+
+@pytest.mark.parametrize(("height", "width"), [(120, 200), (60, 50), (97, 97), (40, 230)])
+def test_augmented_pairs_are_square_and_hold_only_target_other_and_ignored(height: int, width: int) -> None:
+    image, mask = photograph(height, width), labels(height, width)
+    for seed in range(20):
+        picture, warped = augment(image, mask, 97, np.random.default_rng(seed), (0.8, 1.25), 10.0)
+        assert (picture.shape, picture.dtype) == ((97, 97, 3), np.uint8)
+        assert (warped.shape, warped.dtype) == ((97, 97), np.uint8)
+        assert set(np.unique(warped)) <= {0, 1, 255}
+
+
+def test_augmentation_is_a_function_of_its_generator() -> None:
+    image, mask = photograph(130, 170), labels(130, 170)
+    before = image.copy(), mask.copy()
+    results = []
+    for seed in [0, 1, 2, 3, 0, 1, 2, 3]:
+        np.random.seed(len(results))
+        results.append(augment(image, mask, 97, np.random.default_rng(seed), (0.8, 1.25), 10.0))
+    for first, second in zip(results[:4], results[4:], strict=True):
+        np.testing.assert_array_equal(first[0], second[0])
+        np.testing.assert_array_equal(first[1], second[1])
+    assert all(not np.array_equal(a[0], b[0]) for a, b in itertools.combinations(results[:4], 2))
+    np.testing.assert_array_equal(image, before[0])
+    np.testing.assert_array_equal(mask, before[1])
+
+
+def test_image_and_mask_go_the_same_way() -> None:
+    height, width = 150, 210
+    image, mask = coordinates(height, width), labels(height, width)
+    for seed in range(40):
+        picture, warped = augment(image, mask, 121, np.random.default_rng(seed), (0.8, 1.25), 10.0)
+        to_source, inside = recover(picture, height, width)
+        y, x = np.nonzero(inside)
+        place = (to_source @ np.stack([x, y, np.ones_like(x)])).T
+        expected = mask[place[:, 1].round().astype(int), place[:, 0].round().astype(int)]
+        edge = cv2.morphologyEx(mask, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) > 0
+        sure = ~edge[place[:, 1].round().astype(int), place[:, 0].round().astype(int)]
+        assert sure.mean() > 0.5
+        np.testing.assert_array_equal(warped[inside][sure], expected[sure])
+
+
+def test_places_beyond_the_image_hold_the_mean_colour_and_are_ignored() -> None:
+    image, mask = coordinates(60, 80), np.ones((60, 80), np.uint8)
+    for seed in range(30):
+        picture, warped = augment(image, mask, 121, np.random.default_rng(seed), (0.8, 1.25), 10.0)
+        to_source, _ = recover(picture, 60, 80)
+        y, x = np.mgrid[:121, :121]
+        place = to_source @ np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+        gap = np.maximum(np.maximum(-place[0], place[0] - 79), np.maximum(-place[1], place[1] - 59)).reshape(121, 121)
+        # a mask's pixel reaches half a pixel beyond its centre, interpolation a whole one; 0.2 for the recovery
+        assert (warped[gap > 0.7] == 255).all()
+        assert (warped[gap < 0.3] == 1).all()
+        assert (picture[gap > 1.2] == MEAN_COLOUR).all()
+        assert (gap > 1.2).mean() > 0.3
+
+
+def test_scale_rotation_and_flip_are_drawn_as_the_paper_says() -> None:
+    """Scale uniform in its range; rotation within +-10 degrees in half of the images; flips in half of them."""
+    image, mask = coordinates(200, 200), np.zeros((200, 200), np.uint8)
+    scales, angles, flips = [], [], []
+    for seed in range(400):
+        picture, _ = augment(image, mask, 161, np.random.default_rng(seed), (0.8, 1.25), 10.0)
+        to_target = np.linalg.inv(recover(picture, 200, 200)[0][:, :2])
+        determinant = np.linalg.det(to_target)
+        scales.append(np.sqrt(abs(determinant)))
+        flips.append(determinant < 0)
+        angles.append(np.degrees(np.arctan2(to_target[1, 0], to_target[1, 1])))
+        # nothing but these three: no shear, no different scale along x and y
+        np.testing.assert_allclose(to_target @ to_target.T, abs(determinant) * np.eye(2), atol=0.01)
+    scales, angles = np.array(scales), np.abs(angles)
+    assert 0.799 < scales.min() < 0.82
+    assert 1.23 < scales.max() < 1.251
+    assert np.histogram(scales, 3, (0.8, 1.25))[0].min() > 90
+    rotated = angles > 0.02
+    assert 150 < rotated.sum() < 250
+    assert 9 < angles.max() < 10.02
+    assert 3.5 < angles[rotated].mean() < 6.5
+    assert 150 < sum(flips) < 250
+    assert 50 < sum(r and f for r, f in zip(rotated, flips, strict=True)) < 150
+
+
+def test_crops_come_from_everywhere_and_stay_in_the_image() -> None:
+    image, mask = coordinates(130, 250), np.zeros((130, 250), np.uint8)
+    corners = []
+    for seed in range(200):
+        picture, _ = augment(image, mask, 97, np.random.default_rng(seed), (1.0, 1.0), 0.0)
+        assert (picture[..., 2] == 255).all()
+        corners.append(picture[..., :2].reshape(-1, 2).min(0) // [unit(250), unit(130)])
+    corners = np.array(corners)
+    for axis, room in ((0, 250 - 97), (1, 130 - 97)):
+        assert corners[:, axis].min() <= 0.03 * room + 1
+        assert corners[:, axis].max() >= 0.97 * room - 1
+        assert np.histogram(corners[:, axis], 3, (0, room))[0].min() > 35
+
+
+def test_without_scale_and_rotation_an_image_of_the_right_size_is_itself_or_its_mirror_image() -> None:
+    image, mask = photograph(97, 97), labels(97, 97)
+    seen = Counter()
+    for seed in range(40):
+        picture, warped = augment(image, mask, 97, np.random.default_rng(seed), (1.0, 1.0), 0.0)
+        mirrored = not np.array_equal(picture, image)
+        np.testing.assert_array_equal(picture, np.fliplr(image) if mirrored else image)
+        np.testing.assert_array_equal(warped, np.fliplr(mask) if mirrored else mask)
+        seen[mirrored] += 1
+    assert min(seen[True], seen[False]) >= 8
+
+
+def test_an_image_smaller_than_the_crop_stands_in_its_middle_untouched() -> None:
+    image, mask = photograph(61, 83), labels(61, 83)
+    picture, warped = augment(image, mask, 97, np.random.default_rng(0), (1.0, 1.0), 0.0)
+    middle = slice(18, 18 + 61), slice(7, 7 + 83)
+    rim = np.ones((97, 97), bool)
+    rim[middle] = False
+    assert (picture[rim] == MEAN_COLOUR).all()
+    assert (warped[rim] == 255).all()
+    if not np.array_equal(picture[middle], image):
+        image, mask = np.fliplr(image), np.fliplr(mask)
+    np.testing.assert_array_equal(picture[middle], image)
+    np.testing.assert_array_equal(warped[middle], mask)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.75, 1.5, 2.0])
+def test_scaling_is_that_of_cv2_resize(factor: float) -> None:
+    size = 120
+    source = round(size / factor)
+    image = cv2.GaussianBlur(photograph(source, source), (0, 0), 3)
+    mask = np.zeros((source, source), np.uint8)
+    mask[source // 4 : source // 2, source // 3 : source // 2] = 1
+    expected = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    area = mask.sum() * factor**2
+    for seed in range(6):
+        picture, warped = augment(image, mask, size, np.random.default_rng(seed), (factor, factor), 0.0)
+        inner = slice(2, -2)  # beyond the outermost pixel centres the mean colour begins
+        difference = [np.abs(p[inner, inner].astype(int) - expected[inner, inner]) for p in (picture, picture[:, ::-1])]
+        assert min(d.max() for d in difference) <= 4
+        assert min(d.mean() for d in difference) < 0.6
+        assert abs((warped == 1).sum() - area) < 0.1 * area
+
+
+def test_a_crop_keeps_85_percent_of_the_target_where_it_can() -> None:
+    image, mask = coordinates(240, 240), np.zeros((240, 240), np.uint8)
+    mask[70:130, 70:130] = 1  # a crop drawn once would keep that much of it in half of the cases
+    for seed in range(60):
+        _, warped = augment(image, mask, 130, np.random.default_rng(seed), (1.0, 1.0), 0.0)
+        assert (warped == 1).sum() >= 0.85 * 60 * 60 - 1
+
+
+def test_85_percent_are_meant_of_the_target_at_its_new_scale() -> None:
+    image, mask = coordinates(200, 200), np.zeros((200, 200), np.uint8)
+    mask[60:110, 60:110] = 1
+    for seed in range(60):
+        picture, warped = augment(image, mask, 161, np.random.default_rng(seed), (0.8, 1.25), 0.0)
+        scale = 1 / np.sqrt(abs(np.linalg.det(recover(picture, 200, 200)[0][:, :2])))
+        assert (warped == 1).sum() >= 0.85 * 2500 * scale**2 - 2 * 50 * scale
+
+
+def test_a_target_larger_than_the_crop_still_gives_a_crop() -> None:
+    image, mask = coordinates(240, 240), np.ones((240, 240), np.uint8)
+    picture, warped = augment(image, mask, 97, np.random.default_rng(0), (1.0, 1.0), 10.0)
+    assert (warped == 1).all()
+    assert (picture[..., 2] == 255).all()
+
+
+def test_crops_are_not_drawn_again_for_the_sake_of_other_or_ignored_pixels() -> None:
+    image = coordinates(240, 240)
+    plain, busy = np.zeros((240, 240), np.uint8), np.zeros((240, 240), np.uint8)
+    busy[10:40, 10:40] = 255
+    for seed in range(10):
+        pictures = [augment(image, m, 97, np.random.default_rng(seed), (1.0, 1.0), 0.0)[0] for m in (plain, busy)]
+        np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize("shape", [(3, 9, 7), (2, 3, 9, 7), (2, 5, 3, 9, 7)])
+def test_normalize_is_imagenets(shape: tuple[int, ...]) -> None:
+    images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    expected = np.moveaxis((np.moveaxis(images, -3, -1) / 255 - mean) / std, -1, -3)
+    result = normalize(torch.from_numpy(images))
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
+
+
+# ---------------------------------------------------------------- loaders
+
+
+def config_of(root: Path, *overrides: str) -> Config:
+    return load_config(
+        ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml",
+        [
+            f"data.root={root}",
+            f"data.train_list={root}/lists/train.txt",
+            f"data.val_list={root}/lists/val.txt",
+            "data.image_size=97",
+            "data.shots=2",
+            "workers=0",
+            "device=cpu",
+            *overrides,
+        ],
+    )
+
+
+def joined(batches: Iterable[Episode]) -> Episode:
+    """One batch of all episodes."""
+    batches = list(batches)
+    tensors = [torch.cat([batch[field] for batch in batches]) for field in range(5)]
+    return Episode(*tensors, [t for b in batches for t in b.truths], [n for b in batches for n in b.names])
+
+
+def assert_same(a: Episode, b: Episode) -> None:
+    for name, first, second in zip(Episode._fields[:5], a[:5], b[:5], strict=True):
+        assert first.dtype == second.dtype, name
+        assert torch.equal(first, second), name
+    assert len(a.truths) == len(b.truths)
+    assert all(torch.equal(first, second) for first, second in zip(a.truths, b.truths, strict=True))
+    assert a.names == b.names
+
+
+def part(episodes: Episode, start: int, stop: int) -> Episode:
+    return Episode(*(field[start:stop] for field in episodes))
+
+
+def eval_batches(root: Path, episodes: int, *overrides: str, seed: int = 3) -> Iterable[Episode]:
+    config = config_of(root, *overrides)
+    return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), episodes)
+
+
+def train_batches(root: Path, start: int, stop: int, *overrides: str) -> Iterable[Episode]:
+    config = config_of(root, *overrides)
+    sampler = build_train_sampler(config, build_index(config, "train"))
+    return build_train_loader(config, sampler, start=start, stop=stop)
+
+
+@pytest.fixture(scope="module")
+def evaluated(synthetic: Path) -> Episode:
+    return joined(eval_batches(synthetic, 21, "eval.batch_size=1"))
+
+
+@pytest.fixture(scope="module")
+def trained(synthetic: Path) -> Episode:
+    return joined(train_batches(synthetic, 0, 24, "train.batch_size=1"))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_evaluation_sees_the_same_for_any_workers_and_batch_size(
+    workers: int, batch_size: int, synthetic: Path, evaluated: Episode
+) -> None:
+    batches = list(eval_batches(synthetic, 21, f"workers={workers}", f"eval.batch_size={batch_size}"))
+    assert [len(batch.names) for batch in batches] == [1] * 21 if batch_size == 1 else [8, 8, 5]
+    assert_same(joined(batches), evaluated)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
+@pytest.mark.parametrize("workers", [0, 1, 4])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_training_sees_the_same_for_any_workers_and_batch_size(
+    workers: int, batch_size: int, synthetic: Path, trained: Episode
+) -> None:
+    options = f"workers={workers}", f"train.batch_size={batch_size}"
+    batches = list(train_batches(synthetic, 0, 24 // batch_size, *options))
+    assert [len(batch.names) for batch in batches] == [batch_size] * (24 // batch_size)
+    assert_same(joined(batches), trained)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("start", "batch_size"), [(1, 8), (2, 8), (5, 1), (4, 3)])
+def test_training_resumed_at_a_step_sees_the_tail_of_a_run_from_the_beginning(
+    start: int, batch_size: int, workers: int, synthetic: Path, trained: Episode
+) -> None:
+    options = f"workers={workers}", f"train.batch_size={batch_size}"
+    tail = joined(train_batches(synthetic, start, 24 // batch_size, *options))
+    assert_same(tail, part(trained, start * batch_size, 24))
+
+
+def test_a_loader_gives_the_same_each_time_it_is_iterated(synthetic: Path, evaluated: Episode) -> None:
+    batches = eval_batches(synthetic, 21, "eval.batch_size=4", "workers=1")
+    assert_same(joined(batches), evaluated)
+    assert_same(joined(batches), evaluated)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_neither_touch_nor_heed_the_global_random_states(
+    workers: int, synthetic: Path, evaluated: Episode, trained: Episode
+) -> None:
+    torch.manual_seed(1234)
+    np.random.seed(1234)
+    random.seed(1234)
+    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    assert_same(joined(eval_batches(synthetic, 21, f"workers={workers}")), evaluated)
+    assert_same(joined(train_batches(synthetic, 0, 3, f"workers={workers}")), trained)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    np.testing.assert_array_equal(np.random.get_state()[1], before[1][1])
+    assert np.random.get_state()[2] == before[1][2]
+    assert random.getstate() == before[2]
+
+
+def test_an_evaluation_has_exactly_as_many_episodes_as_asked(synthetic: Path) -> None:
+    for episodes in (1, 7, 8, 90):
+        batches = eval_batches(synthetic, episodes, "eval.batch_size=8", "data.image_size=17")
+        assert sum(len(batch.names) for batch in batches) == episodes
+
+
+def stored(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path))
+
+
+@pytest.fixture
+def expected_files(synthetic: Path) -> Iterator[tuple[int, Item, list[Item], int]]:
+    """Number, query, supports and class of the evaluated episodes, from the sampler."""
+    config = config_of(synthetic)
+    index = build_index(config, "val")
+    sampler = build_eval_sampler(config, index, 3)
+
+    def generate() -> Iterator[tuple[int, Item, list[Item], int]]:
+        for number in range(21):
+            query, supports, class_id = sampler(number)
+            yield number, index.items[query], [index.items[i] for i in supports], class_id
+
+    return generate()
+
+
+def test_a_batch_holds_the_files_that_the_sampler_names(
+    evaluated: Episode, expected_files: Iterator[tuple[int, Item, list[Item], int]]
+) -> None:
+    for number, query, supports, class_id in expected_files:
+        assert evaluated.class_id[number] == class_id
+        truth = stored(query.mask)
+        truth = np.where(truth == 255, 255, truth == class_id)
+        np.testing.assert_array_equal(evaluated.truths[number].numpy(), truth)
+        assert (truth == 1).any()
+        pairs = [
+            (query, evaluated.query[number], evaluated.query_mask[number]),
+            *zip(supports, evaluated.supports[number], evaluated.support_masks[number], strict=True),
+        ]
+        for item, image, mask in pairs:
+            values = stored(item.mask)
+            binary = np.where(values == 255, 255, values == class_id).astype(np.uint8)
+            picture, fitted = fit(stored(item.image), binary, 97)
+            np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), picture)
+            np.testing.assert_array_equal(mask.numpy(), fitted)
+            assert str(item.image) in evaluated.names[number]
+
+
+def test_tensors_of_a_batch_have_the_documented_shapes(synthetic: Path) -> None:
+    for batches in (eval_batches(synthetic, 4, "eval.batch_size=4"), train_batches(synthetic, 0, 1)):
+        batch = next(iter(batches))
+        count = len(batch.names)
+        assert batch.query.shape == (count, 3, 97, 97)
+        assert batch.query_mask.shape == (count, 97, 97)
+        assert batch.supports.shape == (count, 2, 3, 97, 97)
+        assert batch.support_masks.shape == (count, 2, 97, 97)
+        assert batch.class_id.shape == (count,)
+        assert {tensor.dtype for tensor in batch[:4]} == {torch.uint8}
+        assert batch.class_id.dtype == torch.int64
+        assert len(batch.truths) == count
+
+
+def draws_of(root: Path, seed: int) -> list[float]:
+    """The first number that each image of 40 training episodes draws for its augmentation."""
+    config = config_of(root, "train.batch_size=1", f"seed={seed}")
+    sampler = build_train_sampler(config, build_index(config, "train"))
+    dataset = build_train_loader(config, sampler, start=0, stop=40).dataset
+    draws: list[float] = []
+
+    def transform(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        draws.append(rng.random())
+        return image[:9, :9], mask[:9, :9]
+
+    dataset.transform = transform  # type: ignore[attr-defined]
+    for number in range(40):
+        dataset[number]
+    return draws
+
+
+def test_every_image_of_every_episode_of_every_seed_is_augmented_by_numbers_of_its_own(synthetic: Path) -> None:
+    first, second = draws_of(synthetic, 0), draws_of(synthetic, 1)
+    assert len(first) == len(second) == 40 * 3
+    assert len({*first, *second}) == 2 * 40 * 3
+    assert draws_of(synthetic, 0) == first
+
+
+@pytest.mark.parametrize("fold", range(4))
+def test_training_is_about_base_classes_and_evaluation_about_novel_ones(fold: int, synthetic: Path) -> None:
+    config = config_of(synthetic, f"data.fold={fold}")
+    train = build_train_sampler(config, build_index(config, "train"))
+    val = build_eval_sampler(config, build_index(config, "val"), 0)
+    novel = set(range(5 * fold + 1, 5 * fold + 6))
+    assert {val(number).class_id for number in range(200)} == novel
+    assert {train(number).class_id for number in range(400)} == set(range(1, 21)) - novel
+    assert (train.seed, val.seed, train.shots, val.shots) == (config.seed, 0, 2, 2)
+
+
+@pytest.mark.parametrize("min_area", [256, 1500])
+def test_samplers_heed_the_area_of_the_config(min_area: int, synthetic: Path) -> None:
+    config = config_of(synthetic, f"data.min_area={min_area}", "data.shots=1")
+    for split in ("train", "val"):
+        index = build_index(config, split)
+        sampler = build_train_sampler(config, index) if split == "train" else build_eval_sampler(config, index, 0)
+        classes = range(6, 21) if split == "train" else range(1, 6)
+        in_fold = [i for i, row in enumerate(index.pixels) if max(row[c] for c in classes) >= min_area]
+        assert sorted(sampler(number).query for number in range(len(sampler))) == in_fold
+
+
+def test_training_heeds_the_scale_and_the_rotation_of_the_config(synthetic: Path) -> None:
+    def extents(*options: str) -> np.ndarray:
+        """Height and width of what the queries' pictures cover, as shares of their original sizes."""
+        episodes = joined(train_batches(synthetic, 0, 3, "data.image_size=257", *options))
+        covered = [np.nonzero(mask.numpy() != 255) for mask in episodes.query_mask]
+        sides = [[np.ptp(y) + 1, np.ptp(x) + 1] for y, x in covered]
+        return np.array(sides) / [truth.shape for truth in episodes.truths]
+
+    np.testing.assert_allclose(extents("data.scale=[0.5, 0.5]", "data.rotation=0"), 0.5, atol=0.02)
+    np.testing.assert_allclose(extents("data.scale=[1.25, 1.25]", "data.rotation=0"), 1.25, atol=0.02)
+    turned = extents("data.scale=[1, 1]", "data.rotation=40").max(1) > 1.02
+    assert 4 <= turned.sum() <= 20, "about half of 24"
+
+
+def test_images_with_novel_classes_are_kept_or_dropped_in_training(synthetic: Path) -> None:
+    options = "data.shots=1", "data.min_area=256"
+    index = build_index(config_of(synthetic), "train")
+    keep = build_train_sampler(config_of(synthetic, *options), index)
+    novel = index.pixels[:, 1:6].sum(1) > 0
+    assert any(novel[keep(number).query] for number in range(len(keep)))
+    drop = build_train_sampler(config_of(synthetic, *options, "data.novel_in_train=drop"), index)
+    assert 0 < len(drop) < len(keep)
+    for number in range(3 * len(drop)):
+        query, supports, _ = drop(number)
+        assert not novel[[query, *supports]].any()
+
+
+def test_the_seed_of_a_run_changes_its_episodes(synthetic: Path) -> None:
+    batches = [joined(train_batches(synthetic, 0, 1, f"seed={seed}")) for seed in (0, 1, 0)]
+    assert_same(batches[0], batches[2])
+    assert batches[0].names != batches[1].names
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_image_is_reported_in_one_line_that_names_it(workers: int, tmp_path: Path) -> None:
+    masks = [np.ones((40, 50), np.uint8) for _ in range(4)]
+    path = write_tree(tmp_path, masks)
+    for number in range(4):
+        Image.fromarray(photograph(40, 50)).save(tmp_path / f"images/{number}.png")
+        whole = (tmp_path / f"images/{number}.png").read_bytes()
+        (tmp_path / f"images/{number}.png").write_bytes(whole[: len(whole) // 2])
+    config = config_of(tmp_path, f"data.val_list={path}", f"workers={workers}", "data.min_area=9")
+    sampler = EpisodeSampler(
+        build_index(config, "val"), classes=(1,), shots=1, min_area=9, seed=0, class_names=config.data.classes
+    )
+    with pytest.raises(UserError) as caught:
+        list(build_eval_loader(config, sampler, 2))
+    message = str(caught.value)
+    assert message.startswith(f"image {tmp_path}/images/")
+    assert "cannot be read" in message
+    assert "\n" not in message

@@ -1,0 +1,609 @@
+"""The losses and the prototype bank against float64 loops over episodes and pixels, and hand-worked numbers.
+
+Shapes: B batch, K shots, C channels, (H, W) mask, (h, w) features.
+"""
+
+import inspect
+import math
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from model.losses import (
+    NTRELoss,
+    background_mining_loss,
+    negative_prototypes,
+    prototypical_contrastive_loss,
+    target_loss,
+)
+from model.ntrenet import NTRENetOutput
+from model.prototype_bank import PrototypeBank
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def array(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+def random_masks(*shape):
+    """Integer masks with about half target, a fifth ignored."""
+    masks = torch.randint(0, 2, shape)
+    masks[torch.rand(shape) < 0.2] = 255
+    return masks
+
+
+def probability(logit):
+    return 1 / (1 + math.exp(-logit))
+
+
+def naive_resize(plane, size):
+    """Bilinear with aligned corners, (h, w) -> size, one pixel after the other."""
+    out = np.zeros(size)
+    for i, j in np.ndindex(*size):
+        y = i * (plane.shape[0] - 1) / (size[0] - 1)
+        x = j * (plane.shape[1] - 1) / (size[1] - 1)
+        top, left = min(int(y), plane.shape[0] - 2), min(int(x), plane.shape[1] - 2)
+        for row, column in ((top, left), (top, left + 1), (top + 1, left), (top + 1, left + 1)):
+            out[i, j] += plane[row, column] * (1 - abs(y - row)) * (1 - abs(x - column))
+    return out
+
+
+def naive_target_loss(logits, masks):
+    """(B, 1, *, *), (B, H, W) -> mean over the batch's pixels that are not 255."""
+    total, count = 0.0, 0
+    for plane, mask in zip(array(logits)[:, 0], masks.numpy(), strict=True):
+        resized = naive_resize(plane, mask.shape)
+        for i, j in np.ndindex(*mask.shape):
+            if mask[i, j] != 255:
+                y = probability(resized[i, j])
+                total -= math.log(y) if mask[i, j] == 1 else math.log(1 - y)
+                count += 1
+    return total / count
+
+
+def naive_background_mining_loss(logits, masks, alpha):
+    """Eq. 3, (N, 1, *, *), (N, H, W) -> mean over the images."""
+    losses = []
+    for plane, mask in zip(array(logits)[:, 0], masks.numpy(), strict=True):
+        resized = naive_resize(plane, mask.shape)
+        on_target, everywhere, targets, pixels = 0.0, 0.0, 0, 0
+        for i, j in np.ndindex(*mask.shape):
+            if mask[i, j] == 255:
+                continue
+            y = probability(resized[i, j])
+            everywhere -= math.log(y)
+            pixels += 1
+            if mask[i, j] == 1:
+                on_target -= math.log(1 - y)
+                targets += 1
+        losses.append(on_target / max(targets, 1) + alpha * everywhere / max(pixels, 1))
+    return sum(losses) / len(losses)
+
+
+def cosine(a, b):
+    return sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def naive_contrastive_loss(query, support, negatives):
+    """Eq. 10, (B, C), (B, C), a list of prototypes an episode -> mean over B."""
+    total = 0.0
+    for q, s, bank in zip(query, support, negatives, strict=True):
+        if len(bank) and any(q):
+            total -= math.log(math.exp(cosine(q, s)) / sum(math.exp(cosine(q, n)) for n in bank))
+    return total / len(query)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# target_loss, eq. 12
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(7, 6), (3, 4)])
+def test_target_loss_equals_a_loop_over_pixels(size):
+    logits, masks = 2 * torch.randn(3, 1, 3, 4), random_masks(3, *size)
+    masks[1, : size[0] // 2] = 255  # the mean is over pixels, not over images: let their numbers differ
+    assert target_loss(logits, masks).item() == pytest.approx(naive_target_loss(logits, masks), rel=1e-5)
+
+
+def test_target_loss_by_hand():
+    # log 2 wherever the logit is 0; log(1 + 1/3) where a target has logit log 3
+    logits = torch.tensor([[[[0.0, math.log(3)]]]])
+    expected = (math.log(2) + math.log(4 / 3)) / 2
+    assert target_loss(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx(expected, rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# background_mining_loss, eq. 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("size", [(7, 6), (3, 4)])
+def test_background_mining_loss_equals_a_loop_over_pixels(size, alpha):
+    logits, masks = 2 * torch.randn(3, 1, 3, 4), random_masks(3, *size)
+    masks[1][masks[1] == 1] = 0  # an image without target
+    masks[2, 1:] = 255
+    expected = naive_background_mining_loss(logits, masks, alpha)
+    assert background_mining_loss(logits, masks, alpha).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_background_mining_loss_by_hand():
+    # y = 1/2, 3/4, 1/4 on target, target, other: (log 2 + log 4) / 2 + 1/2 (log 2 + log 4/3 + log 4) / 3
+    logits = torch.tensor([[[[0.0, math.log(3), -math.log(3)]]]])
+    expected = (math.log(2) + math.log(4)) / 2 + 0.5 * (math.log(2) + math.log(4 / 3) + math.log(4)) / 3
+    assert background_mining_loss(logits, torch.tensor([[[1, 1, 0]]]), 0.5).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_background_mining_loss_of_no_target_is_the_second_term():
+    logits, masks = torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long)
+    assert background_mining_loss(logits, masks, 0.5).item() == pytest.approx(0.5 * math.log(2), rel=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# both losses over pixels
+# ---------------------------------------------------------------------------------------------------------------------
+
+PIXEL_LOSSES = {"target": target_loss, "background": lambda logits, masks: background_mining_loss(logits, masks, 0.5)}
+
+
+@pytest.mark.parametrize("loss", PIXEL_LOSSES.values(), ids=PIXEL_LOSSES)
+@pytest.mark.parametrize("extreme", [1e4, -1e4])
+def test_ignored_pixels_change_neither_loss_nor_gradient(loss, extreme):
+    masks, calm = random_masks(2, 5, 5), torch.randn(2, 1, 5, 5)
+    wild = calm.clone()
+    wild[(masks == 255).unsqueeze(1)] = extreme
+    wild.requires_grad_()
+    value = loss(wild, masks)
+    value.backward()
+    assert (masks == 255).any()
+    assert value.item() == loss(calm, masks).item()
+    assert (wild.grad[(masks == 255).unsqueeze(1)] == 0).all()
+    assert (wild.grad[(masks != 255).unsqueeze(1)] != 0).all()
+
+
+@pytest.mark.parametrize("loss", PIXEL_LOSSES.values(), ids=PIXEL_LOSSES)
+def test_all_pixels_ignored_is_a_loss_of_zero_with_zero_gradient(loss):
+    logits = torch.randn(2, 1, 3, 3, requires_grad=True)
+    value = loss(logits, torch.full((2, 9, 9), 255))
+    value.backward()
+    assert value.item() == 0
+    assert (logits.grad == 0).all()
+
+
+def test_extreme_logits_give_the_exact_linear_loss():
+    masks = torch.tensor([[[1, 1, 0, 0]]])
+    logits = torch.tensor([[[[1e4, -1e4, 1e4, -1e4]]]], requires_grad=True)
+    # BCE: 0, 1e4, 1e4, 0; eq. 3: (1e4 + 0) / 2 on the target, (0 + 1e4 + 0 + 1e4) / 4 everywhere
+    target, background = target_loss(logits, masks), background_mining_loss(logits, masks, 0.5)
+    (target + background).backward()
+    assert target.item() == pytest.approx(5e3)
+    assert background.item() == pytest.approx(5e3 + 0.5 * 5e3)
+    assert logits.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", PIXEL_LOSSES.values(), ids=PIXEL_LOSSES)
+def test_loss_of_half_precision_logits_is_computed_in_single_precision(loss):
+    logits, masks = torch.randn(1, 1, 4, 4).half(), random_masks(1, 7, 7)
+    value = loss(logits, masks)
+    assert value.dtype == torch.float32
+    assert value.item() == loss(logits.float(), masks).item()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prototypical_contrastive_loss, eq. 10
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def contrastive_batch(dtype=torch.float):
+    """Four episodes: a full bank, a part of one, no bank, no query prototype."""
+    query, support = torch.randn(4, 5, dtype=dtype), torch.randn(4, 5, dtype=dtype)
+    negatives, stored = torch.randn(4, 6, 5, dtype=dtype), torch.ones(4, 6, dtype=torch.bool)
+    stored[1, 2:], stored[2] = False, False
+    query[3] = 0
+    return query, support, negatives, stored
+
+
+def test_contrastive_loss_equals_a_loop_over_episodes_and_the_bank():
+    query, support, negatives, stored = contrastive_batch()
+    banks = [array(n[s]) for n, s in zip(negatives, stored, strict=True)]
+    expected = naive_contrastive_loss(array(query), array(support), banks)
+    loss = prototypical_contrastive_loss(query, support, negatives, stored)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_loss_by_hand():
+    query, support = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 3.0]])  # cosine: 1 / sqrt 2
+    negatives = torch.tensor([[[0.0, 5.0], [-4.0, 0.0], [1.0, 0.0]]])  # cosines: 0, -1, and one that is not stored
+    loss = prototypical_contrastive_loss(query, support, negatives, torch.tensor([[True, True, False]]))
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) - 1 / math.sqrt(2), rel=1e-6)
+
+
+def test_contrastive_loss_has_the_gradient_of_finite_differences():
+    query, support, negatives, stored = contrastive_batch(torch.double)
+    query, support = query[:2].requires_grad_(), support[:2].requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda q, s: prototypical_contrastive_loss(q, s, negatives[:2], stored[:2]), (query, support)
+    )
+
+
+def test_an_episode_with_an_empty_bank_or_query_prototype_adds_nothing_and_no_gradient():
+    query, support, negatives, stored = contrastive_batch()
+    query.requires_grad_(), support.requires_grad_()
+    loss = prototypical_contrastive_loss(query, support, negatives, stored)
+    loss.backward()
+    first_two = prototypical_contrastive_loss(query[:2], support[:2], negatives[:2], stored[:2])
+    assert loss.item() == pytest.approx(first_two.item() * 2 / 4, rel=1e-6)
+    for gradient in (query.grad, support.grad):
+        assert (gradient[2:] == 0).all()
+        assert (gradient[:2] != 0).all()
+    nothing = prototypical_contrastive_loss(query[2:], support[2:], negatives[2:], stored[2:])
+    nothing.backward()
+    assert nothing.item() == 0
+
+
+def test_an_empty_support_prototype_is_finite():
+    query, support, negatives, stored = contrastive_batch()
+    support[0] = 0
+    query.requires_grad_(), support.requires_grad_()
+    loss = prototypical_contrastive_loss(query, support, negatives, stored)
+    loss.backward()
+    assert loss.isfinite()
+    assert query.grad.isfinite().all()
+    assert support.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# negative_prototypes and NTRELoss, on an output made by hand
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_output(batch=3, shots=2, channels=4, side=3, image=6):
+    """An output of the model and its masks; leaves of the graph, so that gradients can be read from it."""
+
+    def leaf(*shape):
+        return torch.randn(*shape).requires_grad_()
+
+    output = NTRENetOutput(
+        logits=leaf(batch, 1, image, image),
+        feature_logits=leaf(batch, 1, side, side),
+        scale_logits=(leaf(batch, 1, side, side), leaf(batch, 1, 2, 2)),
+        prior=torch.rand(batch, 1, side, side),
+        query_feature=leaf(batch, channels, side, side),
+        support_features=leaf(batch, shots, channels, side, side),
+        support_prototype=leaf(batch, channels, 1, 1),
+        query_bg_logits=leaf(batch, 1, side, side),
+        support_bg_logits=leaf(batch, shots, 1, side, side),
+        initial_logits=leaf(batch, 1, side, side),
+    )
+    return output, random_masks(batch, image, image), sparse_masks(batch, shots, image)
+
+
+def sparse_masks(batch, shots, image):
+    """Few target and ignored pixels, so that on the feature's grid every region keeps some positions."""
+    masks = torch.zeros(batch, shots, image, image, dtype=torch.long)
+    masks[torch.rand(masks.shape) < 0.1] = 1
+    masks[torch.rand(masks.shape) < 0.04] = 255
+    return masks
+
+
+def naive_pool(feature, region):
+    """(C, h, w) and a boolean (h, w) -> mean over the region, (C,); zeros where it is empty."""
+    positions = [feature[:, i, j] for i, j in np.ndindex(*region.shape) if region[i, j]]
+    return sum(positions) / len(positions) if positions else np.zeros(len(feature))
+
+
+def naive_negatives(output, support_masks, kind):
+    """(B, 1 + K, C): the query's first."""
+
+    def region(background, target):
+        return {"do": ~(background | target), "bg": background & ~target, "non_target": ~target}[kind]
+
+    rows = []
+    for b in range(len(output.query_feature)):
+        query_region = region(array(output.query_bg_logits[b, 0]) > 0, array(output.initial_logits[b, 0]) > 0)
+        row = [naive_pool(array(output.query_feature[b]), query_region)]
+        for k, mask in enumerate(support_masks[b].numpy()):
+            size = output.support_features.shape[-2:]
+            target = naive_resize((mask == 1).astype(float), size) > 1e-9
+            ignored = naive_resize((mask == 255).astype(float), size) > 1e-9
+            support_region = region(array(output.support_bg_logits[b, k, 0]) > 0, target) & ~ignored
+            row.append(naive_pool(array(output.support_features[b, k]), support_region))
+        rows.append(row)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("image", [5, 6])  # 5: every second pixel is a position; 6: positions lie between pixels
+@pytest.mark.parametrize("kind", ["do", "bg", "non_target"])
+def test_negative_prototypes_equal_a_loop_over_positions(kind, image):
+    output, _, support_masks = random_output(image=image)
+    expected = naive_negatives(output, support_masks, kind)
+    got = negative_prototypes(output, support_masks, kind)
+    assert np.abs(array(got) - expected).max() < 1e-5
+    assert np.abs(expected).sum(2).astype(bool).mean() > 0.8  # most regions are not empty
+    assert not got.requires_grad
+
+
+def test_the_three_kinds_of_negatives_are_three_regions():
+    output, _, support_masks = random_output()
+    kinds = [negative_prototypes(output, support_masks, kind) for kind in ("do", "bg", "non_target")]
+    assert all(not torch.allclose(kinds[a], kinds[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_an_ignored_support_has_no_negative_prototype():
+    output, _, support_masks = random_output()
+    support_masks[0, 1] = 255
+    for kind in ("do", "bg", "non_target"):
+        negatives = negative_prototypes(output, support_masks, kind)
+        assert (negatives[0, 2] == 0).all()
+        assert (negatives[0, 0] != 0).any()
+
+
+def make_bank(capacity=20):
+    return PrototypeBank(num_classes=4, channels=4, capacity=capacity)
+
+
+@pytest.mark.parametrize("kind", ["do", "bg", "non_target"])
+def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
+    output, query_masks, support_masks = random_output()
+    class_ids, bank = torch.tensor([2, 4, 2]), make_bank()
+    old = torch.randn(3, 4)
+    bank.store(old, torch.tensor([2, 3, 4]))
+    loss = NTRELoss(bank=bank, alpha=0.3, beta=2.0, lambda_bg=3.0, gamma=0.7, fem_aux=0.6, pcl_negatives=kind)
+    terms = loss(output, query_masks, support_masks, class_ids)
+
+    final = naive_target_loss(output.feature_logits, query_masks)
+    initial = naive_target_loss(output.initial_logits, query_masks)
+    scales = [naive_target_loss(logits, query_masks) for logits in output.scale_logits]
+    bg_logits = torch.cat([output.query_bg_logits, output.support_bg_logits.flatten(0, 1)])
+    bg_masks = torch.cat([query_masks, support_masks.flatten(0, 1)])
+    bg = naive_background_mining_loss(bg_logits, bg_masks, 0.3)
+
+    predicted = array(output.feature_logits)[:, 0] > 0
+    p_q = [naive_pool(x, region) for x, region in zip(array(output.query_feature), predicted, strict=True)]
+    p_s = array(output.support_prototype)[:, :, 0, 0]
+    banks = {2: [array(old[0])], 3: [array(old[1])], 4: [array(old[2])]}
+    for row, class_id in zip(naive_negatives(output, support_masks, kind), class_ids.tolist(), strict=True):
+        banks[class_id].extend(prototype for prototype in row if prototype.any())
+    pcl = naive_contrastive_loss(p_q, p_s, [banks[c] for c in class_ids.tolist()])
+
+    assert terms.final.item() == pytest.approx(final, rel=1e-5)
+    assert terms.initial.item() == pytest.approx(initial, rel=1e-5)
+    assert terms.fem_aux.item() == pytest.approx(sum(scales) / 2, rel=1e-5)
+    assert terms.bg.item() == pytest.approx(bg, rel=1e-5)
+    assert terms.pcl.item() == pytest.approx(pcl, rel=1e-5)
+    total = 2.0 * (initial + final + 0.6 * sum(scales) / 2) + 3.0 * bg + 0.7 * pcl
+    assert terms.total.item() == pytest.approx(total, rel=1e-5)
+    for class_id, prototypes in banks.items():  # the query's and the supports' prototypes are in the bank now
+        assert np.allclose(bank_content(bank, class_id), sorted(map(tuple, prototypes)), atol=1e-5)
+
+
+def test_weights_are_the_documented_ones_unless_given():
+    defaults = {name: p.default for name, p in inspect.signature(NTRELoss).parameters.items() if name != "bank"}
+    documented = {"alpha": 0.5, "beta": 1.0, "lambda_bg": 1.0, "gamma": 0.01, "fem_aux": 0.4, "pcl_negatives": "do"}
+    assert defaults == documented
+    output, query_masks, support_masks = random_output()
+    terms = NTRELoss(bank=make_bank())(output, query_masks, support_masks, torch.tensor([1, 2, 3]))
+    total = terms.initial + terms.final + 0.4 * terms.fem_aux + terms.bg + 0.01 * terms.pcl
+    assert terms.total.item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_terms_of_what_is_switched_off_are_zero():
+    output, query_masks, support_masks = random_output()
+    class_ids = torch.tensor([1, 2, 3])
+    no_bank = NTRELoss(bank=None)(output, query_masks, support_masks, class_ids)
+    assert no_bank.pcl == 0
+    assert no_bank.bg > 0
+    assert no_bank.initial > 0
+    bgem_only = NTRELoss(bank=None)(output._replace(initial_logits=None), query_masks, support_masks, class_ids)
+    assert bgem_only.initial == 0
+    assert bgem_only.bg > 0
+    bare = output._replace(initial_logits=None, query_bg_logits=None, support_bg_logits=None)
+    pfenet = NTRELoss(bank=None)(bare, query_masks, support_masks, class_ids)
+    assert [pfenet.initial.item(), pfenet.bg.item(), pfenet.pcl.item()] == [0, 0, 0]
+    assert pfenet.total.item() == pytest.approx((pfenet.final + 0.4 * pfenet.fem_aux).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("missing", ["initial_logits", "query_bg_logits"])
+def test_contrasting_without_the_predictions_it_needs_is_refused(missing):
+    output, query_masks, support_masks = random_output()
+    with pytest.raises(ValueError, match="bgem and doem"):
+        NTRELoss(bank=make_bank())(
+            output._replace(**{missing: None}), query_masks, support_masks, torch.tensor([1, 2, 3])
+        )
+
+
+def test_contrast_sends_gradient_to_the_query_and_support_prototypes_only():
+    output, query_masks, support_masks = random_output()
+    bank = make_bank()
+    NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 2])).pcl.backward()
+    predicted = (output.feature_logits > 0).expand_as(output.query_feature)
+    assert (output.query_feature.grad[predicted] != 0).all()
+    assert (output.query_feature.grad[~predicted] == 0).all()
+    assert (output.support_prototype.grad != 0).all()
+    for name in ("feature_logits", "query_bg_logits", "support_bg_logits", "initial_logits", "support_features"):
+        assert getattr(output, name).grad is None, name
+    assert not bank.prototypes.requires_grad
+
+
+def test_two_steps_do_not_share_a_graph():
+    loss, class_ids = NTRELoss(bank=make_bank()), torch.tensor([1, 1, 1])
+    for _ in range(2):
+        output, query_masks, support_masks = random_output()
+        loss(output, query_masks, support_masks, class_ids).total.backward()
+
+
+def test_only_the_bank_of_the_episodes_class_counts():
+    output, query_masks, support_masks = random_output()
+    clean, other, same = make_bank(), make_bank(), make_bank()
+    other.store(torch.randn(5, 4), torch.full((5,), 3))
+    same.store(torch.randn(5, 4), torch.full((5,), 1))
+    values = [
+        NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 4])).pcl.item()
+        for bank in (clean, other, same)
+    ]
+    assert values[0] == values[1]
+    assert values[2] > values[0]  # more negatives, a larger denominator
+
+
+def test_an_episode_without_any_prediction_is_finite_and_not_contrasted():
+    output, query_masks, support_masks = random_output(batch=1)
+    nothing = output._replace(feature_logits=torch.full((1, 1, 3, 3), -3.0, requires_grad=True))
+    terms = NTRELoss(bank=make_bank())(nothing, query_masks, support_masks, torch.tensor([1]))
+    terms.total.backward()
+    assert terms.pcl == 0
+    assert output.initial_logits.grad.isfinite().all()
+
+
+def test_extreme_predictions_and_empty_masks_give_a_finite_total():
+    output, query_masks, support_masks = random_output()
+    for value in (1e4, -1e4):
+        wild = output._replace(
+            feature_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
+            initial_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
+            query_bg_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
+            support_bg_logits=torch.full((3, 2, 1, 3, 3), value, requires_grad=True),
+        )
+        for fill in (0, 255):
+            terms = NTRELoss(bank=make_bank())(
+                wild, torch.full_like(query_masks, fill), torch.full_like(support_masks, fill), torch.tensor([1, 2, 3])
+            )
+            terms.total.backward()
+            assert all(term.isfinite() for term in terms)
+        assert all(
+            x.grad.isfinite().all()
+            for x in (wild.feature_logits, wild.query_bg_logits, wild.query_feature)
+            if x.grad is not None
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PrototypeBank
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def bank_content(bank, class_id):
+    """Sorted prototypes of a class."""
+    prototypes, filled = bank.of_classes(torch.tensor([class_id], device=bank.stored.device))
+    return sorted(map(tuple, prototypes[0][filled[0]].tolist()))
+
+
+def numbered(first, count):
+    """Prototypes that differ from one another and from zero."""
+    return torch.stack([torch.tensor([float(n), -0.5 * n]) for n in range(first, first + count)])
+
+
+def compare_bank_with_deques(capacity, trial, device):
+    rng = np.random.default_rng([capacity, trial])
+    bank = PrototypeBank(num_classes=3, channels=2, capacity=capacity).to(device)
+    deques = {c: deque(maxlen=capacity) for c in (1, 2, 3)}
+    number = 1
+    for _ in range(12):
+        count = int(rng.integers(1, 20))  # often more of a class than it can keep
+        prototypes, classes = numbered(number, count), rng.integers(1, 4, count)
+        number += count
+        prototypes[rng.random(count) < 0.25] = 0  # empty ones are skipped
+        bank.store(prototypes.to(device), torch.from_numpy(classes).to(device))
+        for prototype, class_id in zip(prototypes.tolist(), classes.tolist(), strict=True):
+            if any(prototype):
+                deques[class_id].append(tuple(prototype))
+        for class_id, expected in deques.items():
+            assert bank_content(bank, class_id) == sorted(expected)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 7])
+@pytest.mark.parametrize("trial", range(4))
+def test_bank_keeps_what_a_deque_of_each_class_keeps(capacity, trial):
+    compare_bank_with_deques(capacity, trial, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bank_on_a_gpu_writes_no_slot_twice():
+    for trial in range(20):  # a GPU writes in no fixed order
+        compare_bank_with_deques(3, trial, "cuda")
+
+
+def test_one_call_that_exceeds_the_capacity_keeps_the_latest():
+    bank = PrototypeBank(num_classes=2, channels=2, capacity=3)
+    bank.store(numbered(1, 11), torch.tensor([1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1]))
+    assert [n for n, _ in bank_content(bank, 1)] == [9, 10, 11]
+    assert [n for n, _ in bank_content(bank, 2)] == [2, 7]
+
+
+def test_empty_prototypes_are_never_stored():
+    bank = PrototypeBank(num_classes=2, channels=2, capacity=3)
+    bank.store(torch.zeros(5, 2), torch.tensor([1, 1, 2, 2, 2]))
+    bank.store(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
+    _, filled = bank.of_classes(torch.tensor([1, 2]))
+    assert not filled.any()
+    bank.store(torch.tensor([[0.0, -1.0]]), torch.tensor([2]))  # a single component that is not zero is enough
+    assert bank_content(bank, 2) == [(0.0, -1.0)]
+
+
+def test_bank_answers_in_the_order_of_the_classes_asked():
+    bank = PrototypeBank(num_classes=3, channels=2, capacity=2)
+    bank.store(numbered(1, 3), torch.tensor([3, 1, 3]))
+    prototypes, filled = bank.of_classes(torch.tensor([1, 3, 2, 1]))
+    assert prototypes.shape == (4, 2, 2)
+    assert filled.tolist() == [[True, False], [True, True], [False, False], [True, False]]
+    assert prototypes[0, 0].tolist() == prototypes[3, 0].tolist() == [2.0, -1.0]
+
+
+def test_an_unknown_class_is_refused():
+    bank = PrototypeBank(num_classes=3, channels=2, capacity=2)
+    for class_id in (0, 4):
+        with pytest.raises((IndexError, RuntimeError)):
+            bank.store(numbered(1, 1), torch.tensor([class_id]))
+
+
+def test_a_restored_bank_goes_on_as_if_never_saved():
+    bank = PrototypeBank(num_classes=2, channels=2, capacity=4)
+    bank.store(numbered(1, 6), torch.tensor([1, 1, 2, 1, 1, 1]))  # class 1 stands in the middle of its ring
+    restored = PrototypeBank(num_classes=2, channels=2, capacity=4)
+    restored.load_state_dict({name: value.clone() for name, value in bank.state_dict().items()})
+    for step in range(3):
+        for each in (bank, restored):
+            each.store(numbered(100 + 2 * step, 2), torch.tensor([1, 2]))
+        assert bank_content(restored, 1) == bank_content(bank, 1)
+        assert bank_content(restored, 2) == bank_content(bank, 2)
+    assert [n for n, _ in bank_content(restored, 1)] == [6, 100, 102, 104]
+
+
+def test_stored_prototypes_are_detached_copies():
+    bank = PrototypeBank(num_classes=1, channels=2, capacity=2)
+    source = numbered(1, 1)
+    leaf = source.clone().requires_grad_()
+    bank.store(leaf * 1, torch.tensor([1]))
+    bank.store(source, torch.tensor([1]))
+    source.fill_(99)
+    assert not bank.prototypes.requires_grad
+    assert bank_content(bank, 1) == [(1.0, -0.5), (1.0, -0.5)]
+
+
+def test_half_precision_prototypes_are_stored_in_single_precision():
+    bank = PrototypeBank(num_classes=1, channels=2, capacity=2)
+    bank.store(numbered(1, 1).half(), torch.tensor([1]))
+    assert bank.prototypes.dtype == torch.float32
+    assert bank_content(bank, 1) == [(1.0, -0.5)]
+
+
+def test_bank_moves_with_the_loss_and_is_saved_with_it():
+    loss = NTRELoss(bank=make_bank())
+    assert set(loss.state_dict()) == {"bank.prototypes", "bank.stored"}
+    assert list(loss.parameters()) == []
+    moved = nn.ModuleList([loss]).to("meta")
+    assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.half])
+def test_bank_of_another_dtype_can_store(dtype):
+    bank = PrototypeBank(num_classes=1, channels=2, capacity=2).to(dtype)
+    bank.store(numbered(1, 1), torch.tensor([1]))
+    assert bank_content(bank, 1) == [(1.0, -0.5)]

@@ -1,0 +1,179 @@
+"""Counts and scores against scikit-learn and against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, jaccard_score, precision_score
+
+from util.metrics import Counts, Scores
+from util.record import over_seeds
+
+CPU = torch.device("cpu")
+CLASSES = {3: "cat", 7: "dog", 4: "cow"}
+
+
+def episodes(seed: int, count: int = 40, ignored: float = 0.2) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """Predictions, truths and class ids, of several sizes and shares of foreground."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        shape = tuple(rng.integers(1, 40, 2))
+        truth = (rng.random(shape) < rng.random()).astype(np.uint8)
+        prediction = np.where(rng.random(shape) < 0.3, rng.random(shape) < 0.5, truth == 1)
+        truth[rng.random(shape) < ignored] = 255
+        made.append((prediction, truth, list(CLASSES)[number % 3 if number < 9 else int(rng.integers(3))]))
+    return made
+
+
+def count(made: list[tuple[np.ndarray, np.ndarray, int]], classes: dict[int, str] = CLASSES) -> Counts:
+    counts = Counts(classes, CPU)
+    for prediction, truth, class_id in made:
+        counts.add(torch.from_numpy(prediction), torch.from_numpy(truth), class_id)
+    return counts
+
+
+def flat(made: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """All truths and predictions in a row, without the ignored pixels."""
+    truth = np.concatenate([t.ravel() for _, t, _ in made])
+    prediction = np.concatenate([p.ravel() for p, _, _ in made])
+    return truth[truth != 255], prediction[truth != 255].astype(int)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scores_equal_those_of_scikit_learn(seed: int) -> None:
+    made = episodes(seed)
+    scores = count(made).scores()
+    by_class = {name: flat([e for e in made if e[2] == class_id]) for class_id, name in CLASSES.items()}
+    ious = {name: jaccard_score(*pair) for name, pair in by_class.items()}
+    assert scores.per_class == pytest.approx(ious, abs=1e-12)
+    assert scores.miou == pytest.approx(np.mean(list(ious.values())), abs=1e-12)
+    truth, prediction = flat(made)
+    foreground, background = jaccard_score(truth, prediction), jaccard_score(truth, prediction, pos_label=0)
+    assert scores.fb_iou == pytest.approx((foreground + background) / 2, abs=1e-12)
+    assert scores.precision == pytest.approx(precision_score(truth, prediction), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_table_is_the_confusion_matrix_of_each_class(seed: int) -> None:
+    made = episodes(seed)
+    table = count(made).table
+    assert table.dtype == torch.long
+    for row, class_id in zip(table.numpy(), CLASSES, strict=True):
+        expected = confusion_matrix(*flat([e for e in made if e[2] == class_id]), labels=[0, 1])
+        np.testing.assert_array_equal(row.reshape(2, 2), expected)
+
+
+def episode(tp: int, fp: int, fn: int, tn: int, class_id: int, ignored: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
+    """An episode with these counts, one pixel high."""
+    truth = np.repeat([1, 0, 1, 0, 255], [tp, fp, fn, tn, ignored]).astype(np.uint8)[None]
+    prediction = np.repeat([True, True, False, False, True], [tp, fp, fn, tn, ignored])[None]
+    return prediction, truth, class_id
+
+
+def test_miou_is_the_mean_over_classes_of_the_iou_of_summed_counts() -> None:
+    made = [
+        episode(tp=90, fp=5, fn=5, tn=0, class_id=3),  # IoU 0.9
+        episode(tp=0, fp=10, fn=10, tn=80, class_id=3),  # IoU 0; together 90 / 120 = 0.75
+        episode(tp=1, fp=1, fn=2, tn=96, class_id=7),  # 1 / 4 = 0.25
+    ]
+    scores = count(made, {3: "cat", 7: "dog"}).scores()
+    assert scores.per_class == {"cat": 0.75, "dog": 0.25}
+    assert scores.miou == 0.5  # neither (0.9 + 0 + 0.25) / 3 nor (0.45 + 0.25) / 2 nor 91 / 124
+
+
+def test_fb_iou_and_precision_are_of_all_counts() -> None:
+    made = [
+        episode(tp=6, fp=2, fn=0, tn=12, class_id=3),
+        episode(tp=2, fp=2, fn=8, tn=28, class_id=7),
+    ]
+    scores = count(made, {3: "cat", 7: "dog"}).scores()
+    # TP 8, FP 4, FN 8, TN 40: foreground 8 / 20, background 40 / 52
+    assert scores.fb_iou == pytest.approx((8 / 20 + 40 / 52) / 2)
+    assert scores.precision == pytest.approx(8 / 12)
+
+
+@pytest.mark.parametrize("predicted", [True, False])
+def test_ignored_pixels_change_nothing(predicted: bool) -> None:
+    made = episodes(0, ignored=0.0)
+    plain = count(made)
+    for prediction, truth, class_id in made:
+        rim = np.full((truth.shape[0], 9), 255, np.uint8)
+        plain_prediction = np.concatenate([prediction, np.full(rim.shape, predicted)], 1)
+        made = [*made[1:], (plain_prediction, np.concatenate([truth, rim], 1), class_id)]
+    assert torch.equal(count(made).table, plain.table)
+    assert count(made).scores() == plain.scores()
+
+
+def test_an_episode_of_ignored_pixels_alone_changes_nothing() -> None:
+    made = episodes(0)
+    nothing = np.ones((4, 5), bool), np.full((4, 5), 255, np.uint8), 7
+    assert count([*made, nothing]).scores() == count(made).scores()
+
+
+def test_the_order_of_episodes_does_not_matter_and_their_counts_add_up() -> None:
+    made = episodes(1)
+    assert torch.equal(count(made[::-1]).table, count(made).table)
+    assert torch.equal(count(made[:17]).table + count(made[17:]).table, count(made).table)
+
+
+def test_a_perfect_prediction_scores_1_and_its_opposite_0() -> None:
+    made = [(t == 1, t, c) for _, t, c in episodes(2)]
+    assert count(made).scores() == Scores(1.0, 1.0, 1.0, {"cat": 1.0, "dog": 1.0, "cow": 1.0})
+    made = [(t != 1, t, c) for _, t, c in episodes(2)]
+    assert count(made).scores() == Scores(0.0, 0.0, 0.0, {"cat": 0.0, "dog": 0.0, "cow": 0.0})
+
+
+def test_nothing_predicted_gives_finite_scores() -> None:
+    made = [(np.zeros_like(p), t, c) for p, t, c in episodes(3)]
+    scores = count(made).scores()
+    truth, prediction = flat(made)
+    assert (scores.miou, scores.precision) == (0.0, 0.0)
+    assert scores.fb_iou == pytest.approx(jaccard_score(truth, prediction, pos_label=0) / 2)
+
+
+def test_no_episode_at_all_gives_finite_scores() -> None:
+    scores = count([]).scores()
+    assert all(math.isfinite(value) for value in (*scores[:3], *scores.per_class.values()))
+    assert list(scores.per_class) == ["cat", "dog", "cow"]
+
+
+def test_a_class_without_an_episode_counts_as_0_in_the_mean() -> None:
+    scores = count([episode(tp=3, fp=0, fn=1, tn=0, class_id=7)], {3: "cat", 7: "dog"}).scores()
+    assert scores.per_class == {"cat": 0.0, "dog": 0.75}
+    assert scores.miou == 0.375
+
+
+def test_a_class_that_is_not_scored_is_an_error() -> None:
+    with pytest.raises(KeyError):
+        count([episode(1, 1, 1, 1, class_id=5)])
+
+
+def test_counts_do_not_overflow_over_a_whole_evaluation() -> None:
+    counts = Counts({1: "a"}, CPU)
+    counts.table += 2**40
+    prediction, truth, _ = episode(5, 4, 3, 2, 1)
+    counts.add(torch.from_numpy(prediction), torch.from_numpy(truth), 1)
+    assert (counts.table[0] - 2**40).tolist() == [2, 4, 3, 5]
+    assert counts.scores().miou == pytest.approx(1 / 3)
+
+
+def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:
+    scores = [
+        Scores(0.60, 0.70, 0.80, {"a": 0.5, "b": 0.7}),
+        Scores(0.62, 0.70, 0.50, {"a": 0.6, "b": 0.64}),
+        Scores(0.67, 0.70, 0.20, {"a": 0.7, "b": 0.64}),
+    ]
+    spread = over_seeds(scores)
+    assert spread["miou"]["per_seed"] == pytest.approx([60, 62, 67])
+    assert spread["miou"]["mean"] == pytest.approx(63)
+    assert spread["miou"]["std"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
+    assert (spread["fb_iou"]["mean"], spread["fb_iou"]["std"]) == pytest.approx((70, 0))
+    assert (spread["precision"]["mean"], spread["precision"]["std"]) == pytest.approx((50, 30))
+    assert spread["per_class"] == pytest.approx({"a": 60, "b": 66})
+
+
+def test_a_single_seed_has_no_deviation() -> None:
+    spread = over_seeds([Scores(0.5, 0.6, 0.7, {"a": 0.5})])
+    assert spread["miou"] == {"mean": 50.0, "std": 0.0, "per_seed": [50.0]}

