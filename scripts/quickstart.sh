@@ -4,8 +4,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt
+cores=$(python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())")
+export OMP_NUM_THREADS=$((cores > 1 ? cores - 1 : 1)) # one core is left to the loader
 config=configs/synthetic/efficientnet_lite0_fold0_1shot.yaml
 run=runs/quickstart
 python scripts/make_synthetic.py --out data/synthetic
 python train.py --config $config run_dir=$run resume=auto
-python test.py --config $config --checkpoint $run/best.pt --baselines --out $run/results.json --panel $run/panel.png
+python test.py --config $config --checkpoint $run/best.pt --baselines \
+    --out $run/results.json --panel $run/panel.png

@@ -162,7 +162,7 @@ def test_masks_lie_on_the_objects(pairs: dict[str, list[Pair]]) -> None:
 
 def test_an_object_is_placed_where_the_others_stay_in_view() -> None:
     """Each keeps 70 % of its own pixels, whatever is laid over it."""
-    owner = np.zeros((60, 80), np.uint8)
+    owner = np.zeros((90, 120), np.uint8)
     owner[10:30, 10:30], owner[30:50, 40:70] = 1, 2
     alpha = np.ones((35, 35))
     places = set()
