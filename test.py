@@ -17,11 +17,11 @@ from model.ntrenet import NTRENet
 from model.weights import sha256_of
 from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
-from util.config import Config, load_config
+from util.config import Config, load_config, parse_arguments
 from util.engine import BASELINES, NETWORK, evaluate
 from util.errors import UserError, run_command
 from util.metrics import Scores
-from util.record import environment, over_seeds, peak_memory_mib, write_json
+from util.record import environment, over_seeds, peak_memory_mib, require_writable, write_json
 from util.visualize import episode_picture, save_picture
 
 PANEL_ROWS = 4
@@ -37,12 +37,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write results here, as JSON")
     parser.add_argument("--baselines", action="store_true", help="also score two predictions that need no training")
     parser.add_argument("--panel", type=Path, help="write a picture of a few episodes here, as PNG")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    args, overrides = parse_arguments(parser)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
-
-    overrides = list(args.overrides)
+    for path, suffix in ((args.out, ".json"), (args.panel, ".png")):
+        if path is not None:
+            require_writable(path, suffix)
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)

@@ -23,12 +23,12 @@ from util.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.config import load_config
+from util.config import load_config, parse_arguments
 from util.dataset import Episode
 from util.engine import evaluate, learning_rate, train_one_epoch
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
-from util.record import append_json_line, environment, write_json
+from util.record import append_json_line, environment, keep_json_lines, write_json
 from util.training import Training, start_or_resume
 from util.visualize import episode_picture
 
@@ -45,15 +45,15 @@ SELECTION = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.lr=0.01 resume=auto")
-    args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
+    args, overrides = parse_arguments(parser)
+    config = load_config(args.config, overrides)
     hardware = select_hardware(config)
 
     train_index, val_index = build_index(config, "train"), build_index(config, "val")
     train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
-    training = start_or_resume(config, hardware)
+    lists = {str(index.list_path): index.list_sha256 for index in (train_index, val_index)}
+    training = start_or_resume(config, hardware, lists)
     steps_per_epoch = max(1, len(train_sampler) // config.train.batch_size)
     total_steps = steps_per_epoch * config.train.epochs
 
@@ -68,11 +68,11 @@ def main() -> None:
         "seed": config.seed,
         "eval_seed": EVAL_SEED,
         "weights": training.weights._asdict(),
-        "train_list_sha256": train_index.list_sha256,
-        "val_list_sha256": val_index.list_sha256,
+        "list_sha256": lists,
         "resumed_at_step": training.step,
     }
     write_json(run_dir / "run.json", record)
+    keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.step)
     announce(training, len(train_sampler), len(val_sampler), total_steps)
 
     val_batches = build_eval_loader(config, val_sampler, config.eval.episodes)
@@ -80,7 +80,7 @@ def main() -> None:
     options = config.train
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     with (
-        SummaryWriter(run_dir / "tensorboard", purge_step=training.step) as writer,
+        SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) as writer,
         tqdm(total=total_steps, initial=training.step, unit="step", dynamic_ncols=True) as bar,
     ):
         while training.step < total_steps:
@@ -98,10 +98,9 @@ def main() -> None:
             if improved if config.eval.select == "miou" else is_last:
                 training.save_best(run_dir / "best.pt")
             training.save_last(run_dir / "last.pt")
-    print(
-        f"done: {run_dir}/best.pt is {SELECTION[config.eval.select]};"
-        f" highest validation mIoU {100 * training.best_miou:.1f}"
-    )
+    best = run_dir / "best.pt"
+    kept = f"{best} is {SELECTION[config.eval.select]}" if best.exists() else "nothing improved on where it began"
+    print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
 
 
 def announce(training: Training, train: int, val: int, steps: int) -> None:

@@ -81,8 +81,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     try:
         state: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds here, from EOFError to UnpicklingError
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"weights file {path} cannot be read ({reason[:120]}); fetch it again") from error
+        raise WeightsError(
+            f"weights file {path} cannot be read: it is damaged, or holds more than tensors; fetch it again"
+        ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

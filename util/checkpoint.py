@@ -63,10 +63,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"checkpoint {path} does not exist") from None
-    except Exception as error:  # torch raises many kinds for damaged files
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is damaged or not a checkpoint ({reason}); use another one") from error
+        raise UserError(f"checkpoint {path} does not exist; train.py writes them as run_dir/best.pt") from None
+    except Exception as error:  # torch raises many kinds for damaged files, and for files with code in them
+        raise UserError(f"checkpoint {path} is damaged or not a checkpoint; use another one") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state or "config" not in state:
         raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT}); train.py writes them")
     return state

@@ -4,8 +4,10 @@ The value written is the value used. Unknown keys, duplicate keys, wrong types a
 that name the file, the key and the remedy. Every field is documented where it is declared.
 """
 
+import argparse
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -200,6 +202,16 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
     if not values.get("run_dir"):
         values["run_dir"] = str(Path("runs") / path.resolve().parent.name / path.stem)
     return _validate(values, origin, str(path))
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command line, and its ``key=value`` overrides, which may stand anywhere among them."""
+    parser.usage = f"%(prog)s {parser.format_usage().split(maxsplit=2)[2].strip()} [key=value ...]"
+    overrides = [word for word in sys.argv[1:] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
+    args, others = parser.parse_known_args([word for word in sys.argv[1:] if word not in overrides])
+    if options := [word for word in others if word.startswith("-")]:
+        parser.error(f"unknown option {options[0]}")
+    return args, overrides + others
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:

@@ -71,7 +71,6 @@ def train_one_epoch(
         scaler.update()
         on_step(training.step, lr, terms)
         training.step += 1
-        bar.update()
         bar.set_postfix(
             loss=f"{float(terms.total):.3f}",
             final=f"{float(terms.final):.3f}",
@@ -80,6 +79,7 @@ def train_one_epoch(
             lr=f"{lr:.4f}",
             refresh=False,
         )
+        bar.update()
 
 
 NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}

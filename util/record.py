@@ -6,12 +6,14 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
+from util.errors import UserError
 from util.metrics import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,6 +56,31 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
+
+
+def require_writable(path: Path, suffix: str) -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        UserError: ``path`` has another suffix, is a folder, or its folder cannot be written.
+    """
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path} must end in {suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines that ``keep`` refuses: what an interrupted run wrote after its last checkpoint."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if keep(json.loads(line))), encoding="utf-8")
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:

@@ -24,6 +24,8 @@ class Training:
     criterion: NTRELoss
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    list_sha256: dict[str, str]
+    """of the lists the episodes come from, by path"""
     step: int = 0
     """steps done in the whole run; episodes and the learning rate are functions of it"""
     best_miou: float = -1.0
@@ -49,6 +51,7 @@ class Training:
         return {
             "config": self.config.model_dump(),
             "weights": self.weights._asdict(),
+            "list_sha256": self.list_sha256,
             "step": self.step,
             "best_miou": self.best_miou,
             "model": self.model.state_dict(),
@@ -66,13 +69,13 @@ class Training:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.hardware.device)
 
 
-def start_or_resume(config: Config, hardware: Hardware) -> Training:
+def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, str]) -> Training:
     """A fresh run, or the one that ``config.resume`` names.
 
     Raises:
         UserError: the run folder holds a run already and resume is 'none', or the checkpoint does not fit.
     """
-    checkpoint = _checkpoint_to_resume(config)
+    checkpoint = _checkpoint_to_resume(config, list_sha256)
     torch.manual_seed(config.seed)
     if checkpoint is None:
         model, weights = build_model(config)
@@ -88,25 +91,30 @@ def start_or_resume(config: Config, hardware: Hardware) -> Training:
         criterion=build_loss(config).to(hardware.device),
         optimizer=build_optimizer(config, model),
         scaler=torch.amp.GradScaler(hardware.device.type, enabled=hardware.precision == torch.float16),
+        list_sha256=list_sha256,
     )
     if checkpoint is not None:
         training.restore(checkpoint)
     return training
 
 
-def _checkpoint_to_resume(config: Config) -> dict[str, Any] | None:
+def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> dict[str, Any] | None:
     last = Path(config.run_dir) / "last.pt"
-    if config.resume == "none":
-        if last.exists():
-            raise UserError(
-                f"{config.run_dir} already holds a run; set resume=auto to continue it, or run_dir=... for another"
-            )
-        return None
     path = last if config.resume == "auto" else Path(config.resume)
-    if config.resume == "auto" and not path.exists():
+    if last.exists() and path.resolve() != last.resolve():
+        raise UserError(
+            f"{config.run_dir} already holds a run; set resume=auto to continue it, or run_dir=... for another"
+        )
+    if config.resume == "none" or (config.resume == "auto" and not path.exists()):
         return None
     checkpoint = load_checkpoint(path)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds a model only and cannot be resumed; resume from last.pt")
     require_same(saved_config(checkpoint, path), config, path, resume=True)
+    for name, digest in list_sha256.items():
+        if checkpoint["list_sha256"].get(name) != digest:
+            raise UserError(
+                f"list {name} has changed since checkpoint {path} was written, so its episodes would be others;"
+                " restore the list, or start anew with another run_dir"
+            )
     return checkpoint
