@@ -136,10 +136,7 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     """
     data, batch = config.data, config.train.batch_size
     scale = (data.scale[0], data.scale[1])
-
-    def transform(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        return augment(image, mask, data.image_size, rng, scale, data.rotation)
-
+    transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
     dataset = EpisodeDataset(sampler, transform=transform, length=stop * batch)
     return _loader(config, dataset, range(start * batch, stop * batch), batch)
 
@@ -149,6 +146,20 @@ def build_eval_loader(config: Config, sampler: EpisodeSampler, episodes: int) ->
     transform = partial(_fit, size=config.data.image_size)
     dataset = EpisodeDataset(sampler, transform=transform, length=episodes)
     return _loader(config, dataset, range(episodes), config.eval.batch_size)
+
+
+# the loader's transforms stand at module level so that workers can be started on every platform
+
+
+def _augment(
+    image: np.ndarray,
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    size: int,
+    scale: tuple[float, float],
+    rotation: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    return augment(image, mask, size, rng, scale, rotation)
 
 
 def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

@@ -106,7 +106,7 @@ def _count_all(items: tuple[Item, ...], num_classes: int, list_path: Path, progr
                 rows.append(count(item))
                 bar.update()
         else:
-            with multiprocessing.get_context("fork").Pool() as pool:
+            with multiprocessing.Pool() as pool:
                 for row in pool.imap(count, items, chunksize=64):
                     rows.append(row)
                     bar.update()
