@@ -5,8 +5,8 @@ list, the number of classes, and size and time of every mask, so that a changed 
 """
 
 import hashlib
-import multiprocessing
 import os
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -106,8 +106,8 @@ def _count_all(items: tuple[Item, ...], num_classes: int, list_path: Path, progr
                 rows.append(count(item))
                 bar.update()
         else:
-            with multiprocessing.Pool() as pool:
-                for row in pool.imap(count, items, chunksize=64):
+            with ProcessPoolExecutor() as pool:
+                for row in pool.map(count, items, chunksize=64):
                     rows.append(row)
                     bar.update()
     return np.stack(rows)
