@@ -4,6 +4,7 @@ The index is built once from all masks and cached beside the list (``train.txt.i
 list, the number of classes, and size and time of every mask, so that a changed mask is noticed.
 """
 
+import contextlib
 import hashlib
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -136,7 +137,7 @@ def _read_cache(path: Path, key: str) -> np.ndarray | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return stored["pixels"] if str(stored["key"]) == key else None
-    except (OSError, ValueError, KeyError, EOFError):
+    except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file, and it can always be built anew
         return None
 
 
@@ -148,4 +149,5 @@ def _write_cache(path: Path, key: str, pixels: np.ndarray) -> None:
         temporary.replace(path)
     except OSError as error:
         tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from util.errors import UserError
 
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -71,6 +71,8 @@ class DataConfig(Section):
                 raise ValueError(f"folds names '{unknown[0]}', which is not among classes")
             if any(not names or set(names) == set(self.classes) for names in folds):
                 raise ValueError("each fold must hold some, and not all, of the classes")
+            if any(len(set(names)) < len(names) for names in folds):
+                raise ValueError(f"a fold must not name a class twice: {folds}")
         elif len(self.classes) % 4:
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
@@ -150,7 +152,7 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of weights, dropout, training episodes and augmentation"""
     run_dir: str = ""
     """everything a run writes; by default runs/ and the config's own path"""
@@ -169,7 +171,7 @@ class Config(Section):
         return self
 
 
-def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, its base, and ``key=value`` overrides.
 
     Raises:
@@ -194,14 +196,14 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> Config:
             raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
         try:
             value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"command line: {key}: cannot read the value '{text}'") from error
         for part in reversed(key.split(".")):
             value = {part: value}
         _merge(values, value, "command line", origin)
     if not values.get("run_dir"):
         values["run_dir"] = str(Path("runs") / path.resolve().parent.name / path.stem)
-    return _validate(values, origin, str(path))
+    return _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
@@ -216,7 +218,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """Validate a whole config that stands in a checkpoint or a record; ``source`` is named in errors."""
-    return _validate(values, {}, source)
+    return _validate(values, {}, source, contradiction=source)
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -232,12 +234,14 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and aliases, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
+        seen: list[str] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", node.start_mark)
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            seen.append(key)
         return super().construct_mapping(node, deep)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -284,7 +288,8 @@ def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[
             into[key] = value
 
 
-def _validate(values: dict[str, Any], origin: dict[str, str], default_source: str) -> Config:
+def _validate(values: dict[str, Any], origin: dict[str, str], file: str, contradiction: str) -> Config:
+    """``origin``: where each key was set; ``file`` lacks what is missing; ``contradiction`` set keys at odds."""
     try:
         return Config.model_validate(values)
     except ValidationError as validation:
@@ -292,16 +297,14 @@ def _validate(values: dict[str, Any], origin: dict[str, str], default_source: st
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
     named = [".".join(location[:n]) for n in range(len(location), 0, -1)]
-    source = next((origin[k] for k in named if k in origin), default_source)
+    source = next((origin[k] for k in named if k in origin), contradiction)
     if error["type"] == "extra_forbidden":
-        known = sorted(known_keys())
-        near = difflib.get_close_matches(key, known, 1, 0.6) or difflib.get_close_matches(
-            location[-1], [k.rsplit(".", 1)[-1] for k in known], 1, 0.6
-        )
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(known)}"
+        known = {k.rsplit(".", 1)[-1]: k for k in known_keys()} | {k: k for k in known_keys()}
+        near = [known[k] for word in (key, location[-1]) for k in difflib.get_close_matches(word, known, 1, 0.6)]
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(sorted(known_keys()))}"
         raise UserError(f"{source}: unknown key '{key}'; {hint}")
     if error["type"] == "missing":
-        raise UserError(f"{source}: key '{key}' is missing")
+        raise UserError(f"{file}: key '{key}' is missing")
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
