@@ -17,9 +17,12 @@ from model.ntrenet import NTRENet
 from model.weights import sha256_of
 from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
+from util.class_index import ClassIndex
 from util.config import Config, load_config, parse_arguments
 from util.engine import BASELINES, NETWORK, evaluate
+from util.episodes import Episodes, RecordedEpisodes, write_episodes
 from util.errors import UserError, run_command
+from util.folds import novel_classes
 from util.metrics import Scores
 from util.record import environment, over_seeds, peak_memory_mib, require_writable, write_json
 from util.visualize import episode_picture, save_picture
@@ -36,11 +39,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of episodes each")
     parser.add_argument("--out", type=Path, help="write results here, as JSON")
     parser.add_argument("--baselines", action="store_true", help="also score two predictions that need no training")
+    parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
+    parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write a picture of a few episodes here, as PNG")
     args, overrides = parse_arguments(parser)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
-    for path, suffix in ((args.out, ".json"), (args.panel, ".png")):
+    if args.episodes_from is not None and (args.write_episodes or args.episodes or len(args.seeds) > 1):
+        raise UserError("--episodes-from settles the episodes: leave out --write-episodes, --episodes and --seeds")
+    if args.write_episodes is not None and len(args.seeds) > 1:
+        raise UserError("--write-episodes writes the episodes of one seed; give one")
+    for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
         if path is not None:
             require_writable(path, suffix)
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
@@ -50,12 +59,13 @@ def main() -> None:
     model = load_model(config, args.checkpoint).to(hardware.device)
 
     index = build_index(config, "val")
+    sources = episode_sources(args, config, index)
     predictors = NETWORK | (BASELINES if args.baselines else {})
     runs: list[dict[str, Scores]] = []
     started = time.perf_counter()
-    for seed in args.seeds:
-        loader = build_eval_loader(config, build_eval_sampler(config, index, seed), config.eval.episodes)
-        with tqdm(total=config.eval.episodes, desc=f"seed {seed}", unit="episode", dynamic_ncols=True) as bar:
+    for title, episodes, count in sources:
+        loader = build_eval_loader(config, episodes, count)
+        with tqdm(total=count, desc=title, unit="episode", dynamic_ncols=True) as bar:
             runs.append(evaluate(model, loader, config=config, hardware=hardware, predictors=predictors, bar=bar))
     seconds = time.perf_counter() - started
 
@@ -65,8 +75,9 @@ def main() -> None:
         "folds": config.data.num_folds,
         "shots": config.data.shots,
         "backbone": config.model.backbone,
-        "episodes": config.eval.episodes,
-        "seeds": args.seeds,
+        "episodes": sources[0][2],
+        "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
+        "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",
         **over_seeds([run["network"] for run in runs]),
         "config": config.model_dump(),
@@ -86,10 +97,26 @@ def main() -> None:
         write_json(args.out, results)
         print(f"results: {args.out}")
     if args.panel is not None:
-        loader = build_eval_loader(config, build_eval_sampler(config, index, args.seeds[0]), PANEL_ROWS)
+        _, episodes, count = sources[0]
+        loader = build_eval_loader(config, episodes, min(PANEL_ROWS, count))
         picture = episode_picture(model, loader, rows=PANEL_ROWS, hardware=hardware)
         save_picture(args.panel, picture)
         print(f"picture: {args.panel}")
+
+
+def episode_sources(args: argparse.Namespace, config: Config, index: ClassIndex) -> list[tuple[str, Episodes, int]]:
+    """Title, episodes and their number: one entry a seed, or the file of --episodes-from; writes --write-episodes."""
+    root = Path(config.data.root)
+    if args.episodes_from is not None:
+        novel, shots = novel_classes(config.data), config.data.shots
+        recorded = RecordedEpisodes(args.episodes_from, index, root=root, classes=novel, shots=shots)
+        return [(args.episodes_from.name, recorded, len(recorded))]
+    count = config.eval.episodes
+    samplers = [build_eval_sampler(config, index, seed) for seed in args.seeds]
+    if args.write_episodes is not None:
+        write_episodes(args.write_episodes, samplers[0], count, root=root, class_names=config.data.classes)
+        print(f"episodes: {args.write_episodes}")
+    return [(f"seed {sampler.seed}", sampler, count) for sampler in samplers]
 
 
 def load_model(config: Config, path: Path) -> NTRENet:
@@ -116,7 +143,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [
         "",
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
-        f" {results['backbone']}: {results['episodes']} episodes, seeds {', '.join(map(str, results['seeds']))}",
+        f" {results['backbone']}: {results['episodes']} episodes,"
+        f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}",
         *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
         f"  {'mIoU':{width}}  {cell(results['miou'])}   (this fold alone, not the mean of folds)",
         f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",

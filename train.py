@@ -74,6 +74,9 @@ def main() -> None:
     write_json(run_dir / "run.json", record)
     keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.step)
     announce(training, len(train_sampler), len(val_sampler), total_steps)
+    if any(train_sampler.left_out.values()):
+        left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
+        print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
 
     val_batches = build_eval_loader(config, val_sampler, config.eval.episodes)
     batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))

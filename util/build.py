@@ -18,7 +18,7 @@ from model.weights import WeightsInfo
 from util.class_index import ClassIndex, load_class_index
 from util.config import Config
 from util.dataset import Episode, EpisodeDataset, collate
-from util.episodes import EpisodeSampler
+from util.episodes import Episodes, EpisodeSampler
 from util.errors import UserError
 from util.folds import base_classes, novel_classes
 from util.transforms import augment, fit
@@ -141,7 +141,7 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     return _loader(config, dataset, range(start * batch, stop * batch), batch)
 
 
-def build_eval_loader(config: Config, sampler: EpisodeSampler, episodes: int) -> DataLoader[Episode]:
+def build_eval_loader(config: Config, sampler: Episodes, episodes: int) -> DataLoader[Episode]:
     """Exactly ``episodes`` episodes, from number 0."""
     transform = partial(_fit, size=config.data.image_size)
     dataset = EpisodeDataset(sampler, transform=transform, length=episodes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from util.class_index import Item
-from util.episodes import EpisodeSampler
+from util.episodes import Episodes
 from util.errors import UserError
 from util.images import read_image, read_mask
 from util.transforms import IGNORE
@@ -66,7 +66,7 @@ class EpisodeDataset(Dataset[Episode]):
         length: episodes, 0 ... length - 1.
     """
 
-    def __init__(self, sampler: EpisodeSampler, *, transform: Transform, length: int) -> None:
+    def __init__(self, sampler: Episodes, *, transform: Transform, length: int) -> None:
         self.sampler, self.transform, self.length = sampler, transform, length
 
     def __len__(self) -> int:

@@ -1,6 +1,9 @@
-"""Which images make an episode: a pure function of (seed, number)."""
+"""Which images make an episode: a pure function of (seed, number), or a file that holds them."""
 
-from typing import NamedTuple
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -14,6 +17,16 @@ class EpisodeFiles(NamedTuple):
     query: int
     supports: tuple[int, ...]
     class_id: int
+
+
+class Episodes(Protocol):
+    """Where episodes come from."""
+
+    index: ClassIndex
+    seed: int
+    """of the augmentation; evaluation has none"""
+
+    def __call__(self, number: int) -> EpisodeFiles: ...
 
 
 class EpisodeSampler:
@@ -47,6 +60,7 @@ class EpisodeSampler:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
         avoided = np.flatnonzero(index.pixels[:, list(avoid)].sum(1) > 0)
         self.supports_of = {c: np.setdiff1d(index.qualifying(c, min_area), avoided) for c in classes}
+        self.left_out = {c: len(index.qualifying(c, min_area)) - len(self.supports_of[c]) for c in classes}
         for c, images in self.supports_of.items():
             if len(images) < shots + 1:
                 raise UserError(
@@ -70,3 +84,85 @@ class EpisodeSampler:
         others = self.supports_of[class_id]
         supports = rng.choice(others[others != query], self.shots, replace=False)
         return EpisodeFiles(query, tuple(int(i) for i in supports), class_id)
+
+
+class RecordedEpisodes:
+    """Episodes read from a file that :func:`write_episodes` made, in its order.
+
+    Raises:
+        UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
+    """
+
+    seed = 0
+
+    def __init__(self, path: Path, index: ClassIndex, *, root: Path, classes: Sequence[int], shots: int) -> None:
+        self.index = index
+        places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one"
+            ) from None
+        self.episodes: list[EpisodeFiles] = []
+        for number, line in enumerate(lines, 1):
+            try:
+                self.episodes.append(_read_episode(line, index, places, classes, shots))
+            except ValueError as error:
+                raise UserError(
+                    f"episodes file {path} line {number}: {error};"
+                    " evaluate it with the list, fold and shots it was made for"
+                ) from None
+        if not self.episodes:
+            raise UserError(f"episodes file {path} holds no episodes")
+
+    def __len__(self) -> int:
+        return len(self.episodes)
+
+    def __call__(self, number: int) -> EpisodeFiles:
+        return self.episodes[number]
+
+
+def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
+    """Write episodes 0 ... count - 1 as JSON lines: query, supports, class and the list's SHA-256."""
+
+    def name(place: int) -> str:
+        return sampler.index.items[place].image.relative_to(root).as_posix()
+
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            episode = sampler(number)
+            record = {
+                "query": name(episode.query),
+                "supports": [name(place) for place in episode.supports],
+                "class_id": episode.class_id,
+                "class": class_names[episode.class_id - 1],
+                "list_sha256": sampler.index.list_sha256,
+            }
+            file.write(json.dumps(record) + "\n")
+
+
+def _read_episode(
+    line: str, index: ClassIndex, places: dict[str, int], classes: Sequence[int], shots: int
+) -> EpisodeFiles:
+    """One line of an episodes file; ValueError says what does not fit."""
+    record: Any = json.loads(line)
+    if not isinstance(record, dict) or not {"query", "supports", "class_id", "list_sha256"} <= record.keys():
+        raise ValueError("not an episode (query, supports, class_id, list_sha256)")
+    if record["list_sha256"] != index.list_sha256:
+        raise ValueError(
+            f"made for a list of SHA-256 {str(record['list_sha256'])[:16]}, {index.list_path} has"
+            f" {index.list_sha256[:16]}"
+        )
+    names = [record["query"], *record["supports"]]
+    unknown = [name for name in names if name not in places]
+    if unknown:
+        raise ValueError(f"image {unknown[0]} is not in {index.list_path}")
+    if len(names) != len(set(names)):
+        raise ValueError("an image stands twice in the episode")
+    if len(names) - 1 != shots:
+        raise ValueError(f"{len(names) - 1} supports, but data.shots is {shots}")
+    if record["class_id"] not in classes:
+        raise ValueError(f"class {record.get('class', record['class_id'])} is not novel in this fold")
+    query, *supports = (places[name] for name in names)
+    return EpisodeFiles(query, tuple(supports), record["class_id"])
