@@ -123,7 +123,7 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
             f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
             " they must be the same size"
         )
-    counts = np.bincount(mask.ravel(), minlength=256)
+    counts = count_values(mask)
     strange = np.flatnonzero(counts[num_classes + 1 : 255])
     if len(strange):
         raise UserError(
@@ -131,6 +131,18 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
             " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
         )
     return counts[: num_classes + 1]
+
+
+def count_values(mask: np.ndarray) -> np.ndarray:
+    """Pixels of each value in a uint8 mask, (256,).
+
+    Masks are long runs of one value, and counting a run waits for the same counter again and again; counting
+    pairs of neighbours instead halves that.
+    """
+    flat = mask.ravel()
+    even = len(flat) // 2 * 2
+    pairs = np.bincount(flat[:even].view(np.uint16), minlength=65536).reshape(256, 256)
+    return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
 
 
 def _read_cache(path: Path, key: str) -> np.ndarray | None:
