@@ -6,17 +6,15 @@ when training the config's fold would be wrong, 0 otherwise; a warning does not 
 
 import argparse
 import sys
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.class_index import Item, count_pixels, read_list
+from util.class_index import Item, count_pixels, on_all_cores, read_list
 from util.config import Config, load_config, parse_arguments
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
@@ -65,9 +63,7 @@ def check_list(config: Config, list_path: str) -> dict[str, Any]:
             "ignored": 0.0,
             "problems": [str(error)],
         }
-    with ProcessPoolExecutor() as pool:
-        results = pool.map(partial(check_item, num_classes=num_classes), items, chunksize=16)
-        checked = list(tqdm(results, total=len(items), desc=f"checking {list_path}", unit="image", leave=False))
+    checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {list_path}")
     good = [(counts, ignored) for counts, ignored, problem in checked if problem is None]
     pixels = np.array([counts for counts, _ in good], np.int64).reshape(len(good), num_classes + 1)
     ignored = sum(ignored for _, ignored in good)

@@ -1,5 +1,6 @@
 """Config to model, loss, loaders: the only file that knows both the configuration and the network."""
 
+import os
 import re
 from functools import partial
 from pathlib import Path
@@ -171,7 +172,7 @@ def _loader(config: Config, dataset: EpisodeDataset, numbers: range, batch_size:
         dataset,
         batch_size=batch_size,
         sampler=numbers,
-        num_workers=config.workers,
+        num_workers=min(config.workers, os.cpu_count() or 1),
         collate_fn=collate,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout

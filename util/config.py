@@ -162,7 +162,7 @@ class Config(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
     workers: Annotated[int, Field(ge=0)] = 4
-    """loader processes; the results do not depend on it"""
+    """loader processes, at most one a core; the results do not depend on it"""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
