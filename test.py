@@ -56,10 +56,10 @@ def main() -> None:
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
     hardware = select_hardware(config)
-    model = load_model(config, args.checkpoint).to(hardware.device)
-
     index = build_index(config, "val")
     sources = episode_sources(args, config, index)
+    model = load_model(config, args.checkpoint).to(hardware.device)
+
     predictors = NETWORK | (BASELINES if args.baselines else {})
     runs: list[dict[str, Scores]] = []
     started = time.perf_counter()

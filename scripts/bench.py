@@ -65,8 +65,10 @@ def bench_index(root: Path, masks: int) -> dict[str, Any]:
     cache = list_path.with_name(list_path.name + ".index.npz")
 
     def plain() -> np.ndarray:
-        masks = [np.asarray(Image.open(item.mask)) for item in read_list(list_path, root)]
-        rows = [np.bincount(mask.ravel(), minlength=256) for mask in masks]
+        rows = []
+        for item in read_list(list_path, root):
+            mask = np.asarray(Image.open(item.mask))
+            rows.append(np.bincount(mask.ravel(), minlength=256))
         return np.stack(rows)[:, : num_classes + 1]
 
     def ours() -> ClassIndex:

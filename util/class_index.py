@@ -6,9 +6,11 @@ list, the number of classes, and size and time of every mask, so that a changed 
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,25 +103,32 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
 
 T = TypeVar("T")
 
+WORTH_PROCESSES = 512
+tqdm.monitor_interval = 0  # no monitor thread that could hold a lock while processes are forked
+
 
 def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: str, *, progress: bool = True) -> list[T]:
     """``function`` of every item, in order, with a progress bar; the first error ends it at once.
 
-    Threads, not processes: Pillow and numpy work outside Python's lock, and nothing has to be started or copied.
+    Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
+    nothing to start; a list too short to be worth it stays in this process.
     """
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(items), desc=title, unit="image", disable=not progress, leave=False) as bar,
-    ):
-        futures = [pool.submit(function, item) for item in items]
-        try:
-            results = []
-            for future in futures:
-                results.append(future.result())
-                bar.update()
-            return results
-        finally:
-            pool.shutdown(cancel_futures=True)
+    bar = tqdm(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
+    if len(items) < WORTH_PROCESSES:
+        with bar:
+            return [_advance(bar, function(item)) for item in items]
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(mp_context=context)
+    try:
+        with bar:
+            return [_advance(bar, result) for result in pool.map(function, items, chunksize=64)]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _advance(bar: tqdm, result: T) -> T:
+    bar.update()
+    return result
 
 
 def count_pixels(item: Item, num_classes: int) -> np.ndarray:
