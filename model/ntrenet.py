@@ -128,7 +128,7 @@ class NTRENet(nn.Module):
         s = self.backbone(supports.flatten(0, 1))
         target = foreground(support_masks.flatten(0, 1), (s.stage3.shape[-2], s.stage3.shape[-1]))
 
-        with torch.no_grad():
+        with torch.no_grad():  # the support's target alone: masked before stage 4 and after it
             s_high = self.backbone.high(s.stage3 * target) * target
             prior = prior_mask(self.backbone.high(q.stage3), s_high.unflatten(0, batch_and_shots))
 
