@@ -272,6 +272,17 @@ def test_a_truncated_mask_is_refused_by_name(tmp_path: Path) -> None:
             read_mask(path)
 
 
+def test_a_png_with_a_broken_chunk_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "i.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3)).astype(np.uint8)).save(path)
+    before, first, rest = path.read_bytes().partition(b"IDAT")
+    assert b"IDAT" in rest, "several chunks, so that the header is whole and the picture is not"
+    path.write_bytes(before + first + rest.replace(b"IDAT", b"\x01\x02\x03\x04"))
+    assert image_size(path) == (200, 300)
+    with pytest.raises(UserError, match=r"image .*i\.png cannot be read"):
+        read_image(path)
+
+
 @pytest.mark.parametrize("read", [read_image, read_mask, image_size])
 @pytest.mark.parametrize("content", [b"", b"this is a text file\n", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_picture_is_refused_by_name(read, content: bytes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
