@@ -171,7 +171,15 @@ def test_a_file_that_does_not_fit_is_refused_at_its_first_mismatch(sampler, tmp_
         recorded(config, path)
 
 
-@pytest.mark.parametrize("text", ["", "not json\n", "[1, 2]\n", '{"query": "a"}\n'])
+def line(**changes: object) -> str:
+    record = {"query": "a", "supports": ["b"], "class_id": 1, "list_sha256": "c"} | changes
+    return json.dumps(record) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "not json\n", "[1, 2]\n", '{"query": "a"}\n', line(supports=None), line(query=["a"]), line(class_id=True)],
+)
 def test_a_file_that_holds_no_episodes_is_refused(sampler, tmp_path, text) -> None:
     path = tmp_path / "e.jsonl"
     path.write_text(text)

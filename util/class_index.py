@@ -52,7 +52,7 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
         UserError: no such list, an empty one, or a line that is not two paths, or stands twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
     except (OSError, UnicodeDecodeError) as error:

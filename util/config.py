@@ -139,7 +139,7 @@ class EvalConfig(Section):
     episodes: Count = 1000
     batch_size: Count = 1
     geometry: Literal["lineage", "exact"] = "exact"
-    """how logits return to the original size: as the published code does, up to 3 px off, or exactly"""
+    """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Count = 1
     """epochs between evaluations in training"""
     select: Literal["miou", "last"] = "miou"

@@ -149,12 +149,17 @@ def _read_episode(
     record: Any = json.loads(line)
     if not isinstance(record, dict) or not {"query", "supports", "class_id", "list_sha256"} <= record.keys():
         raise ValueError("not an episode (query, supports, class_id, list_sha256)")
+    supports = record["supports"]
+    if not isinstance(supports, list) or not all(isinstance(name, str) for name in [record["query"], *supports]):
+        raise ValueError("query must be a path and supports a list of paths")
+    if type(record["class_id"]) is not int:
+        raise ValueError("class_id must be a whole number")
     if record["list_sha256"] != index.list_sha256:
         raise ValueError(
             f"made for a list of SHA-256 {str(record['list_sha256'])[:16]}, {index.list_path} has"
             f" {index.list_sha256[:16]}"
         )
-    names = [record["query"], *record["supports"]]
+    names = [record["query"], *supports]
     unknown = [name for name in names if name not in places]
     if unknown:
         raise ValueError(f"image {unknown[0]} is not in {index.list_path}")
@@ -164,5 +169,5 @@ def _read_episode(
         raise ValueError(f"{len(names) - 1} supports, but data.shots is {shots}")
     if record["class_id"] not in classes:
         raise ValueError(f"class {record.get('class', record['class_id'])} is not novel in this fold")
-    query, *supports = (places[name] for name in names)
-    return EpisodeFiles(query, tuple(supports), record["class_id"])
+    query, *others = (places[name] for name in names)
+    return EpisodeFiles(query, tuple(others), record["class_id"])

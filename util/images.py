@@ -19,6 +19,8 @@ MASK_MODES = ("P", "L", "1")
 def read_image(path: Path) -> np.ndarray:
     """RGB picture (H, W, 3), uint8. EXIF orientation is not applied: masks refer to the stored pixels."""
     with _opened("image", path) as image:
+        if image.mode.startswith(("I", "F")):
+            raise UserError(f"image {path} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         return np.asarray(image.convert("RGB"))
 
 
