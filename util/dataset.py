@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from model.ops import IGNORE
 from util.class_index import Item
 from util.episodes import Episodes
 from util.errors import UserError
 from util.images import read_image, read_mask
-from util.transforms import IGNORE
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from model.losses import LossTerms
 from model.ntrenet import NTRENet, NTRENetOutput
+from model.ops import resize
 from util.build import Hardware
 from util.config import Config
 from util.dataset import Episode
@@ -86,9 +87,7 @@ NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}
 
 BASELINES: dict[str, Predictor] = {
     "all_foreground": lambda output: torch.ones_like(output.logits),
-    "prior": lambda output: torch.nn.functional.interpolate(
-        output.prior - 0.5, size=output.logits.shape[-2:], mode="bilinear", align_corners=True
-    ),
+    "prior": lambda output: resize(output.prior - 0.5, (output.logits.shape[-2], output.logits.shape[-1])),
 }
 """predictions that need no training: everything is target; the prior mask at 0.5"""
 

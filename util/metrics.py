@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.ops import IGNORE
+
 
 class Scores(NamedTuple):
     """All in [0, 1]."""
@@ -35,7 +37,7 @@ class Counts:
 
     def add(self, prediction: Tensor, truth: Tensor, class_id: int) -> None:
         """Count one episode: boolean prediction and uint8 truth (1 target, 0 other, 255 ignored), both (H, W)."""
-        outcome = torch.where(truth == 255, 4, 2 * (truth == 1).long() + prediction.long())
+        outcome = torch.where(truth == IGNORE, 4, 2 * (truth == 1).long() + prediction.long())
         self.table[self._row[class_id]] += torch.bincount(outcome.flatten(), minlength=5)[:4]
 
     def scores(self) -> Scores:

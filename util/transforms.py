@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.ops import IGNORE, resize
+
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
-IGNORE = 255
 
 cv2.setNumThreads(1)  # loader workers are the parallelism
 
@@ -99,7 +100,7 @@ def to_original(logits: Tensor, height: int, width: int, geometry: str) -> Tenso
     """
     if geometry == "lineage":
         side = max(height, width)
-        square = F.interpolate(logits[None], size=(side, side), mode="bilinear", align_corners=True)[0]
+        square = resize(logits[None], (side, side))[0]
         return square[:, :height, :width]
     fitted_height, fitted_width = fitted_size(height, width, logits.shape[-1])
     valid = logits[None, :, :fitted_height, :fitted_width]

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from model.ntrenet import NTRENet, NTRENetOutput
+from model.ops import IGNORE, resize
 from util.build import Hardware
 from util.dataset import Episode
 from util.engine import forward
@@ -39,8 +40,8 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tup
     query = _image(batch.query[place])
     support = _image(batch.supports[place, 0])
     truth = batch.query_mask[place].cpu().numpy()
-    predicted = (output.logits[place, 0] > 0).cpu().numpy() & (truth != 255)
-    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != 255].sum(), 1)
+    predicted = (output.logits[place, 0] > 0).cpu().numpy() & (truth != IGNORE)
+    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != IGNORE].sum(), 1)
     tiles = [
         ("support", overlay(support, batch.support_masks[place, 0].cpu().numpy() == 1, TARGET)),
         ("query", query),
@@ -94,6 +95,5 @@ def _image(tensor: Tensor) -> np.ndarray:
 
 
 def _upsampled(values: Tensor, like: np.ndarray) -> np.ndarray:
-    size = like.shape[:2]
-    resized = torch.nn.functional.interpolate(values[None].float(), size=size, mode="bilinear", align_corners=True)
-    return resized[0, 0].cpu().numpy()
+    size = (like.shape[0], like.shape[1])
+    return resize(values[None].float(), size)[0, 0].cpu().numpy()
