@@ -6,6 +6,7 @@ best.pt and TensorBoard events. resume=auto continues where last.pt stands.
 
 import argparse
 import itertools
+import time
 from functools import partial
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from util.dataset import Episode
 from util.engine import evaluate, learning_rate, train_one_epoch
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
-from util.record import append_json_line, environment, keep_json_lines, write_json
+from util.record import append_json_line, environment, keep_json_lines, peak_memory_mib, write_json
 from util.training import Training, start_or_resume
 from util.visualize import episode_picture
 
@@ -81,6 +82,7 @@ def main() -> None:
     val_batches = build_eval_loader(config, val_sampler, config.eval.episodes)
     batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
     options = config.train
+    began = time.perf_counter() - training.seconds
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     with (
         SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) as writer,
@@ -90,20 +92,30 @@ def main() -> None:
             epoch = training.step // steps_per_epoch + 1
             bar.set_description(f"epoch {epoch}/{config.train.epochs}")
             epoch_batches = itertools.islice(batches, steps_per_epoch)
-            train_one_epoch(training, epoch_batches, lr_at=lr_at, bar=bar, on_step=partial(write_losses, writer))
+            losses = train_one_epoch(
+                training, epoch_batches, lr_at=lr_at, bar=bar, on_step=partial(write_losses, writer)
+            )
 
             is_last = training.step == total_steps
             improved = False
             if epoch % config.eval.every == 0 or is_last:
-                miou = validate(training, val_batches, writer)
+                miou = validate(training, val_batches, writer, losses)
                 improved = miou > training.best_miou
                 training.best_miou = max(training.best_miou, miou)
             if improved if config.eval.select == "miou" else is_last:
                 training.save_best(run_dir / "best.pt")
+            training.seconds = time.perf_counter() - began
             training.save_last(run_dir / "last.pt")
+    write_json(run_dir / "run.json", record | {"finished": cost(training)})
     best = run_dir / "best.pt"
     kept = f"{best} is {SELECTION[config.eval.select]}" if best.exists() else "nothing improved on where it began"
     print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
+
+
+def cost(training: Training) -> dict[str, float]:
+    """What the whole run took, for tables."""
+    peak = peak_memory_mib(training.hardware.device)
+    return {"steps": training.step, "seconds": training.seconds, "peak_memory_mib": peak}
 
 
 def announce(training: Training, train: int, val: int, steps: int) -> None:
@@ -130,15 +142,21 @@ def write_losses(writer: SummaryWriter, step: int, lr: float, terms: LossTerms) 
     writer.add_scalar("lr", lr, step)
 
 
-def validate(training: Training, batches: DataLoader[Episode], writer: SummaryWriter) -> float:
-    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU."""
+def validate(
+    training: Training, batches: DataLoader[Episode], writer: SummaryWriter, losses: dict[str, float]
+) -> float:
+    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
+
+    Args:
+        losses: mean of every term over the epoch before, for metrics.jsonl.
+    """
     config, step = training.config, training.step
     with tqdm(total=config.eval.episodes, desc="validation", unit="episode", leave=False, dynamic_ncols=True) as bar:
         scores = evaluate(training.model, batches, config=config, hardware=training.hardware, bar=bar)["network"]
     tqdm.write(f"step {step}: mIoU {100 * scores.miou:.1f}  FB-IoU {100 * scores.fb_iou:.1f}")
     for name in ("miou", "fb_iou", "precision"):
         writer.add_scalar(f"val/{name}", getattr(scores, name), step)
-    append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **scores._asdict()})
+    append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **scores._asdict(), "loss": losses})
     picture = episode_picture(training.model, batches, rows=PANELS, hardware=training.hardware)
     writer.add_image("episodes", picture, step, dataformats="HWC")
     return scores.miou

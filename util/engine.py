@@ -41,8 +41,8 @@ def train_one_epoch(
     lr_at: Callable[[int], float],
     bar: tqdm,
     on_step: Callable[[int, float, LossTerms], None],
-) -> None:
-    """Train on ``batches``, one step each.
+) -> dict[str, float]:
+    """Train on ``batches``, one step each; returns the mean of every loss term.
 
     Args:
         lr_at: learning rate of a step.
@@ -52,6 +52,7 @@ def train_one_epoch(
     """
     model, optimizer, scaler = training.model, training.optimizer, training.scaler
     model.train()
+    sums, steps = dict.fromkeys(LossTerms._fields, 0.0), 0
     for batch in batches:
         lr = lr_at(training.step)
         for group in optimizer.param_groups:
@@ -72,6 +73,7 @@ def train_one_epoch(
         scaler.update()
         on_step(training.step, lr, terms)
         training.step += 1
+        sums, steps = {name: sums[name] + float(value) for name, value in terms._asdict().items()}, steps + 1
         bar.set_postfix(
             loss=f"{float(terms.total):.3f}",
             final=f"{float(terms.final):.3f}",
@@ -81,6 +83,7 @@ def train_one_epoch(
             refresh=False,
         )
         bar.update()
+    return {name: value / max(steps, 1) for name, value in sums.items()}
 
 
 NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}

@@ -29,6 +29,8 @@ class Training:
     step: int = 0
     """steps done in the whole run; episodes and the learning rate are functions of it"""
     best_miou: float = -1.0
+    seconds: float = 0.0
+    """spent so far, evaluations included, over all resumptions"""
 
     def save_best(self, path: Path) -> None:
         """The model alone: what test.py needs."""
@@ -54,12 +56,13 @@ class Training:
             "list_sha256": self.list_sha256,
             "step": self.step,
             "best_miou": self.best_miou,
+            "seconds": self.seconds,
             "model": self.model.state_dict(),
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Continue where :meth:`save_last` stood."""
-        self.step, self.best_miou = checkpoint["step"], checkpoint["best_miou"]
+        self.step, self.best_miou, self.seconds = (checkpoint[key] for key in ("step", "best_miou", "seconds"))
         self.model.load_state_dict(checkpoint["model"])
         self.criterion.load_state_dict(checkpoint["criterion"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
