@@ -58,7 +58,8 @@ def main() -> None:
     hardware = select_hardware(config)
     index = build_index(config, "val")
     sources = episode_sources(args, config, index)
-    model = load_model(config, args.checkpoint).to(hardware.device)
+    model, trained = load_model(config, args.checkpoint)
+    model.to(hardware.device)
 
     predictors = NETWORK | (BASELINES if args.baselines else {})
     runs: list[dict[str, Scores]] = []
@@ -80,6 +81,7 @@ def main() -> None:
         "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",
         **over_seeds([run["network"] for run in runs]),
+        "train_seed": trained.seed,
         "config": config.model_dump(),
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": sha256_of(args.checkpoint),
@@ -119,10 +121,11 @@ def episode_sources(args: argparse.Namespace, config: Config, index: ClassIndex)
     return [(f"seed {sampler.seed}", sampler, count) for sampler in samplers]
 
 
-def load_model(config: Config, path: Path) -> NTRENet:
-    """The model of a checkpoint, which must have been trained for this config's fold and network."""
+def load_model(config: Config, path: Path) -> tuple[NTRENet, Config]:
+    """The model of a checkpoint and its config; it must have been trained for this config's fold and network."""
     checkpoint = load_checkpoint(path)
-    require_same(saved_config(checkpoint, path), config, path)
+    saved = saved_config(checkpoint, path)
+    require_same(saved, config, path)
     model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
     try:
         model.load_state_dict(checkpoint["model"])
@@ -130,7 +133,7 @@ def load_model(config: Config, path: Path) -> NTRENet:
         raise UserError(
             f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}"
         ) from error
-    return model
+    return model, saved
 
 
 def table(results: dict[str, Any]) -> str:
