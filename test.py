@@ -18,7 +18,7 @@ from model.weights import sha256_of
 from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.class_index import ClassIndex
-from util.config import Config, load_config, parse_arguments
+from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.engine import BASELINES, NETWORK, evaluate
 from util.episodes import Episodes, RecordedEpisodes, write_episodes
 from util.errors import UserError, run_command
@@ -32,7 +32,7 @@ PANEL_ROWS = 4
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    add_config_argument(parser)
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--shots", type=int, help="supports an episode; by default the config's")
     parser.add_argument("--episodes", type=int, help="episodes a seed; by default the config's eval.episodes")
@@ -58,7 +58,7 @@ def main() -> None:
     hardware = select_hardware(config)
     index = build_index(config, "val")
     sources = episode_sources(args, config, index)
-    model, trained = load_model(config, args.checkpoint)
+    model, train_seed = load_model(config, args.checkpoint)
     model.to(hardware.device)
 
     predictors = NETWORK | (BASELINES if args.baselines else {})
@@ -81,7 +81,7 @@ def main() -> None:
         "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",
         **over_seeds([run["network"] for run in runs]),
-        "train_seed": trained.seed,
+        "train_seed": train_seed,
         "config": config.model_dump(),
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": sha256_of(args.checkpoint),
@@ -121,11 +121,14 @@ def episode_sources(args: argparse.Namespace, config: Config, index: ClassIndex)
     return [(f"seed {sampler.seed}", sampler, count) for sampler in samplers]
 
 
-def load_model(config: Config, path: Path) -> tuple[NTRENet, Config]:
-    """The model of a checkpoint and its config; it must have been trained for this config's fold and network."""
+def load_model(config: Config, path: Path) -> tuple[NTRENet, int | None]:
+    """The model of a checkpoint and its training seed; it must have been trained for this config's fold and network.
+
+    A converted checkpoint lists what it does not know of its training ('unknown'); that is taken from ``config``.
+    """
     checkpoint = load_checkpoint(path)
-    saved = saved_config(checkpoint, path)
-    require_same(saved, config, path)
+    saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
+    require_same(saved, config, path, unknown=unknown)
     model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
     try:
         model.load_state_dict(checkpoint["model"])
@@ -133,7 +136,12 @@ def load_model(config: Config, path: Path) -> tuple[NTRENet, Config]:
         raise UserError(
             f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}"
         ) from error
-    return model, saved
+    if "data.fold" in unknown:
+        print(
+            f"note: checkpoint {path} does not say which fold it was trained on;"
+            f" it is tested on fold {config.data.fold} as given"
+        )
+    return model, None if "seed" in unknown else saved.seed
 
 
 def table(results: dict[str, Any]) -> str:

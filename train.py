@@ -24,7 +24,7 @@ from util.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.config import load_config, parse_arguments
+from util.config import add_config_argument, load_config, parse_arguments
 from util.dataset import Episode
 from util.engine import evaluate, learning_rate, train_one_epoch
 from util.errors import UserError, run_command
@@ -45,7 +45,7 @@ SELECTION = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    add_config_argument(parser)
     args, overrides = parse_arguments(parser)
     config = load_config(args.config, overrides)
     hardware = select_hardware(config)

@@ -20,6 +20,10 @@ class FEMOutput(NamedTuple):
     """one (B, 1, side, side) a scale, for the auxiliary loss"""
 
 
+FEMInput = tuple[Tensor, Tensor, Tensor | None]
+"""feature (B, C, *, *), prototype (B, C, 1, 1) and prior (B, 1, *, *) of one scale"""
+
+
 class FEMScale(nn.Module):
     """One scale: merge with the prototype, take in the finer scale before, refine, classify."""
 
@@ -63,13 +67,23 @@ class FEM(nn.Module):
     def forward(self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> FEMOutput:
         """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, 1, h, w) -> logits (B, 1, h, w) and one a scale."""
         size = (feature.shape[-2], feature.shape[-1])
+        inputs: list[FEMInput] = [
+            (F.adaptive_avg_pool2d(feature, side), prototype, None if prior is None else resize(prior, side))
+            for side in self.sizes(size)
+        ]
+        return self.enrich(inputs, size)
+
+    def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """(height, width) of every scale of a feature of this size."""
+        return [_scale_size(side, size) for side in self.scale_sides]
+
+    def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int]) -> FEMOutput:
+        """The part after pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
         enriched: list[Tensor] = []
         scale_logits: list[Tensor] = []
-        for side, scale in zip(self.scale_sides, self.scales, strict=True):
-            at_scale = _scale_size(side, size)
-            finer = resize(enriched[-1], at_scale) if enriched else None
-            prior_at_scale = None if prior is None else resize(prior, at_scale)
-            x, logits = scale(F.adaptive_avg_pool2d(feature, at_scale), prototype, prior_at_scale, finer)
+        for scale, (pooled, prototype, prior) in zip(self.scales, inputs, strict=True):
+            finer = resize(enriched[-1], (pooled.shape[-2], pooled.shape[-1])) if enriched else None
+            x, logits = scale(pooled, prototype, prior, finer)
             enriched.append(resize(x, size))
             scale_logits.append(logits)
         x = self.fuse(torch.cat(enriched, 1))

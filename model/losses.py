@@ -92,7 +92,8 @@ class NTRELoss(nn.Module):
         L_T = BCE(y_ini, M) + BCE(y, M)                                                                 (eq. 12)
         L   = beta L_T + lambda L_BG + gamma L_PCL  (+ beta fem_aux mean over FEM's scales of BCE)      (eq. 11)
 
-    The terms follow the output: without y_BG or y_ini (the ablations) theirs are 0.
+    The terms follow the output: without y_BG or y_ini (the ablations) theirs are 0; where y_ini is predicted at
+    several scales, its term is their mean.
 
     Args:
         bank: None switches PCL off.
@@ -133,7 +134,10 @@ class NTRELoss(nn.Module):
         final = target_loss(output.feature_logits, query_masks)
         fem_aux = torch.stack([target_loss(logits, query_masks) for logits in output.scale_logits]).mean()
         zero = torch.zeros_like(final)
-        initial = zero if output.initial_logits is None else target_loss(output.initial_logits, query_masks)
+        initial = zero
+        if output.initial_logits is not None:
+            scales = (output.initial_logits, *output.coarser_initial_logits)
+            initial = torch.stack([target_loss(logits, query_masks) for logits in scales]).mean()
         bg = zero
         if output.query_bg_logits is not None and output.support_bg_logits is not None:
             logits = torch.cat([output.query_bg_logits.unsqueeze(1), output.support_bg_logits], 1)
@@ -162,7 +166,9 @@ def negative_prototypes(output: NTRENetOutput, support_masks: Tensor, kind: Nega
 
         do: neither background nor target (eq. 7)    bg: background, not target    non_target: all but the target
     """
-    if output.query_bg_logits is None or output.support_bg_logits is None or output.initial_logits is None:
+    bg_q, bg_s, initial = output.query_bg_logits, output.support_bg_logits, output.initial_logits
+    x_s = output.support_features
+    if bg_q is None or bg_s is None or initial is None or x_s is None:
         raise ValueError("the contrastive loss needs the background and the initial prediction: bgem and doem")
     size = (output.query_feature.shape[-2], output.query_feature.shape[-1])
     target_s = foreground(support_masks.flatten(0, 1), size) > 0
@@ -173,8 +179,8 @@ def negative_prototypes(output: NTRENetOutput, support_masks: Tensor, kind: Nega
             return distracting_object_mask(background, target)
         return (background & ~target if kind == "bg" else ~target).float()
 
-    mask_q = region(output.query_bg_logits > 0, output.initial_logits > 0)
-    mask_s = region(output.support_bg_logits.flatten(0, 1) > 0, target_s) * ~ignored_s
+    mask_q = region(bg_q > 0, resize(initial, size) > 0)
+    mask_s = region(bg_s.flatten(0, 1) > 0, target_s) * ~ignored_s
     query = masked_average_pool(output.query_feature, mask_q).flatten(1)
-    support = masked_average_pool(output.support_features.flatten(0, 1), mask_s).flatten(1)
+    support = masked_average_pool(x_s.flatten(0, 1), mask_s).flatten(1)
     return torch.cat([query.unsqueeze(1), support.unflatten(0, support_masks.shape[:2])], 1)

@@ -4,7 +4,7 @@
     X  --BGMM--> y_BG                       (eq. 1-2)       bgmm.py
     X^q --BGEM--> X_BG                      (eq. 4)         bgem.py
     X_BG, P^s, C_p --FM--> X_act, y_ini     (eq. 5-6)       matching.py
-    y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)       doem.py
+    y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)       doem.py         BGEM, FM, DOEM together: elimination.py
     X_act, P_DO --FEM--> y                  (eq. 9)         fem.py
 
 Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 640 prototype channels,
@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import Backbone
 from model.bgem import BGEM
 from model.bgmm import BGMM
-from model.doem import mine_distracting_objects
+from model.elimination import Eliminated, Elimination
 from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, resize
-from model.prior import prior_mask
+from model.prior import prior_mask, target_positions
 
 
 class NTRENetOutput(NamedTuple):
@@ -40,27 +41,47 @@ class NTRENetOutput(NamedTuple):
     """C_p, (B, 1, h, w) in [0, 1]"""
     query_feature: Tensor
     """X^q, (B, C, h, w)"""
-    support_features: Tensor
-    """X^s, (B, K, C, h, w)"""
     support_prototype: Tensor
     """P^s, (B, C, 1, 1)"""
+    support_features: Tensor | None = None
+    """X^s, (B, K, C, h, w); from ``forward`` only"""
     query_bg_logits: Tensor | None = None
     """y_BG^q, (B, 1, h, w); None without BGEM"""
     support_bg_logits: Tensor | None = None
-    """y_BG^s, (B, K, 1, h, w); None without BGEM"""
+    """y_BG^s, (B, K, 1, h, w); from ``forward`` only, None without BGEM"""
     initial_logits: Tensor | None = None
-    """y_ini, (B, 1, h, w); None without DOEM"""
+    """y_ini, (B, 1, h, w), or at FEM's finest scale where it is predicted at each; None without DOEM"""
+    coarser_initial_logits: tuple[Tensor, ...] = ()
+    """y_ini at FEM's other scales, (B, 1, side, side), where it is predicted at each"""
     do_mask: Tensor | None = None
-    """Y_DO^q, (B, 1, h, w) of 0 and 1; None without DOEM"""
+    """Y_DO^q, 0 and 1, sized like ``initial_logits``; None without DOEM"""
     do_prototype: Tensor | None = None
     """P_DO^q, (B, C, 1, 1), zero where Y_DO is empty; None without DOEM"""
+
+
+class Query(NamedTuple):
+    """What the network reads from B query images."""
+
+    feature: Tensor
+    """X^q, (B, C, h, w)"""
+    high: Tensor
+    """stage 4, (B, C4, h, w)"""
+
+
+class Target(NamedTuple):
+    """What the network knows of the target from its supports: enough to segment any query."""
+
+    prototype: Tensor
+    """P^s, (B, C, 1, 1)"""
+    high: Tensor
+    """stage 4 where a support shows the target, (B, K, n, C4)"""
 
 
 class NTRENet(nn.Module):
     """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
-    Without ``bgmm`` and ``bgem`` it is PFENet, FEM(X^q, P^s, C_p); without ``matching`` it is the BGEM-only row
-    of Table 3, FEM(X_BG, P^s, C_p).
+    Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
+    Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one, or one for each of FEM's scales (the authors' code).
     """
 
     def __init__(
@@ -72,7 +93,7 @@ class NTRENet(nn.Module):
         fem: FEM,
         bgmm: BGMM | None = None,
         bgem: BGEM | None = None,
-        matching: FeatureMatching | None = None,
+        eliminations: Sequence[Elimination] = (),
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -80,7 +101,7 @@ class NTRENet(nn.Module):
         self.reduce_support = reduce_support
         self.bgmm = bgmm
         self.bgem = bgem
-        self.matching = matching
+        self.eliminations = nn.ModuleList(eliminations)
         self.fem = fem
 
     def forward(self, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:
@@ -91,51 +112,67 @@ class NTRENet(nn.Module):
             supports: (B, K, 3, H, W), any K >= 1
             support_masks: (B, K, H, W), integer; 1 target, 0 other, 255 ignored
         """
-        x_q, x_s, p_s, prior = self.encode(query, supports, support_masks)
-        bg_q = bg_s = initial = do_mask = p_do = None
+        target, x_s = self.encode_supports(supports, support_masks)
+        output = self.segment(self.encode_query(query), target, (query.shape[-2], query.shape[-1]))
+        bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
+        return output._replace(support_features=x_s, support_bg_logits=bg_s)
 
-        feature, prototype = x_q, p_s
-        fem_prior: Tensor | None = prior  # PFENet: FEM(X^q, P^s, C_p)
-        if self.bgmm is not None and self.bgem is not None:
-            bg_q = self.bgmm(x_q)
-            bg_s = self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
-            feature = self.bgem(x_q, self.bgmm.prototype)  # BGEM alone: FEM(X_BG, P^s, C_p)
-            if self.matching is not None:
-                feature, initial = self.matching(feature, p_s, prior)
-                do_mask, p_do = mine_distracting_objects(x_q, bg_q, initial)
-                prototype, fem_prior = p_do, None  # NTRENet: FEM(X_act, P_DO)
-        out = self.fem(feature, prototype, fem_prior)
+    def encode_query(self, query: Tensor) -> Query:
+        """(B, 3, H, W) -> what is read from it once, whatever the target."""
+        features = self.backbone(query)
+        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3))
+
+    def encode_supports(self, supports: Tensor, support_masks: Tensor) -> tuple[Target, Tensor]:
+        """(B, K, 3, H, W) and (B, K, H, W) -> the target, and X^s (B, K, C, h, w), which the losses need."""
+        batch_and_shots = supports.shape[:2]
+        features = self.backbone(supports.flatten(0, 1))
+        size = (features.stage3.shape[-2], features.stage3.shape[-1])
+        target = foreground(support_masks.flatten(0, 1), size)
+        high = target_positions(self.backbone.high(features.stage3 * target), target)  # masked before and after
+        x_s = self.reduce_support(features.middle)
+        p_s = masked_average_pool(x_s, target).unflatten(0, batch_and_shots).mean(1)
+        return Target(p_s, high.unflatten(0, batch_and_shots)), x_s.unflatten(0, batch_and_shots)
+
+    def segment(self, query: Query, target: Target, size: tuple[int, int]) -> NTRENetOutput:
+        """The paper's figure 3 from the reduced features on; ``size`` is the image's (H, W).
+
+        The record lacks what only training asks for: X^s and y_BG of the supports.
+        """
+        x_q, p_s = query.feature, target.prototype
+        full = (x_q.shape[-2], x_q.shape[-1])
+        prior = prior_mask(query.high, target.high)
+        bg: Tensor | None = None
+        eliminated: list[Eliminated] = []
+
+        if self.bgmm is None:  # PFENet
+            out = self.fem(x_q, p_s, prior)
+        elif self.bgem is not None:
+            bg = self.bgmm(x_q)
+            out = self.fem(self.bgem(x_q, self.bgmm.prototype), p_s, prior)
+        else:
+            bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
+            once = len(self.eliminations) == 1
+            for eliminate, side in zip(self.eliminations, [full] if once else self.fem.sizes(full), strict=True):
+                x, y_bg, c_p = F.adaptive_avg_pool2d(x_q, side), resize(bg, side), resize(prior, side)
+                eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p))
+            if once:
+                out = self.fem(eliminated[0].activated, eliminated[0].do_prototype)
+            else:
+                out = self.fem.enrich([(e.activated, e.do_prototype, None) for e in eliminated], full)
 
         return NTRENetOutput(
-            logits=resize(out.logits, (query.shape[-2], query.shape[-1])),
+            logits=resize(out.logits, size),
             feature_logits=out.logits,
             scale_logits=out.scale_logits,
             prior=prior,
             query_feature=x_q,
-            support_features=x_s,
             support_prototype=p_s,
-            query_bg_logits=bg_q,
-            support_bg_logits=bg_s,
-            initial_logits=initial,
-            do_mask=do_mask,
-            do_prototype=p_do,
+            query_bg_logits=bg,
+            initial_logits=eliminated[0].initial_logits if eliminated else None,
+            coarser_initial_logits=tuple(e.initial_logits for e in eliminated[1:]),
+            do_mask=eliminated[0].do_mask if eliminated else None,
+            do_prototype=eliminated[0].do_prototype if eliminated else None,
         )
-
-    def encode(self, query: Tensor, supports: Tensor, support_masks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """X^q (B, C, h, w), X^s (B, K, C, h, w), P^s (B, C, 1, 1) and C_p (B, 1, h, w)."""
-        batch_and_shots = supports.shape[:2]
-        q = self.backbone(query)
-        s = self.backbone(supports.flatten(0, 1))
-        target = foreground(support_masks.flatten(0, 1), (s.stage3.shape[-2], s.stage3.shape[-1]))
-
-        with torch.no_grad():  # the support's target alone: masked before stage 4 and after it
-            s_high = self.backbone.high(s.stage3 * target) * target
-            prior = prior_mask(self.backbone.high(q.stage3), s_high.unflatten(0, batch_and_shots))
-
-        x_q = self.reduce_query(q.middle)
-        x_s = self.reduce_support(s.middle)
-        p_s = masked_average_pool(x_s, target).unflatten(0, batch_and_shots).mean(1)
-        return x_q, x_s.unflatten(0, batch_and_shots), p_s, prior
 
 
 def build_ntrenet(
@@ -143,6 +180,7 @@ def build_ntrenet(
     *,
     bgem: bool = True,
     doem: bool = True,
+    per_scale: bool = False,
     channels: int = 256,
     prototype_channels: int = 640,
     fem_scales: Sequence[float] = (60, 30, 15, 8),
@@ -152,20 +190,22 @@ def build_ntrenet(
     Args:
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
+        per_scale: eliminate at each of FEM's scales, as the authors' code does, instead of once.
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
     """
     if doem and not bgem:
         raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
+    sizes = {"channels": channels, "prototype_channels": prototype_channels}
     network = NTRENet(
         backbone=backbone,
         reduce_query=_reduction(backbone.middle_channels, channels),
         reduce_support=_reduction(backbone.middle_channels, channels),
-        bgmm=BGMM(channels=channels, prototype_channels=prototype_channels) if bgem else None,
-        bgem=BGEM(channels=channels, prototype_channels=prototype_channels) if bgem else None,
-        matching=FeatureMatching(channels=channels) if doem else None,
         fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem),
+        bgmm=BGMM(**sizes) if bgem else None,
+        bgem=BGEM(**sizes) if bgem and not doem else None,
+        eliminations=[Elimination(**sizes) for _ in range(len(fem_scales) if per_scale else 1)] if doem else [],
     )
     _initialise(network)
     return network
@@ -182,10 +222,10 @@ def _initialise(network: NTRENet) -> None:
     for module in (m for part in heads for m in part.modules()):
         if isinstance(module, nn.Conv2d) and module.out_channels > 1:  # the others give logits
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    if network.matching is not None:
-        merges = [network.matching.conv]
+    if network.eliminations:
+        merges = [part.conv for part in network.eliminations.modules() if isinstance(part, FeatureMatching)]
     else:
-        merges = [scale.merge for scale in network.fem.modules() if isinstance(scale, FEMScale)]
+        merges = [part.merge for part in network.fem.modules() if isinstance(part, FEMScale)]
     for merge in merges:
         merge.weight[:, -1] *= merge.out_channels**0.5
 

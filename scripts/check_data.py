@@ -15,7 +15,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.class_index import Item, count_pixels, on_all_cores, read_list
-from util.config import Config, load_config, parse_arguments
+from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
 from util.images import read_image
@@ -27,7 +27,7 @@ SHOWN = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
+    add_config_argument(parser)
     parser.add_argument("--json", type=Path, help="write the report here as well")
     args, overrides = parse_arguments(parser)
     config = load_config(args.config, overrides)

@@ -158,6 +158,7 @@ OTHER_VALUES = {
     "model.weights": "initmodel/x.pth",
     "model.bgem": True,
     "model.doem": True,
+    "model.elimination": "per_scale",
     "model.prototype_channels": 12,
     "model.fem_scales": [1.0, 0.5],
     "loss.alpha": 0.25,
@@ -575,3 +576,56 @@ def test_a_config_from_a_checkpoint_is_checked_as_strictly(tmp_path: Path) -> No
     values["train"] = {"lrr": 1}
     with pytest.raises(UserError, match=r"^checkpoint x\.pt: unknown key 'train\.lrr'; did you mean 'train\.lr'"):
         config_from_dict(values, "checkpoint x.pt")
+
+
+# ---------------------------------------------------------------- files that vary a config
+
+ABLATIONS = {
+    "pfenet": {"model.bgem": False, "model.doem": False, "loss.pcl": False},
+    "bgem": {"model.doem": False, "loss.pcl": False},
+    "bgem_doem": {"loss.pcl": False},
+    "negatives_bg": {"loss.pcl_negatives": "bg"},
+    "negatives_non_target": {"loss.pcl_negatives": "non_target"},
+    "per_scale": {"model.elimination": "per_scale"},
+    **{f"channels_{d}": {"model.prototype_channels": d} for d in (128, 256, 384, 512, 768)},
+}
+
+
+def test_every_ablation_of_the_paper_has_a_file() -> None:
+    assert {path.stem for path in (ROOT / "configs/ablation").glob("*.yaml")} == set(ABLATIONS)
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize("fold", ["pascal/resnet50_fold2_1shot", "synthetic/efficientnet_lite0_fold1_1shot"])
+def test_an_ablation_changes_exactly_what_it_is_named_for_on_any_config(name: str, fold: str) -> None:
+    plain = dict(flatten(load_config(ROOT / f"configs/{fold}.yaml").model_dump()))
+    varied = dict(
+        flatten(load_config([ROOT / f"configs/{fold}.yaml", ROOT / f"configs/ablation/{name}.yaml"]).model_dump())
+    )
+    assert varied.pop("run_dir") == f"{plain.pop('run_dir')}_{name}"
+    assert {key: value for key, value in varied.items() if value != plain[key]} == ABLATIONS[name]
+
+
+def test_the_command_line_wins_over_a_variant_and_a_later_variant_over_an_earlier_one(tmp_path: Path) -> None:
+    first, second = write(tmp_path / "a.yaml", "train: {lr: 0.25, epochs: 3}\n"), tmp_path / "b.yaml"
+    write(second, "train: {lr: 0.5, power: 2}\n")
+    config = load_config([write(tmp_path / "c.yaml", MINIMAL), first, second], ["train.power=4"]).train
+    assert (config.lr, config.epochs, config.power) == (0.5, 3, 4)
+
+
+def test_a_wrong_key_in_a_variant_is_named_with_the_variants_file(tmp_path: Path) -> None:
+    variant = write(tmp_path / "v.yaml", "model: {doemm: false}\n")
+    with pytest.raises(UserError, match=rf"{re.escape(str(variant))}: unknown key 'model.doemm'.*model.doem"):
+        load_config([write(tmp_path / "c.yaml", MINIMAL), variant])
+
+
+def test_a_whole_config_is_refused_as_a_variant(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    with pytest.raises(UserError, match="has a 'base', so it is a config of its own"):
+        load_config([path, ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"])
+
+
+def test_runs_of_other_seeds_have_folders_of_their_own(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    folders = [load_config(path, [f"seed={seed}"]).run_dir for seed in (0, 1)]
+    assert folders[1] == f"{folders[0]}_seed1"

@@ -19,6 +19,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pfenet import (
+    NaiveResNet,
+    NaiveVGG,
+    batch_norm,
+    bilinear,
+    conv2d,
+    difference,
+    episode,
+    expand_to,
+    hollow_state,
+    pfenet,
+    pfenet_fem,
+    pfenet_head,
+    random_state,
+    resnet_shapes,
+    vgg_shapes,
+)
 from torch import nn
 
 import model.weights
@@ -27,11 +44,11 @@ from model.bgem import BGEM
 from model.bgmm import BGMM
 from model.doem import mine_distracting_objects
 from model.fem import FEM
-from model.losses import NTRELoss
+from model.losses import NTRELoss, target_loss
 from model.matching import FeatureMatching
 from model.ntrenet import build_ntrenet
 from model.ops import concat_conv, foreground, masked_average_pool, resize
-from model.prior import prior_mask
+from model.prior import prior_mask, target_positions
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsError
 
@@ -163,31 +180,52 @@ def naive_prior(query, supports):
     return sum(maps) / len(maps)
 
 
+def positions(support):
+    """(B, K, C, h, w) -> (B, K, hw, C)"""
+    return support.flatten(3).transpose(2, 3)
+
+
 @pytest.mark.parametrize("shots", [1, 3])
 def test_prior_equals_a_double_loop_over_query_and_support_positions(shots):
     query, support = torch.randn(2, 4, 3, 5), torch.randn(2, shots, 4, 3, 5)
     support *= (torch.rand(2, shots, 1, 3, 5) < 0.6).float()
-    prior = prior_mask(query, support)
+    prior = prior_mask(query, positions(support))
     assert prior.shape == (2, 1, 3, 5)
     for b in range(2):
         expected = naive_prior(array(query[b]), list(array(support[b])))
         assert np.abs(array(prior[b, 0]) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_target_positions_give_the_prior_of_the_whole_zeroed_map(share):
+    """Whole supports and empty ones included: a zero beside the target may win where all cosines are negative."""
+    query, high = torch.randn(3, 4, 5, 6), torch.randn(6, 4, 5, 6)
+    target = torch.rand(6, 1, 5, 6) * (torch.rand(6, 1, 5, 6) < share)
+    target[0] = 1  # another support of the batch keeps every position
+    target[1] = 0
+    some = target_positions(high, target)
+    expected = prior_mask(query, positions((high * target).unflatten(0, (3, 2))))
+    assert torch.allclose(prior_mask(query, some.unflatten(0, (3, 2))), expected, atol=1e-5)
+    few = target_positions(high[2:], target[2:])
+    assert few.shape[1] == min(int((target[2:] > 0).sum((1, 2, 3)).max()) + 1, 30)
+    assert torch.allclose(prior_mask(query[1:], few.unflatten(0, (2, 2))), expected[1:], atol=1e-5)
+
+
 def test_prior_finds_the_position_where_query_and_support_agree():
     query = torch.eye(4).T.reshape(1, 4, 2, 2)  # four orthogonal positions
     support = torch.zeros(1, 1, 4, 2, 2)
     support[0, 0, :, 1, 1] = 7 * query[0, :, 0, 1]  # length does not matter, nor the place in the support
-    assert torch.allclose(prior_mask(query, support)[0, 0], torch.tensor([[0.0, 1.0], [0.0, 0.0]]), atol=1e-6)
+    prior = prior_mask(query, positions(support))[0, 0]
+    assert torch.allclose(prior, torch.tensor([[0.0, 1.0], [0.0, 0.0]]), atol=1e-6)
 
 
 def test_prior_of_an_empty_support_is_zero():
-    prior = prior_mask(torch.randn(1, 4, 3, 3), torch.zeros(1, 2, 4, 3, 3))
+    prior = prior_mask(torch.randn(1, 4, 3, 3), torch.zeros(1, 2, 9, 4))
     assert (prior == 0).all()
 
 
 def test_prior_of_a_silent_query_is_finite():
-    assert prior_mask(torch.zeros(1, 4, 3, 3), torch.randn(1, 1, 4, 3, 3)).isfinite().all()
+    assert prior_mask(torch.zeros(1, 4, 3, 3), torch.randn(1, 1, 9, 4)).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,37 +316,8 @@ def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_grad
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# FEM and PFENet, written a second time with PFENet's names, two classes and plain concatenation
+# FEM against tests/pfenet.py: PFENet's names, two classes and plain concatenation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def pfenet_head(channels, scales, with_prior, middle_channels=0):
-    """Random weights of PFENet's head under its own names; of the FEM part only without ``middle_channels``."""
-    head = {}
-
-    def conv(name, outputs, inputs, kernel):
-        head[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel) * math.sqrt(2 / (inputs * kernel**2))
-
-    def classifier(name):
-        conv(f"{name}.0", channels, channels, 3)
-        conv(f"{name}.3", 2, channels, 1)
-        head[f"{name}.3.bias"] = torch.randn(2)
-
-    if middle_channels:
-        conv("down_query.0", channels, middle_channels, 1)
-        conv("down_supp.0", channels, middle_channels, 1)
-    for i in range(len(scales)):
-        conv(f"init_merge.{i}.0", channels, 2 * channels + with_prior, 1)
-        conv(f"beta_conv.{i}.0", channels, channels, 3)
-        conv(f"beta_conv.{i}.2", channels, channels, 3)
-        classifier(f"inner_cls.{i}")
-        if i > 0:
-            conv(f"alpha_conv.{i - 1}.0", channels, 2 * channels, 1)
-    conv("res1.0", channels, channels * len(scales), 1)
-    conv("res2.0", channels, channels, 3)
-    conv("res2.2", channels, channels, 3)
-    classifier("cls")
-    return head
 
 
 def to_our_names(head, prefix=""):
@@ -339,55 +348,6 @@ def to_our_names(head, prefix=""):
     return ours
 
 
-def bilinear(x, size):
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-
-
-def expand_to(prototype, like):
-    return prototype.expand(len(like), -1, *like.shape[-2:])
-
-
-def pfenet_fem(head, feature, prototype, prior, scales):
-    """PFENet's feature enrichment -> two-class logits at the feature's size, and one a scale."""
-    h, w = feature.shape[-2:]
-
-    def conv_relu(name, x):
-        return conv2d(head, name, x).relu()
-
-    def residual_pair(name, x):
-        return conv_relu(f"{name}.2", conv_relu(f"{name}.0", x)) + x
-
-    def classify(name, x):
-        return conv2d(head, f"{name}.3", conv_relu(f"{name}.0", x))
-
-    pyramid, inner = [], []
-    for i, scale in enumerate(scales):
-        size = (int(h * scale), int(w * scale)) if scale <= 1 else (scale, scale)
-        pooled = F.adaptive_avg_pool2d(feature, size)
-        parts = [pooled, expand_to(prototype, pooled)]
-        if prior is not None:
-            parts.append(bilinear(prior, size))
-        merged = conv_relu(f"init_merge.{i}.0", torch.cat(parts, 1))
-        if i > 0:
-            previous = bilinear(pyramid[i - 1], size)
-            merged = conv_relu(f"alpha_conv.{i - 1}.0", torch.cat([merged, previous], 1)) + merged
-        merged = residual_pair(f"beta_conv.{i}", merged)
-        inner.append(classify(f"inner_cls.{i}", merged))
-        pyramid.append(bilinear(merged, (h, w)))
-    return classify("cls", residual_pair("res2", conv_relu("res1.0", torch.cat(pyramid, 1)))), inner
-
-
-def conv2d(state, name, x, stride=1, dilation=1):
-    """The convolution ``name`` of a state dict, with the zero padding that keeps the size at stride 1."""
-    weight = state[f"{name}.weight"]
-    padding = dilation * (weight.shape[-1] // 2)
-    return F.conv2d(x, weight, state.get(f"{name}.bias"), stride=stride, padding=padding, dilation=dilation)
-
-
-def difference(two_classes):
-    return two_classes[:, 1:] - two_classes[:, :1]
-
-
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize(
     ("size", "scales"),
@@ -411,139 +371,8 @@ def test_fem_equals_pfenets_feature_enrichment(size, scales, with_prior):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# backbones, written a second time as functions of a weights file's state dict
+# backbones against tests/pfenet.py: functions of a weights file's state dict
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def add_batch_norm(shapes, name, channels):
-    shapes.update({f"{name}.{part}": (channels,) for part in ("weight", "bias", "running_mean", "running_var")})
-
-
-def resnet_shapes(*, deep, blocks=(3, 4, 6, 3)):
-    """Names and shapes of a bottleneck ResNet's file: torchvision's, or the lineage's with its deep stem."""
-    shapes = {}
-    stem = (("1", 64, 3, 3), ("2", 64, 64, 3), ("3", 128, 64, 3)) if deep else (("1", 64, 3, 7),)
-    for n, outputs, inputs, kernel in stem:
-        shapes[f"conv{n}.weight"] = (outputs, inputs, kernel, kernel)
-        add_batch_norm(shapes, f"bn{n}", outputs)
-    channels = stem[-1][1]
-    for layer, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), start=1):
-        for i in range(count):
-            block = f"layer{layer}.{i}"
-            for n, shape in (
-                ("1", (width, channels, 1, 1)),
-                ("2", (width, width, 3, 3)),
-                ("3", (4 * width, width, 1, 1)),
-            ):
-                shapes[f"{block}.conv{n}.weight"] = shape
-                add_batch_norm(shapes, f"{block}.bn{n}", shape[0])
-            if i == 0:
-                shapes[f"{block}.downsample.0.weight"] = (4 * width, channels, 1, 1)
-                add_batch_norm(shapes, f"{block}.downsample.1", 4 * width)
-            channels = 4 * width
-    shapes.update({"fc.weight": (1000, channels), "fc.bias": (1000,)})
-    return shapes
-
-
-VGG_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-
-
-def vgg_shapes():
-    shapes, index, channels = {}, 0, 3
-    for stage in VGG_STAGES:
-        for outputs in stage:
-            shapes[f"features.{index}.weight"] = (outputs, channels, 3, 3)
-            shapes[f"features.{index}.bias"] = (outputs,)
-            add_batch_norm(shapes, f"features.{index + 1}", outputs)
-            index, channels = index + 3, outputs
-        index += 1  # the pool
-    shapes.update({"classifier.6.weight": (1000, 4096), "classifier.6.bias": (1000,)})
-    return shapes
-
-
-def random_state(shapes):
-    """Weights with which features stay of about unit size through the network."""
-    state = {}
-    for name, shape in shapes.items():
-        if len(shape) == 4:
-            state[name] = torch.randn(shape) * math.sqrt(2 / (shape[1] * shape[2] * shape[3]))
-        elif name.endswith("running_var"):
-            state[name] = torch.rand(shape) + 0.5
-        elif name.endswith("weight"):
-            state[name] = (torch.rand(shape) + 0.5) * (0.3 if ".bn3." in name else 1)
-        else:
-            state[name] = torch.randn(shape) * 0.1
-    return state
-
-
-def hollow_state(shapes):
-    """Tensors of the right shapes that take no room in a file."""
-    return {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
-
-
-def batch_norm(state, name, x, eps=1e-5):
-    mean, var = state[f"{name}.running_mean"], state[f"{name}.running_var"]
-    return F.batch_norm(x, mean, var, state[f"{name}.weight"], state[f"{name}.bias"], training=False, eps=eps)
-
-
-class NaiveResNet:
-    """Output stride 8: stages 3 and 4 at stride 1, every 3x3 of theirs dilated by 2 and 4."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def unit(self, conv, bn, x, **kwargs):
-        return batch_norm(self.state, bn, conv2d(self.state, conv, x, **kwargs))
-
-    def stage(self, n, x):
-        stride, dilation = {1: (1, 1), 2: (2, 1), 3: (1, 2), 4: (1, 4)}[n]
-        i = 0
-        while f"layer{n}.{i}.conv1.weight" in self.state:
-            block, s = f"layer{n}.{i}", stride if i == 0 else 1
-            y = self.unit(f"{block}.conv1", f"{block}.bn1", x).relu()
-            y = self.unit(f"{block}.conv2", f"{block}.bn2", y, stride=s, dilation=dilation).relu()
-            y = self.unit(f"{block}.conv3", f"{block}.bn3", y)
-            if i == 0:
-                x = self.unit(f"{block}.downsample.0", f"{block}.downsample.1", x, stride=s)
-            x = (x + y).relu()
-            i += 1
-        return x
-
-    def features(self, images):
-        x = self.unit("conv1", "bn1", images, stride=2).relu()
-        for n in ("2", "3"):
-            if f"conv{n}.weight" in self.state:
-                x = self.unit(f"conv{n}", f"bn{n}", x).relu()
-        x = F.max_pool2d(x, 3, stride=2, padding=1)
-        stage2 = self.stage(2, self.stage(1, x))
-        return stage2, self.stage(3, stage2)
-
-    def high(self, stage3):
-        return self.stage(4, stage3)
-
-
-class NaiveVGG:
-    """Pools rounded up after each of the first four stages."""
-
-    def __init__(self, state):
-        self.state = state
-
-    def convolutions(self, stage, x):
-        index = sum(3 * len(s) + 1 for s in VGG_STAGES[:stage])
-        for i in range(len(VGG_STAGES[stage])):
-            x = conv2d(self.state, f"features.{index + 3 * i}", x)
-            x = batch_norm(self.state, f"features.{index + 3 * i + 1}", x).relu()
-        return x
-
-    def features(self, images):
-        pooled = []
-        for stage in range(4):
-            images = F.max_pool2d(self.convolutions(stage, images), 2, stride=2, ceil_mode=True)
-            pooled.append(images)
-        return bilinear(pooled[2], tuple(pooled[3].shape[-2:])), pooled[3]
-
-    def high(self, stage3):
-        return self.convolutions(4, stage3)
 
 
 NAIVE = {"resnet50": NaiveResNet, "resnet50_deep": NaiveResNet, "vgg16_bn": NaiveVGG}
@@ -708,44 +537,8 @@ def test_efficientnet_weights_come_from_the_pip_package_and_match_the_hash_in_th
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# episodes, and PFENet from the images on
+# PFENet from the images on
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def episode(batch=2, shots=2, size=(65, 65)):
-    """Smooth random images, and a rectangle in each support as its mask."""
-    images = bilinear(torch.randn(batch * (1 + shots), 3, size[0] // 6, size[1] // 6) * 1.5, size)
-    images = images + 0.2 * torch.randn_like(images)
-    masks = torch.zeros(batch, shots, *size, dtype=torch.long)
-    for mask in masks.flatten(0, 1):
-        top, left = (int(torch.randint(0, n // 2, ())) for n in size)
-        height, width = (int(torch.randint(n // 4, n // 2, ())) for n in size)
-        mask[top : top + height, left : left + width] = 1
-    images = images.unflatten(0, (batch, 1 + shots))
-    return images[:, 0].contiguous(), images[:, 1:].contiguous(), masks
-
-
-def pfenet(naive, head, query, supports, masks, scales):
-    """PFENet as published -> two-class logits at the image's size, prior, P^s and two-class logits a scale."""
-    query2, query3 = naive.features(query)
-    query_feature = conv2d(head, "down_query.0", torch.cat([query3, query2], 1)).relu()
-    query_high = naive.high(query3)
-    prototypes, priors = [], []
-    for k in range(supports.shape[1]):
-        support2, support3 = naive.features(supports[:, k])
-        mask = bilinear((masks[:, k : k + 1] == 1).float(), tuple(support3.shape[-2:]))
-        feature = conv2d(head, "down_supp.0", torch.cat([support3, support2], 1)).relu()
-        prototypes.append((feature * mask).sum((2, 3), keepdim=True) / (mask.sum((2, 3), keepdim=True) + 0.0005))
-        support_high = naive.high(support3 * mask) * mask
-        similarity = []
-        for q, s in zip(query_high.flatten(2), support_high.flatten(2), strict=True):  # (C, hw) each
-            cosine = (s.T @ q) / (s.norm(dim=0)[:, None] * q.norm(dim=0)[None, :] + 1e-7)
-            best = cosine.max(0).values
-            similarity.append((best - best.min()) / (best.max() - best.min() + 1e-7))
-        priors.append(torch.stack(similarity).view(len(query), 1, *query_high.shape[-2:]))
-    prototype, prior = sum(prototypes) / len(prototypes), sum(priors) / len(priors)
-    out, inner = pfenet_fem(head, query_feature, prototype, prior, scales)
-    return bilinear(out, tuple(query.shape[-2:])), prior, prototype, inner
 
 
 @pytest.mark.parametrize("scales", [PASCAL_BINS, COCO_BINS])
@@ -786,8 +579,9 @@ ROWS = {  # Table 3: bgem, doem, pcl
     "bgem": (True, False, False),
     "bgem+doem": (True, True, False),
     "bgem+doem+pcl": (True, True, True),
+    "per scale": (True, True, True),
 }
-NETWORKS = ["pfenet", "bgem", "bgem+doem"]
+NETWORKS = ["pfenet", "bgem", "bgem+doem", "per scale"]
 
 
 def network(lite0, row="bgem+doem", *, as_built=False):
@@ -799,7 +593,13 @@ def network(lite0, row="bgem+doem", *, as_built=False):
     bgem, doem, _ = ROWS[row]
     torch.manual_seed(2)
     model = build_ntrenet(
-        lite0[0], bgem=bgem, doem=doem, channels=8, prototype_channels=12, fem_scales=(1, 0.5, 0.25)
+        lite0[0],
+        bgem=bgem,
+        doem=doem,
+        per_scale=row == "per scale",
+        channels=8,
+        prototype_channels=12,
+        fem_scales=(1, 0.5, 0.25),
     ).eval()
     if not as_built:
         for name, parameter in model.named_parameters():
@@ -808,7 +608,8 @@ def network(lite0, row="bgem+doem", *, as_built=False):
                 nn.init.normal_(parameter, std=math.sqrt(2 / fan_in) if fan_in > 1 else 0.5)
         with torch.no_grad():
             balance(model.bgmm and model.bgmm.classifier.bias, model, "query_bg_logits")
-            balance(model.matching and model.matching.initial[-1].bias, model, "initial_logits")
+            for elimination in model.eliminations:
+                balance(elimination.matching.initial[-1].bias, model, "initial_logits")
             balance(model.fem.classifier[-1].bias, model, "feature_logits")
     torch.manual_seed(3)
     return model
@@ -835,6 +636,17 @@ def compare(got, expected, atol):
     assert got is None or torch.allclose(got, expected, atol=atol)
 
 
+def plain_elimination(w, name, x_q, p_bg, y_bg, p_s, prior):
+    """Eq. 4 to 8 with everything expanded and concatenated: X_act, logits of y_ini, Y_DO, P_DO."""
+    x_bg = conv2d(w, f"{name}.bgem.conv", torch.cat([x_q, expand_to(p_bg, x_q)], 1)).relu()  # eq. 4
+    x_act = conv2d(w, f"{name}.matching.conv", torch.cat([x_bg, expand_to(p_s, x_q), prior], 1)).relu()  # eq. 5
+    hidden = conv2d(w, f"{name}.matching.initial.0", x_act).relu()
+    y_ini = conv2d(w, f"{name}.matching.initial.2", hidden)  # eq. 6
+    y_do = 1 - ((y_bg.sigmoid() > 0.5) | (y_ini.sigmoid() > 0.5)).float()  # eq. 7
+    p_do = (x_q * y_do).sum((2, 3), keepdim=True) / y_do.sum((2, 3), keepdim=True).clamp_min(1e-6)  # eq. 8
+    return x_act, y_ini, y_do, p_do
+
+
 @torch.no_grad()
 def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
     scales = (1.0, 0.5, 0.25)
@@ -855,11 +667,7 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
         return conv2d(w, "bgmm.classifier", hidden)
 
     y_bg = bgmm(x_q)
-    x_bg = conv2d(w, "bgem.conv", torch.cat([x_q, expand_to(p_bg, x_q)], 1)).relu()  # eq. 4
-    x_act = conv2d(w, "matching.conv", torch.cat([x_bg, expand_to(p_s, x_q), out.prior], 1)).relu()  # eq. 5
-    y_ini = conv2d(w, "matching.initial.2", conv2d(w, "matching.initial.0", x_act).relu())  # eq. 6
-    y_do = 1 - ((y_bg.sigmoid() > 0.5) | (y_ini.sigmoid() > 0.5)).float()  # eq. 7
-    p_do = (x_q * y_do).sum((2, 3), keepdim=True) / y_do.sum((2, 3), keepdim=True)  # eq. 8
+    x_act, y_ini, y_do, p_do = plain_elimination(w, "eliminations.0", x_q, p_bg, y_bg, p_s, out.prior)
     y, inner = pfenet_fem(head, x_act, p_do, None, scales)  # eq. 9
 
     assert 0 < y_do[0].mean() < 1
@@ -879,6 +687,41 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
         assert torch.allclose(got, expected, atol=1e-4)
     for k in range(3):
         assert torch.allclose(out.support_bg_logits[:, k], bgmm(x_s[:, k]), atol=1e-4)
+
+
+@torch.no_grad()
+def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
+    scales = (1.0, 0.5, 0.25)
+    model = network(lite0, "per scale")
+    head = pfenet_head(8, scales, with_prior=False)
+    model.fem.load_state_dict(to_our_names(head))
+    query, supports, masks = episode(2, 2)
+    out = model(query, supports, masks)
+    w, x_q, p_s = model.state_dict(), out.query_feature, out.support_prototype
+    merged, initial, mined = [], [], []
+    for i, share in enumerate(scales):
+        side = (int(9 * share),) * 2
+        inputs = F.adaptive_avg_pool2d(x_q, side), w["bgmm.prototype"], bilinear(out.query_bg_logits, side)
+        x_act, y_ini, y_do, p_do = plain_elimination(w, f"eliminations.{i}", *inputs, p_s, bilinear(out.prior, side))
+        merged.append((x_act, p_do, None))
+        initial.append(y_ini)
+        mined.append(y_do)
+    assert any(0 < y_do.mean() < 1 for y_do in mined[1:])  # not the finest alone finds distracting objects
+    expected = model.fem.enrich(merged, (9, 9))
+    assert expected.logits.std() > 0.1
+    assert torch.allclose(out.feature_logits, expected.logits, atol=1e-4)
+    assert torch.allclose(out.initial_logits, initial[0], atol=1e-4)
+    for got, wanted in zip(out.coarser_initial_logits, initial[1:], strict=True):
+        assert torch.allclose(got, wanted, atol=1e-4)
+    assert torch.equal(out.do_mask, mined[0])
+    query_masks = (torch.rand(2, 65, 65) < 0.3).long()
+    terms = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))(out, query_masks, masks, torch.tensor([1, 2]))
+    assert terms.initial.item() == pytest.approx(sum(target_loss(y, query_masks).item() for y in initial) / 3, rel=1e-5)
+
+
+def test_a_state_is_of_one_kind_of_elimination_only(lite0):
+    with pytest.raises(RuntimeError, match=r"eliminations\.1"):
+        network(lite0, "per scale").load_state_dict(network(lite0).state_dict())
 
 
 @torch.no_grad()
@@ -936,8 +779,8 @@ def test_a_batch_equals_its_episodes_one_by_one(lite0, row):
     for b in range(3):
         alone = model(query[b : b + 1], supports[b : b + 1], masks[b : b + 1])
         for name, value in batch._asdict().items():
-            if name == "scale_logits":
-                for mine, theirs in zip(value, alone.scale_logits, strict=True):
+            if isinstance(value, tuple):
+                for mine, theirs in zip(value, getattr(alone, name), strict=True):
                     compare(mine[b : b + 1], theirs, 1e-4)
             else:
                 compare(None if value is None else value[b : b + 1], getattr(alone, name), 1e-4)
@@ -997,7 +840,13 @@ def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
         "do_mask": (2, 1, 9, 9) if doem else None,
         "do_prototype": (2, 8, 1, 1) if doem else None,
     }
-    assert {n: v if v is None else tuple(v.shape) for n, v in out._asdict().items() if n != "scale_logits"} == shapes
+    assert {
+        n: v if v is None else tuple(v.shape)
+        for n, v in out._asdict().items()
+        if not n.endswith("r_initial_logits") and n != "scale_logits"
+    } == shapes
+    coarser = [(2, 1, 4, 4), (2, 1, 2, 2)] if row == "per scale" else []
+    assert [tuple(v.shape) for v in out.coarser_initial_logits] == coarser
     assert [tuple(v.shape) for v in out.scale_logits] == [(2, 1, 9, 9), (2, 1, 4, 4), (2, 1, 2, 2)]
     terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 3]))
     assert all(term.isfinite() for term in terms)
@@ -1054,7 +903,7 @@ def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
 def test_train_leaves_the_backbone_in_eval_mode_and_reaches_the_rest(lite0):
     model = network(lite0).train()
     assert [name for name, m in model.backbone.named_modules() if m.training] == []
-    assert all(m.training for m in (model, model.fem, model.bgmm, model.matching, *model.reduce_query))
+    assert all(m.training for m in (model, model.fem, model.bgmm, *model.eliminations.modules(), *model.reduce_query))
     assert not any(m.training for m in model.eval().modules())
 
 
@@ -1070,7 +919,8 @@ def test_dropout_acts_in_train_mode_only(lite0):
 @pytest.mark.parametrize("row", NETWORKS)
 def test_convolutions_before_a_relu_start_from_hes_initialisation_and_the_prior_weighs_as_much_as_a_feature(lite0, row):
     bgem, doem, _ = ROWS[row]
-    model = build_ntrenet(lite0[0], bgem=bgem, doem=doem, channels=64, prototype_channels=12, fem_scales=(1, 0.5))
+    sizes = {"channels": 64, "prototype_channels": 12, "fem_scales": (1, 0.5)}
+    model = build_ntrenet(lite0[0], bgem=bgem, doem=doem, per_scale=row == "per scale", **sizes)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not name.startswith("backbone.") and module.out_channels > 1:
             he = math.sqrt(2 / module.weight[0].numel())

@@ -71,6 +71,7 @@ def build_model(config: Config, weights: str | None = None, deep_stem: bool = Fa
         backbone,
         bgem=config.model.bgem,
         doem=config.model.doem,
+        per_scale=config.model.elimination == "per_scale",
         channels=CHANNELS,
         prototype_channels=config.model.prototype_channels,
         fem_scales=config.model.fem_scales,

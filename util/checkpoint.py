@@ -1,6 +1,7 @@
 """Checkpoints: written atomically, read without running code, refused where they do not fit."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ FIXED_IN_TEST = (
     "model.backbone",
     "model.bgem",
     "model.doem",
+    "model.elimination",
     "model.prototype_channels",
     "model.fem_scales",
 )
@@ -76,17 +78,24 @@ def saved_config(state: dict[str, Any], path: Path) -> Config:
     return config_from_dict(state["config"], f"checkpoint {path}")
 
 
-def require_same(saved: Config, given: Config, path: Path, *, resume: bool = False) -> None:
+def require_same(
+    saved: Config, given: Config, path: Path, *, resume: bool = False, unknown: Collection[str] = ()
+) -> None:
     """Refuse a checkpoint that was trained for something else.
 
     Args:
         resume: every key but machine settings must be the same, not only what the network and fold depend on.
+        unknown: keys that are not compared: a converted checkpoint's 'unknown', see scripts/convert_pfenet.py.
     Raises:
         UserError: naming every key that differs, with both values.
     """
     old, new = (dict(flatten(config.model_dump())) for config in (saved, given))
     keys = [k for k in new if k not in FREE_IN_RESUME] if resume else FIXED_IN_TEST
-    different = [f"{k} is {_short(old.get(k))} there and {_short(new[k])} here" for k in keys if old.get(k) != new[k]]
+    different = [
+        f"{k} is {_short(old.get(k))} there and {_short(new[k])} here"
+        for k in keys
+        if k not in unknown and old.get(k) != new[k]
+    ]
     if different:
         remedy = (
             "set resume=none and another run_dir to start anew, or use the config it was trained with"

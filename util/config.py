@@ -1,4 +1,4 @@
-"""Typed, strict configuration: a YAML file, at most one ``base:`` file under it, ``key=value`` from the command line.
+"""Typed, strict configuration: a YAML file with at most one ``base:``, files that vary it, ``key=value`` overrides.
 
 The value written is the value used. Unknown keys, duplicate keys, wrong types and values out of range are errors
 that name the file, the key and the remedy. Every field is documented where it is declared.
@@ -92,6 +92,8 @@ class ModelConfig(Section):
     """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
     doem: bool = True
     """match, mine and eliminate distracting objects (eq. 5-9); needs bgem"""
+    elimination: Literal["single", "per_scale"] = "single"
+    """eq. 4-8 once (the paper), or anew at each of FEM's scales (the authors' code)"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
     fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
@@ -101,6 +103,8 @@ class ModelConfig(Section):
     def _check(self) -> "ModelConfig":
         if self.doem and not self.bgem:
             raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
+        if self.elimination == "per_scale" and not self.doem:
+            raise ValueError("elimination per_scale needs doem; set model.elimination=single")
         return self
 
 
@@ -155,7 +159,7 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """of weights, dropout, training episodes and augmentation"""
     run_dir: str = ""
-    """everything a run writes; by default runs/ and the config's own path"""
+    """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
     resume: str = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -171,12 +175,13 @@ class Config(Section):
         return self
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, its base, and ``key=value`` overrides.
+def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, its base, files that vary it (such as configs/ablation/*.yaml), and ``key=value`` overrides.
 
     Raises:
         UserError: naming the file (or the command line), the key and the remedy.
     """
+    path, *variants = [paths] if isinstance(paths, Path) else paths
     leaf = _read_yaml(path)
     base_name = leaf.pop("base", None)
     values: dict[str, Any] = {}
@@ -190,6 +195,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"{base_path}: a base file cannot have a 'base' of its own; name it in {path}")
         _merge(values, base, str(base_path), origin)
     _merge(values, leaf, str(path), origin)
+    for variant in variants:
+        changes = _read_yaml(variant)
+        if "base" in changes:
+            raise UserError(f"{variant}: has a 'base', so it is a config of its own; give it first, or alone")
+        _merge(values, changes, str(variant), origin)
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -202,8 +212,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             value = {part: value}
         _merge(values, value, "command line", origin)
     if not values.get("run_dir"):
-        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / path.stem)
+        seed = values.get("seed", 0)
+        name = "_".join([path.stem, *(variant.stem for variant in variants), *([f"seed{seed}"] if seed else [])])
+        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / name)
     return _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
+
+
+def add_config_argument(parser: argparse.ArgumentParser) -> None:
+    """``--config``, the same for every command."""
+    what = "a fold's config, and any files that vary it, such as configs/ablation/pfenet.yaml"
+    parser.add_argument("--config", type=Path, nargs="+", required=True, metavar="YAML", help=what)
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:

@@ -1,0 +1,41 @@
+"""Background and distracting objects leave the query feature: BGEM, feature matching and DOEM in one go.
+
+The paper eliminates once, on the whole feature; the authors' code does it anew at each of FEM's scales. Both are
+this module: applied once, or as one module (with weights of its own) a scale.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model.bgem import BGEM
+from model.doem import mine_distracting_objects
+from model.matching import FeatureMatching
+
+
+class Eliminated(NamedTuple):
+    activated: Tensor
+    """X_act, (B, C, h, w)"""
+    initial_logits: Tensor
+    """of y_ini, (B, 1, h, w)"""
+    do_mask: Tensor
+    """Y_DO, (B, 1, h, w) of 0 and 1"""
+    do_prototype: Tensor
+    """P_DO, (B, C, 1, 1)"""
+
+
+class Elimination(nn.Module):
+    """Eq. 4 to 8."""
+
+    def __init__(self, *, channels: int, prototype_channels: int) -> None:
+        super().__init__()
+        self.bgem = BGEM(channels=channels, prototype_channels=prototype_channels)
+        self.matching = FeatureMatching(channels=channels)
+
+    def forward(
+        self, query_feature: Tensor, bg_prototype: Tensor, bg_logits: Tensor, support_prototype: Tensor, prior: Tensor
+    ) -> Eliminated:
+        """X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w)."""
+        feature = self.bgem(query_feature, bg_prototype)
+        activated, initial = self.matching(feature, support_prototype, prior)
+        return Eliminated(activated, initial, *mine_distracting_objects(query_feature, bg_logits, initial))
