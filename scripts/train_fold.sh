@@ -1,9 +1,14 @@
 #!/usr/bin/env bash
-# Train one fold: bash scripts/train_fold.sh DATASET BACKBONE FOLD SHOT [key=value ...]
-# e.g. bash scripts/train_fold.sh pascal resnet50 0 1. Interrupted, the same command continues.
+# Train one fold: bash scripts/train_fold.sh DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
+# e.g. bash scripts/train_fold.sh pascal resnet50 0 1, or with pfenet after it for configs/ablation/pfenet.yaml.
+# Interrupted, the same command continues; finished, it does nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-[ $# -ge 4 ] || { sed -n 2,3p "$0" >&2; exit 2; }
-config=configs/$1/$2_fold$3_$4shot.yaml
-shift 4
-exec python train.py --config "$config" resume=auto "$@"
+. scripts/fold.sh
+[ $# -ge 4 ] || { sed -n 2,4p "$0" >&2; exit 2; }
+fold_arguments "$@"
+if grep -qs '"finished"' "$run/run.json"; then
+    echo "$run is trained"
+    exit
+fi
+do_run python train.py --config "${configs[@]}" "run_dir=$run" resume=auto "${overrides[@]}"
