@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from model.ntrenet import NTRENet
@@ -20,12 +21,14 @@ from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.class_index import ClassIndex
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.engine import BASELINES, NETWORK, evaluate
-from util.episodes import Episodes, RecordedEpisodes, write_episodes
+from util.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
 from util.errors import UserError, run_command
 from util.folds import novel_classes
-from util.metrics import Scores
+from util.metrics import scores
+from util.panels import save_panels
 from util.record import environment, over_seeds, peak_memory_mib, require_writable, write_json
-from util.visualize import episode_picture, save_picture
+from util.rounds import batched
+from util.visualize import draw_rows, episode_rows, save_picture
 
 PANEL_ROWS = 4
 
@@ -41,48 +44,59 @@ def main() -> None:
     parser.add_argument("--baselines", action="store_true", help="also score two predictions that need no training")
     parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
-    parser.add_argument("--panel", type=Path, help="write a picture of a few episodes here, as PNG")
+    parser.add_argument("--panel", type=Path, help="write a picture of the first episodes here, as PNG")
+    parser.add_argument(
+        "--save-panels",
+        type=int,
+        metavar="N",
+        help="pictures of the N best, worst and random episodes of the first seed, into panels/ beside the checkpoint",
+    )
+    parser.add_argument(
+        "--baseline-checkpoint",
+        type=Path,
+        metavar="F",
+        help="of an ablation such as PFENet: its prediction in the panels",
+    )
     args, overrides = parse_arguments(parser)
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
-    if args.episodes_from is not None and (args.write_episodes or args.episodes or len(args.seeds) > 1):
-        raise UserError("--episodes-from settles the episodes: leave out --write-episodes, --episodes and --seeds")
-    if args.write_episodes is not None and len(args.seeds) > 1:
-        raise UserError("--write-episodes writes the episodes of one seed; give one")
-    for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
-        if path is not None:
-            require_writable(path, suffix)
+    check_arguments(args)
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
     hardware = select_hardware(config)
     index = build_index(config, "val")
-    sources = episode_sources(args, config, index)
-    model, train_seed = load_model(config, args.checkpoint)
+    episodes = choose_episodes(args, config, index)  # one list a seed
+    model, trained = load_model(config, args.checkpoint)
     model.to(hardware.device)
+    baseline = None
+    if args.baseline_checkpoint is not None:
+        baseline = load_baseline(config, args.baseline_checkpoint).to(hardware.device)
 
     predictors = NETWORK | (BASELINES if args.baselines else {})
-    runs: list[dict[str, Scores]] = []
+    together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
     started = time.perf_counter()
-    for title, episodes, count in sources:
-        loader = build_eval_loader(config, episodes, count)
-        with tqdm(total=count, desc=title, unit="episode", dynamic_ncols=True) as bar:
-            runs.append(evaluate(model, loader, config=config, hardware=hardware, predictors=predictors, bar=bar))
+    with tqdm(total=len(together), desc=f"{len(together)} episodes", dynamic_ncols=True) as bar:
+        counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)
     seconds = time.perf_counter() - started
 
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    class_ids = np.array([episode.class_id for episode in together])
+    seeds = batched(range(len(together)), len(episodes[0]))
+    by_seed = {
+        name: [scores(table[list(n)], class_ids[list(n)], names) for n in seeds] for name, table in counts.items()
+    }
     results: dict[str, Any] = {
         "dataset": config.data.dataset,
         "fold": config.data.fold,
         "folds": config.data.num_folds,
         "shots": config.data.shots,
         "backbone": config.model.backbone,
-        "episodes": sources[0][2],
+        "episodes": len(episodes[0]),
         "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
         "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",
-        **over_seeds([run["network"] for run in runs]),
-        "train_seed": train_seed,
-        "config": config.model_dump(),
+        **over_seeds(by_seed["network"]),
+        "train_seed": trained.get("seed"),
+        "config": config.model_dump() | trained,
         "checkpoint": str(args.checkpoint),
         "checkpoint_sha256": sha256_of(args.checkpoint),
         "list_sha256": index.list_sha256,
@@ -92,39 +106,71 @@ def main() -> None:
         "environment": environment(hardware.device),
     }
     if args.baselines:
-        scored = {name: over_seeds([run[name] for run in runs])["miou"] for name in BASELINES}
+        scored = {name: over_seeds(by_seed[name])["miou"] for name in BASELINES}
         results["baselines"] = {name: {"miou": miou["mean"], "std": miou["std"]} for name, miou in scored.items()}
     print(table(results))
     if args.out is not None:
         write_json(args.out, results)
         print(f"results: {args.out}")
+    source = EpisodeList(index, episodes[0])
     if args.panel is not None:
-        _, episodes, count = sources[0]
-        loader = build_eval_loader(config, episodes, min(PANEL_ROWS, count))
-        picture = episode_picture(model, loader, rows=PANEL_ROWS, hardware=hardware)
-        save_picture(args.panel, picture)
+        loader = build_eval_loader(config, source, range(min(PANEL_ROWS, len(episodes[0]))))
+        save_picture(args.panel, draw_rows(episode_rows(model, loader, hardware=hardware)))
         print(f"picture: {args.panel}")
+    if args.save_panels is not None:
+        folder = args.checkpoint.parent / "panels"
+        save_panels(folder, args.save_panels, model, baseline, source, counts["network"], config, hardware)
+        print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")
 
 
-def episode_sources(args: argparse.Namespace, config: Config, index: ClassIndex) -> list[tuple[str, Episodes, int]]:
-    """Title, episodes and their number: one entry a seed, or the file of --episodes-from; writes --write-episodes."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find out before the work what contradicts itself or cannot be written."""
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+    if args.episodes_from is not None and (args.write_episodes or args.episodes or len(args.seeds) > 1):
+        raise UserError("--episodes-from settles the episodes: leave out --write-episodes, --episodes and --seeds")
+    if args.write_episodes is not None and len(args.seeds) > 1:
+        raise UserError("--write-episodes writes the episodes of one seed; give one")
+    if args.save_panels is not None and args.save_panels < 1:
+        raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
+    if args.baseline_checkpoint is not None and args.save_panels is None:
+        raise UserError("--baseline-checkpoint shows in the panels only; give --save-panels N as well")
+    for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
+        if path is not None:
+            require_writable(path, suffix)
+    if args.save_panels is not None and args.checkpoint.exists():
+        require_writable(args.checkpoint.parent / "panels/contact_sheet.png", ".png")
+
+
+def choose_episodes(args: argparse.Namespace, config: Config, index: ClassIndex) -> list[list[EpisodeFiles]]:
+    """One list a seed, or the one of --episodes-from; writes --write-episodes."""
     root = Path(config.data.root)
     if args.episodes_from is not None:
         novel, shots = novel_classes(config.data), config.data.shots
-        recorded = RecordedEpisodes(args.episodes_from, index, root=root, classes=novel, shots=shots)
-        return [(args.episodes_from.name, recorded, len(recorded))]
+        return [read_episodes(args.episodes_from, index, root=root, classes=novel, shots=shots)]
     count = config.eval.episodes
     samplers = [build_eval_sampler(config, index, seed) for seed in args.seeds]
     if args.write_episodes is not None:
         write_episodes(args.write_episodes, samplers[0], count, root=root, class_names=config.data.classes)
         print(f"episodes: {args.write_episodes}")
-    return [(f"seed {sampler.seed}", sampler, count) for sampler in samplers]
+    return [[sampler(number) for number in range(count)] for sampler in samplers]
 
 
-def load_model(config: Config, path: Path) -> tuple[NTRENet, int | None]:
-    """The model of a checkpoint and its training seed; it must have been trained for this config's fold and network.
+def load_baseline(config: Config, path: Path) -> NTRENet:
+    """The model of another checkpoint of the same fold, whatever its ablation."""
+    saved = saved_config(load_checkpoint(path), path).model
+    scales = {"fem_scales": config.model.fem_scales}
+    model, _ = load_model(config.model_copy(update={"model": saved.model_copy(update=scales)}), path)
+    return model
+
+
+def load_model(config: Config, path: Path) -> tuple[NTRENet, dict[str, Any]]:
+    """The model of a checkpoint, which must have been trained for this config's fold and network.
 
     A converted checkpoint lists what it does not know of its training ('unknown'); that is taken from ``config``.
+
+    Returns:
+        also how it was trained: the sections of its config that an evaluation does not use, and its seed if known
     """
     checkpoint = load_checkpoint(path)
     saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
@@ -141,7 +187,8 @@ def load_model(config: Config, path: Path) -> tuple[NTRENet, int | None]:
             f"note: checkpoint {path} does not say which fold it was trained on;"
             f" it is tested on fold {config.data.fold} as given"
         )
-    return model, None if "seed" in unknown else saved.seed
+    known = saved.model_dump(include={"loss", "train"} if "seed" in unknown else {"loss", "train", "seed"})
+    return model, known
 
 
 def table(results: dict[str, Any]) -> str:

@@ -10,8 +10,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import yaml
-from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -24,14 +24,16 @@ from util.build import (
     build_train_sampler,
     select_hardware,
 )
+from util.class_index import ClassIndex
 from util.config import add_config_argument, load_config, parse_arguments
-from util.dataset import Episode
 from util.engine import evaluate, learning_rate, train_one_epoch
+from util.episodes import EpisodeFiles, EpisodeList
 from util.errors import UserError, run_command
 from util.folds import base_classes, novel_classes
+from util.metrics import scores
 from util.record import append_json_line, environment, keep_json_lines, peak_memory_mib, write_json
 from util.training import Training, start_or_resume
-from util.visualize import episode_picture
+from util.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
@@ -79,7 +81,7 @@ def main() -> None:
         left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
         print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
 
-    val_batches = build_eval_loader(config, val_sampler, config.eval.episodes)
+    episodes = [val_sampler(number) for number in range(config.eval.episodes)]
     batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
     options = config.train
     began = time.perf_counter() - training.seconds
@@ -99,7 +101,7 @@ def main() -> None:
             is_last = training.step == total_steps
             improved = False
             if epoch % config.eval.every == 0 or is_last:
-                miou = validate(training, val_batches, writer, losses)
+                miou = validate(training, val_index, episodes, writer, losses)
                 improved = miou > training.best_miou
                 training.best_miou = max(training.best_miou, miou)
             if improved if config.eval.select == "miou" else is_last:
@@ -143,23 +145,30 @@ def write_losses(writer: SummaryWriter, step: int, lr: float, terms: LossTerms) 
 
 
 def validate(
-    training: Training, batches: DataLoader[Episode], writer: SummaryWriter, losses: dict[str, float]
+    training: Training,
+    index: ClassIndex,
+    episodes: list[EpisodeFiles],
+    writer: SummaryWriter,
+    losses: dict[str, float],
 ) -> float:
     """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
 
     Args:
         losses: mean of every term over the epoch before, for metrics.jsonl.
     """
-    config, step = training.config, training.step
-    with tqdm(total=config.eval.episodes, desc="validation", unit="episode", leave=False, dynamic_ncols=True) as bar:
-        scores = evaluate(training.model, batches, config=config, hardware=training.hardware, bar=bar)["network"]
-    tqdm.write(f"step {step}: mIoU {100 * scores.miou:.1f}  FB-IoU {100 * scores.fb_iou:.1f}")
+    config, step, hardware = training.config, training.step, training.hardware
+    with tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True) as bar:
+        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar)["network"]
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    found = scores(counts, np.array([episode.class_id for episode in episodes]), names)
+    tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
     for name in ("miou", "fb_iou", "precision"):
-        writer.add_scalar(f"val/{name}", getattr(scores, name), step)
-    append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **scores._asdict(), "loss": losses})
-    picture = episode_picture(training.model, batches, rows=PANELS, hardware=training.hardware)
+        writer.add_scalar(f"val/{name}", getattr(found, name), step)
+    append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
+    loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))
+    picture = draw_rows(episode_rows(training.model, loader, hardware=hardware))
     writer.add_image("episodes", picture, step, dataformats="HWC")
-    return scores.miou
+    return found.miou
 
 
 if __name__ == "__main__":

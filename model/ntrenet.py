@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone
+from model.backbone import Backbone, Features
 from model.bgem import BGEM
 from model.bgmm import BGMM
 from model.elimination import Eliminated, Elimination
@@ -77,6 +77,22 @@ class Target(NamedTuple):
     """stage 4 where a support shows the target, (B, K, n, C4)"""
 
 
+def join_shots(targets: Sequence[Target]) -> Target:
+    """K one-shot targets of B = 1 as one K-shot target of B = 1."""
+    return Target(torch.stack([t.prototype for t in targets]).mean(0), _cat_high([t.high for t in targets], dim=1))
+
+
+def join_episodes(targets: Sequence[Target]) -> Target:
+    """B targets of the same K, each of B = 1, as one batch."""
+    return Target(torch.cat([t.prototype for t in targets]), _cat_high([t.high for t in targets], dim=0))
+
+
+def _cat_high(highs: Sequence[Tensor], dim: int) -> Tensor:
+    """Those with fewer positions get zeros, such as every position beside a target has."""
+    most = max(high.shape[2] for high in highs)
+    return torch.cat([F.pad(high, (0, 0, 0, most - high.shape[2])) for high in highs], dim)
+
+
 class NTRENet(nn.Module):
     """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
@@ -119,19 +135,26 @@ class NTRENet(nn.Module):
 
     def encode_query(self, query: Tensor) -> Query:
         """(B, 3, H, W) -> what is read from it once, whatever the target."""
-        features = self.backbone(query)
-        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3))
+        return self.read_query(self.backbone(query))
 
     def encode_supports(self, supports: Tensor, support_masks: Tensor) -> tuple[Target, Tensor]:
         """(B, K, 3, H, W) and (B, K, H, W) -> the target, and X^s (B, K, C, h, w), which the losses need."""
         batch_and_shots = supports.shape[:2]
-        features = self.backbone(supports.flatten(0, 1))
-        size = (features.stage3.shape[-2], features.stage3.shape[-1])
-        target = foreground(support_masks.flatten(0, 1), size)
-        high = target_positions(self.backbone.high(features.stage3 * target), target)  # masked before and after
+        each, x_s = self.read_targets(self.backbone(supports.flatten(0, 1)), support_masks.flatten(0, 1))
+        prototype = each.prototype.unflatten(0, batch_and_shots).mean(1)
+        high = each.high.squeeze(1).unflatten(0, batch_and_shots)
+        return Target(prototype, high), x_s.unflatten(0, batch_and_shots)
+
+    def read_query(self, features: Features) -> Query:
+        """What a query gives, from its backbone features."""
+        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3))
+
+    def read_targets(self, features: Features, masks: Tensor) -> tuple[Target, Tensor]:
+        """N images and their masks (N, H, W) as N one-shot targets, and X^s (N, C, h, w)."""
+        target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
+        high = self.backbone.high(features.stage3 * target)  # masked before stage 4, and after it
         x_s = self.reduce_support(features.middle)
-        p_s = masked_average_pool(x_s, target).unflatten(0, batch_and_shots).mean(1)
-        return Target(p_s, high.unflatten(0, batch_and_shots)), x_s.unflatten(0, batch_and_shots)
+        return Target(masked_average_pool(x_s, target), target_positions(high, target).unsqueeze(1)), x_s
 
     def segment(self, query: Query, target: Target, size: tuple[int, int]) -> NTRENetOutput:
         """The paper's figure 3 from the reduced features on; ``size`` is the image's (H, W).

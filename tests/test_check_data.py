@@ -12,7 +12,7 @@ from PIL import Image
 from scripts import check_data
 from util.build import build_eval_sampler, build_index
 from util.config import load_config
-from util.episodes import RecordedEpisodes, write_episodes
+from util.episodes import EpisodeFiles, read_episodes, write_episodes
 from util.errors import UserError
 from util.folds import novel_classes
 from util.synthetic import CLASS_NAMES, generate
@@ -137,10 +137,10 @@ def sampler(data):
     return config, build_eval_sampler(config, build_index(config, "val"), 3)
 
 
-def recorded(config, path: Path, **changes) -> RecordedEpisodes:
+def recorded(config, path: Path, **changes) -> list[EpisodeFiles]:
     index = build_index(config, "val")
     options = {"classes": novel_classes(config.data), "shots": config.data.shots} | changes
-    return RecordedEpisodes(path, index, root=Path(config.data.root), **options)
+    return read_episodes(path, index, root=Path(config.data.root), **options)
 
 
 def test_episodes_come_back_from_a_file_as_they_were(sampler, tmp_path) -> None:
@@ -148,7 +148,7 @@ def test_episodes_come_back_from_a_file_as_they_were(sampler, tmp_path) -> None:
     path = tmp_path / "e.jsonl"
     write_episodes(path, episodes, 25, root=Path(config.data.root), class_names=config.data.classes)
     back = recorded(config, path)
-    assert [back(n) for n in range(len(back))] == [episodes(n) for n in range(25)]
+    assert back == [episodes(n) for n in range(25)]
 
 
 @pytest.mark.parametrize(

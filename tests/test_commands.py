@@ -41,8 +41,9 @@ from util.build import build_eval_sampler, build_index, build_model, build_train
 from util.config import Config, load_config
 from util.episodes import EpisodeSampler
 from util.errors import run_command
-from util.metrics import Counts, Scores
+from util.metrics import Scores
 from util.synthetic import generate
+from util.visualize import GAP, TILE
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_IMAGES, VAL_IMAGES = 24, 32  # 3 and 4 images of each of the 20 classes
@@ -477,7 +478,7 @@ def test_best_is_what_the_config_selects(
 ) -> None:
     scores = iter([0.1, 0.9, 0.9])  # the first of equals is kept
     fake = {"fb_iou": 0.5, "precision": 0.5, "per_class": {}}
-    monkeypatch.setattr(train, "evaluate", lambda *_, **__: {"network": Scores(miou=next(scores), **fake)})
+    monkeypatch.setattr(train, "scores", lambda *_: Scores(miou=next(scores), **fake))
     overrides = ["train.epochs=3", "train.batch_size=12", "data.image_size=33", f"eval.select={select}"]
     result = succeeded(call(train, "--config", config, f"run_dir={tmp_path}", *overrides))
     steps = load(tmp_path / "last.pt")["step"] / 3
@@ -810,13 +811,16 @@ def test_exactly_the_asked_number_of_episodes_is_scored(
     config: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch_size: int
 ) -> None:
     scored: list[int] = []
-    add = Counts.add
+    evaluate = test_command.evaluate
 
-    def counting(self: Any, prediction: torch.Tensor, truth: torch.Tensor, class_id: int) -> None:
-        scored.append(class_id)
-        add(self, prediction, truth, class_id)
+    def noting(model: Any, index: Any, episodes: Any, **options: Any) -> Any:
+        scored.extend(episode.class_id for episode in episodes)
+        counts = evaluate(model, index, episodes, **options)
+        assert counts["network"].shape == (len(episodes), 4)
+        assert (counts["network"].sum(1) > 0).all()
+        return counts
 
-    monkeypatch.setattr(Counts, "add", counting)
+    monkeypatch.setattr(test_command, "evaluate", noting)
     out = tmp_path / "r.json"
     results = evaluated(config, mixed, out, "--episodes", 5, "--seeds", 3, 4, f"eval.batch_size={batch_size}")
     assert len(scored) == 2 * 5
@@ -825,6 +829,19 @@ def test_exactly_the_asked_number_of_episodes_is_scored(
     index = build_index(settings, "val")
     samplers = [build_eval_sampler(settings, index, seed) for seed in (3, 4)]
     assert scored == [sampler(number).class_id for sampler in samplers for number in range(5)]
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_memory_for_shared_features_does_not_change_a_score(
+    config: Path, mixed: Path, tmp_path: Path, shots: int
+) -> None:
+    results = [
+        evaluated(config, mixed, tmp_path / f"{i}.json", "--episodes", 8, "--shots", shots, "--seeds", 0, 1, *overrides)
+        for i, overrides in enumerate(([], ["eval.cache_gib=1e-9"], ["eval.batch_size=1"]))
+    ]
+    for name in ("miou", "fb_iou", "precision"):
+        for other in results[1:]:
+            assert other[name]["per_seed"] == pytest.approx(results[0][name]["per_seed"], abs=1e-3)
 
 
 def test_the_same_command_twice_gives_the_same_scores(
@@ -1336,7 +1353,7 @@ def test_a_fold_script_without_arguments_prints_its_usage(name: str, tmp_path: P
         ["bash", ROOT / "scripts" / name], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 2
-    assert f"bash scripts/{name} DATASET BACKBONE FOLD SHOT [key=value ...]" in done.stderr
+    assert f"bash scripts/{name} DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]" in done.stderr
     assert done.stdout == ""
 
 
@@ -1352,3 +1369,43 @@ def test_train_fold_hands_its_arguments_to_train_py(tmp_path: Path) -> None:
         check=False,
     )
     refused(Result(done.returncode, done.stdout, done.stderr), "device=cuda")
+
+
+def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
+    config: Path, mixed: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run/best.pt"
+    checkpoint.parent.mkdir()
+    shutil.copy(mixed, checkpoint)
+    switches = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
+    baseline = short_run(config, tmp_path / "pfenet", *switches) / "last.pt"
+    command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9]
+    result = succeeded(call(test_command, *command, "--save-panels", 2, "--baseline-checkpoint", baseline))
+    folder = checkpoint.parent / "panels"
+    assert str(folder / "contact_sheet.png") in result.out
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name.split("_")[:2] for name in names if name != "contact_sheet.png"] == [
+        [kind, rank] for kind in ("best", "random", "worst") for rank in "12"
+    ]
+    sizes = {name: Image.open(folder / name).size for name in names}
+    width, height = sizes.pop("contact_sheet.png")
+    (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
+    assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
+    assert single[0] == 7 * (TILE + GAP) + GAP
+    without = succeeded(call(test_command, *command, "--save-panels", 1))
+    assert "panels" in without.out
+    assert Image.open(next(folder.glob("best_1_*"))).width == 7 * (TILE + GAP) + GAP - (TILE + GAP)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--save-panels", 0], ["--save-panels", "at least 1"]),
+        (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
+        (["--save-panels", 1, "--baseline-checkpoint", "x.pt"], ["x.pt does not exist"]),
+    ],
+)
+def test_panel_options_that_make_no_sense_are_refused(
+    config: Path, mixed: Path, arguments: list[Any], words: list[str]
+) -> None:
+    refused(call(test_command, "--config", config, "--checkpoint", mixed, "--episodes", 2, *arguments), *words)

@@ -178,6 +178,7 @@ OTHER_VALUES = {
     "train.warmup": 3,
     "eval.episodes": 6,
     "eval.batch_size": 7,
+    "eval.cache_gib": 0.5,
     "eval.geometry": "lineage",
     "eval.every": 8,
     "eval.select": "last",

@@ -23,10 +23,11 @@ from util.build import build_eval_loader, build_eval_sampler, build_index, build
 from util.class_index import ClassIndex, Item, load_class_index, read_list
 from util.config import Config, DataConfig, load_config
 from util.dataset import Episode, collate, read_pair
-from util.episodes import EpisodeSampler
+from util.episodes import EpisodeFiles, EpisodeSampler
 from util.errors import UserError
 from util.folds import base_classes, novel_classes
 from util.images import image_size, read_image, read_mask
+from util.rounds import EncodingSize, plan_rounds
 from util.transforms import augment, fit, fitted_size, normalize, to_original
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -1200,7 +1201,7 @@ def part(episodes: Episode, start: int, stop: int) -> Episode:
 
 def eval_batches(root: Path, episodes: int, *overrides: str, seed: int = 3) -> DataLoader[Episode]:
     config = config_of(root, *overrides)
-    return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), episodes)
+    return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), range(episodes))
 
 
 def train_batches(root: Path, start: int, stop: int, *overrides: str) -> DataLoader[Episode]:
@@ -1448,8 +1449,48 @@ def test_a_damaged_image_is_reported_in_one_line_that_names_it(workers: int, tmp
         build_index(config, "val"), classes=(1,), shots=1, min_area=9, seed=0, class_names=config.data.classes
     )
     with pytest.raises(UserError) as caught:
-        list(build_eval_loader(config, sampler, 2))
+        list(build_eval_loader(config, sampler, range(2)))
     message = str(caught.value)
     assert message.startswith(f"image {tmp_path}/images/")
     assert "cannot be read" in message
     assert "\n" not in message
+
+
+# ---------------------------------------------------------------- rounds of an evaluation
+
+
+def some_index(areas: np.ndarray) -> ClassIndex:
+    """Images of 1000 pixels; ``areas`` (images, classes) of them are of a class."""
+    items = tuple(Item(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(len(areas)))
+    return ClassIndex(items, np.column_stack([1000 - areas.sum(1), areas]), Path("l.txt"), "")
+
+
+def random_episodes(rng: np.random.Generator, images: int, shots: int, count: int) -> list[EpisodeFiles]:
+    chosen = [rng.choice(images, 1 + shots, replace=False).tolist() for _ in range(count)]
+    return [EpisodeFiles(query, tuple(supports), int(rng.integers(1, 4))) for query, *supports in chosen]
+
+
+@pytest.mark.parametrize("limit", [0, 25, 60, 1e9])
+@pytest.mark.parametrize("shots", [1, 5])
+def test_rounds_hold_every_episode_once_with_its_images_within_the_limit(shots: int, limit: float) -> None:
+    rng = np.random.default_rng(shots)
+    index = some_index(rng.integers(50, 300, (30, 3)))
+    episodes = random_episodes(rng, 30, shots, 80)
+    size = EncodingSize(query=10, whole=8)
+    rounds = plan_rounds(episodes, index, size, limit)
+    assert sorted(number for part in rounds for number in part.episodes) == list(range(80))
+    for part in rounds:
+        assert {episodes[number].class_id for number in part.episodes} == {part.class_id}
+        needed = {(episodes[n].query, "query") for n in part.episodes}
+        needed |= {(image, "support") for n in part.episodes for image in episodes[n].supports}
+        assert {(image, role) for image, roles in part.images.items() for role in roles} == needed
+        memory = sum(size.of(index, image, part.class_id, role) for image, role in needed)
+        assert memory <= limit or len(part.episodes) == 1
+    assert (len(rounds) == 3) == (limit == 1e9)  # a class each, where memory suffices
+
+
+def test_a_supports_share_of_memory_follows_its_area_up_to_the_whole_map() -> None:
+    index = some_index(np.array([[0], [250], [1000]]))
+    size = EncodingSize(query=7, whole=100)
+    assert [size.of(index, image, 1, "query") for image in range(3)] == [7, 7, 7]
+    assert [size.of(index, image, 1, "support") for image in range(3)] == pytest.approx([2, 32, 100])

@@ -2,9 +2,10 @@
 
 import os
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,10 +19,11 @@ from model.prototype_bank import PrototypeBank
 from model.weights import WeightsInfo
 from util.class_index import ClassIndex, load_class_index
 from util.config import Config
-from util.dataset import Episode, EpisodeDataset, collate
+from util.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
 from util.episodes import Episodes, EpisodeSampler
 from util.errors import UserError
 from util.folds import base_classes, novel_classes
+from util.rounds import Round, batched
 from util.transforms import augment, fit
 
 CHANNELS = 256
@@ -36,21 +38,32 @@ class Hardware(NamedTuple):
 
 
 def select_hardware(config: Config) -> Hardware:
-    """'auto' is CUDA if there is one, else the CPU; and bfloat16 where it is native, else float32.
+    """What a config asks for; see :func:`find_hardware`."""
+    return find_hardware(config.device, config.precision)
+
+
+def find_hardware(device: str, precision: str) -> Hardware:
+    """Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' bfloat16 where it is native, else float32.
 
     Raises:
-        UserError: the config asks for what is not there.
+        UserError: what is asked for is not there, or is no device or precision.
     """
+    for key, value, known in (
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("precision", precision, ("auto", *PRECISION)),
+    ):
+        if value not in known:
+            raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}")
     available = torch.cuda.is_available()
-    if config.device == "cuda" and not available:
+    if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
-    device = torch.device("cuda" if available and config.device != "cpu" else "cpu")
-    if config.precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-        return Hardware(device, torch.bfloat16 if native else torch.float32)
-    if config.precision == "fp16" and device.type == "cpu":
+    place = torch.device("cuda" if available and device != "cpu" else "cpu")
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
+        return Hardware(place, torch.bfloat16 if native else torch.float32)
+    if precision == "fp16" and place.type == "cpu":
         raise UserError("precision=fp16 needs CUDA; set precision=bf16 or fp32")
-    return Hardware(device, PRECISION[config.precision])
+    return Hardware(place, PRECISION[precision])
 
 
 def _cpu_has_bf16() -> bool:
@@ -139,15 +152,26 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     data, batch = config.data, config.train.batch_size
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
-    dataset = EpisodeDataset(sampler, transform=transform, length=stop * batch)
-    return _loader(config, dataset, range(start * batch, stop * batch), batch)
+    dataset = EpisodeDataset(sampler, transform=transform)
+    return _episode_loader(config, dataset, range(start * batch, stop * batch), batch)
 
 
-def build_eval_loader(config: Config, sampler: Episodes, episodes: int) -> DataLoader[Episode]:
-    """Exactly ``episodes`` episodes, from number 0."""
+def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
+    """The images of an evaluation's rounds, one round after the other."""
+    batches = [
+        [(place, part.class_id) for place in places]
+        for part in rounds
+        for places in batched(list(part.images), config.eval.batch_size)
+    ]
+    dataset = ImageDataset(index.items, config.data.image_size)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_images, **_machine(config))
+
+
+def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
+    """Whole episodes by number, as an evaluation sees them."""
     transform = partial(_fit, size=config.data.image_size)
-    dataset = EpisodeDataset(sampler, transform=transform, length=episodes)
-    return _loader(config, dataset, range(episodes), config.eval.batch_size)
+    dataset = EpisodeDataset(sampler, transform=transform)
+    return _episode_loader(config, dataset, numbers, config.eval.batch_size)
 
 
 # the loader's transforms stand at module level so that workers can be started on every platform
@@ -168,13 +192,15 @@ def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: in
     return fit(image, mask, size)
 
 
-def _loader(config: Config, dataset: EpisodeDataset, numbers: range, batch_size: int) -> DataLoader[Episode]:
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=numbers,
-        num_workers=min(config.workers, os.cpu_count() or 1),
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available() and config.device != "cpu",
-        generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
-    )
+def _episode_loader(
+    config: Config, dataset: EpisodeDataset, numbers: Sequence[int], batch_size: int
+) -> DataLoader[Episode]:
+    return DataLoader(dataset, batch_size=batch_size, sampler=numbers, collate_fn=collate, **_machine(config))
+
+
+def _machine(config: Config) -> dict[str, Any]:
+    return {
+        "num_workers": min(config.workers, os.cpu_count() or 1),
+        "pin_memory": torch.cuda.is_available() and config.device != "cpu",
+        "generator": torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
+    }

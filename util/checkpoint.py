@@ -28,7 +28,16 @@ FIXED_IN_TEST = (
 )
 """what a checkpoint was trained for; the number of shots, paths and machine settings are free"""
 
-FREE_IN_RESUME = ("run_dir", "resume", "device", "workers", "data.root", "eval.every", "eval.batch_size")
+FREE_IN_RESUME = (
+    "run_dir",
+    "resume",
+    "device",
+    "workers",
+    "data.root",
+    "eval.every",
+    "eval.batch_size",
+    "eval.cache_gib",
+)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -142,6 +142,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     episodes: Count = 1000
     batch_size: Count = 1
+    """images encoded, and episodes segmented, at a time"""
+    cache_gib: Positive = 4.0
+    """memory for what episodes share: features of the images they have in common"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Count = 1
@@ -196,6 +199,8 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
         _merge(values, base, str(base_path), origin)
     _merge(values, leaf, str(path), origin)
     for variant in variants:
+        if variant.suffix not in (".yaml", ".yml"):
+            raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
         changes = _read_yaml(variant)
         if "base" in changes:
             raise UserError(f"{variant}: has a 'base', so it is a config of its own; give it first, or alone")

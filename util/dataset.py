@@ -3,7 +3,7 @@
 Shapes: K shots, S the side of the network's input, (H, W) the query's own size, B batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from util.class_index import Item
 from util.episodes import Episodes
 from util.errors import UserError
 from util.images import read_image, read_mask
+from util.transforms import fit
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
@@ -63,14 +64,10 @@ class EpisodeDataset(Dataset[Episode]):
 
     Args:
         transform: (image, mask, generator) -> the same, (S, S).
-        length: episodes, 0 ... length - 1.
     """
 
-    def __init__(self, sampler: Episodes, *, transform: Transform, length: int) -> None:
-        self.sampler, self.transform, self.length = sampler, transform, length
-
-    def __len__(self) -> int:
-        return self.length
+    def __init__(self, sampler: Episodes, *, transform: Transform) -> None:
+        self.sampler, self.transform = sampler, transform
 
     def __getitem__(self, number: int) -> Episode:
         files = self.sampler(number)
@@ -94,6 +91,48 @@ class EpisodeDataset(Dataset[Episode]):
             truths=[torch.from_numpy(pairs[0][1])],
             names=[f"query {items[0].image}, supports {', '.join(str(item.image) for item in items[1:])}"],
         )
+
+
+class ImageBatch(NamedTuple):
+    """N images of an evaluation, each with its mask of one class."""
+
+    places: list[int]
+    """in the list"""
+    images: Tensor
+    """(N, 3, S, S), uint8 RGB"""
+    masks: Tensor
+    """(N, S, S), uint8: 1 target, 0 other, 255 ignored"""
+    truths: list[Tensor]
+    """the masks at their own size, (H, W), uint8"""
+
+    def pin_memory(self) -> "ImageBatch":
+        """Called by the data loader."""
+        truths = [truth.pin_memory() for truth in self.truths]
+        return ImageBatch(self.places, self.images.pin_memory(), self.masks.pin_memory(), truths)
+
+
+class ImageDataset(Dataset[ImageBatch]):
+    """Item (place, class id) is that image of the list as an evaluation sees it, with its mask of that class."""
+
+    def __init__(self, items: Sequence[Item], size: int) -> None:
+        self.items, self.size = items, size
+
+    def __getitem__(self, key: tuple[int, int]) -> ImageBatch:
+        place, class_id = key
+        image, mask = read_pair(self.items[place], class_id)
+        fitted, fitted_mask = fit(image, mask, self.size)
+        picture = torch.from_numpy(fitted.transpose(2, 0, 1).copy())
+        return ImageBatch([place], picture[None], torch.from_numpy(fitted_mask)[None], [torch.from_numpy(mask)])
+
+
+def collate_images(images: list[ImageBatch]) -> ImageBatch:
+    """Several batches as one."""
+    return ImageBatch(
+        places=[place for image in images for place in image.places],
+        images=torch.cat([image.images for image in images]),
+        masks=torch.cat([image.masks for image in images]),
+        truths=[truth for image in images for truth in image.truths],
+    )
 
 
 def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,21 +1,26 @@
 """Training and evaluation loops, called by train.py and test.py alike."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.backbone import Features
 from model.losses import LossTerms
-from model.ntrenet import NTRENet, NTRENetOutput
+from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_episodes, join_shots
 from model.ops import resize
-from util.build import Hardware
+from util.build import Hardware, build_image_loader
+from util.class_index import ClassIndex
 from util.config import Config
-from util.dataset import Episode
+from util.dataset import Episode, ImageBatch
+from util.episodes import EpisodeFiles
 from util.errors import UserError
-from util.folds import novel_classes
-from util.metrics import Counts, Scores
+from util.metrics import confusion, scores
+from util.rounds import EncodingSize, Round, batched, plan_rounds
 from util.training import Training
 from util.transforms import normalize, to_original
 
@@ -23,9 +28,14 @@ Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
 
 
-def forward(model: NTRENet, batch: Episode, precision: torch.dtype) -> NTRENetOutput:
-    """Run the model on a batch that lies on its device, in the given precision."""
-    with torch.autocast(batch.query.device.type, dtype=precision, enabled=precision != torch.float32):
+def autocast(hardware: Hardware) -> torch.autocast:
+    """The run's precision, for a ``with`` statement."""
+    return torch.autocast(hardware.device.type, dtype=hardware.precision, enabled=hardware.precision != torch.float32)
+
+
+def forward(model: NTRENet, batch: Episode, hardware: Hardware) -> NTRENetOutput:
+    """Run the model on a batch that lies on its device."""
+    with autocast(hardware):
         return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
@@ -58,7 +68,7 @@ def train_one_epoch(
         for group in optimizer.param_groups:
             group["lr"] = lr
         on_device = batch.to(training.hardware.device)
-        output = forward(model, on_device, training.hardware.precision)
+        output = forward(model, on_device, training.hardware)
         losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
         terms = LossTerms(*(term.detach() for term in losses))
         if not math.isfinite(terms.total):
@@ -95,35 +105,110 @@ BASELINES: dict[str, Predictor] = {
 """predictions that need no training: everything is target; the prior mask at 0.5"""
 
 
+class Encoded(NamedTuple):
+    """What is kept of one image while its round lasts."""
+
+    truth: Tensor
+    query: Query | None
+    target: Target | None
+
+
 @torch.inference_mode()
 def evaluate(
     model: NTRENet,
-    loader: Iterable[Episode],
+    index: ClassIndex,
+    episodes: Sequence[EpisodeFiles],
     *,
     config: Config,
     hardware: Hardware,
     predictors: Mapping[str, Predictor] = NETWORK,
     bar: tqdm | None = None,
-) -> dict[str, Scores]:
-    """Score every predictor on the same episodes, on the fold's novel classes, at each query's original size.
+) -> dict[str, np.ndarray]:
+    """Run every predictor on the same episodes: the counts of each episode at its query's original size.
+
+    Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.rounds`).
 
     Args:
-        bar: advanced by one an episode, with the running mIoU of the first predictor.
+        bar: advanced by one an image and an episode; shows the running mIoU of the first predictor.
+    Returns:
+        (N, 4) counts of :func:`util.metrics.confusion` a predictor, in the order of ``episodes``
     """
     model.eval()
-    classes = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    counts = {name: Counts(classes, hardware.device) for name in predictors}
-    for number, batch in enumerate(loader):
-        on_device = batch.to(hardware.device)
-        output = forward(model, on_device, hardware.precision)
-        for name, predict in predictors.items():
-            for logits, truth, class_id in zip(
-                predict(output).float(), on_device.truths, batch.class_id.tolist(), strict=True
-            ):
-                at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
-                counts[name].add(at_original[0] > 0, truth, class_id)
+    rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), config.eval.cache_gib * 2**30)
+    counts = {name: torch.zeros(len(episodes), 4, dtype=torch.long, device=hardware.device) for name in predictors}
+    batches = iter(build_image_loader(config, index, rounds))
+    if bar is not None:
+        bar.reset(total=len(episodes) + sum(len(part.images) for part in rounds))
+    for done, part in enumerate(rounds, 1):
+        encoded: dict[int, Encoded] = {}
+        while len(encoded) < len(part.images):
+            batch = next(batches)
+            encoded |= encode(model, batch, part, hardware)
+            if bar is not None:
+                bar.update(len(batch.places))
+        for numbers in batched(part.episodes, config.eval.batch_size):
+            chosen = [episodes[number] for number in numbers]
+            output = segment(model, chosen, encoded, config.data.image_size, hardware)
+            for name, predict in predictors.items():
+                for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
+                    truth = encoded[episode.query].truth
+                    at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
+                    counts[name][number] = confusion(at_original[0] > 0, truth)
+            if bar is not None:
+                bar.update(len(numbers))
         if bar is not None:
-            bar.update(len(batch.truths))
-            if number % 20 == 0:
-                bar.set_postfix(mIoU=f"{100 * next(iter(counts.values())).scores().miou:.1f}", refresh=False)
-    return {name: count.scores() for name, count in counts.items()}
+            seen = [number for part in rounds[:done] for number in part.episodes]
+            table = next(iter(counts.values()))[seen].cpu().numpy()
+            class_ids = np.array([episodes[number].class_id for number in seen])
+            names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
+            bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}")
+    return {name: count.cpu().numpy() for name, count in counts.items()}
+
+
+def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -> dict[int, Encoded]:
+    """Read images as what they serve in this round; an image that is query and support goes through stage 3 once."""
+    images = batch.images.to(hardware.device, non_blocking=True)
+    masks = batch.masks.to(hardware.device, non_blocking=True)
+    with autocast(hardware):
+        features = model.backbone(normalize(images))
+        queries, targets = (
+            [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
+        )
+        query_of: dict[int, Query] = {}
+        if queries:
+            query = model.read_query(Features(*(feature[queries] for feature in features)))
+            query_of = {n: Query(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)}
+        target_of: dict[int, Target] = {}
+        if targets:
+            target, _ = model.read_targets(Features(*(feature[targets] for feature in features)), masks[targets])
+            row = torch.arange(1, target.high.shape[2] + 1, device=images.device)
+            last = ((target.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
+            target_of = {
+                n: Target(prototype[None], high[None, :, : rows + 1].clone())
+                for n, rows, prototype, high in zip(targets, last, *target, strict=True)
+            }
+    return {
+        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), target_of.get(n))
+        for n, (place, truth) in enumerate(zip(batch.places, batch.truths, strict=True))
+    }
+
+
+def segment(
+    model: NTRENet, episodes: Sequence[EpisodeFiles], encoded: Mapping[int, Encoded], side: int, hardware: Hardware
+) -> NTRENetOutput:
+    """Run episodes whose images are encoded as one batch."""
+    queries = [encoded[episode.query].query for episode in episodes]
+    targets = [[encoded[place].target for place in episode.supports] for episode in episodes]
+    query = Query(*(torch.cat(parts) for parts in zip(*(q for q in queries if q is not None), strict=True)))
+    target = join_episodes([join_shots([t for t in shots if t is not None]) for shots in targets])
+    with autocast(hardware):
+        return model.segment(query, target, (side, side))
+
+
+def encoding_size(model: NTRENet, config: Config, hardware: Hardware) -> EncodingSize:
+    """Bytes of an image's encoding, found by encoding an empty one."""
+    empty = torch.zeros(1, 3, config.data.image_size, config.data.image_size, device=hardware.device)
+    with autocast(hardware):
+        query = model.encode_query(empty)
+    high = query.high.numel() * query.high.element_size()
+    return EncodingSize(query=high + query.feature.numel() * query.feature.element_size(), whole=high)

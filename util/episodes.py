@@ -86,41 +86,43 @@ class EpisodeSampler:
         return EpisodeFiles(query, tuple(int(i) for i in supports), class_id)
 
 
-class RecordedEpisodes:
-    """Episodes read from a file that :func:`write_episodes` made, in its order.
+class EpisodeList:
+    """Given episodes, where a sampler is wanted."""
+
+    seed = 0
+
+    def __init__(self, index: ClassIndex, episodes: Sequence[EpisodeFiles]) -> None:
+        self.index, self.episodes = index, episodes
+
+    def __call__(self, number: int) -> EpisodeFiles:
+        return self.episodes[number]
+
+
+def read_episodes(
+    path: Path, index: ClassIndex, *, root: Path, classes: Sequence[int], shots: int
+) -> list[EpisodeFiles]:
+    """Episodes from a file that :func:`write_episodes` made, in its order.
 
     Raises:
         UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
     """
-
-    seed = 0
-
-    def __init__(self, path: Path, index: ClassIndex, *, root: Path, classes: Sequence[int], shots: int) -> None:
-        self.index = index
-        places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
+    places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one") from None
+    episodes: list[EpisodeFiles] = []
+    for number, line in enumerate(lines, 1):
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            episodes.append(_read_episode(line, index, places, classes, shots))
+        except ValueError as error:
             raise UserError(
-                f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one"
+                f"episodes file {path} line {number}: {error};"
+                " evaluate it with the list, fold and shots it was made for"
             ) from None
-        self.episodes: list[EpisodeFiles] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                self.episodes.append(_read_episode(line, index, places, classes, shots))
-            except ValueError as error:
-                raise UserError(
-                    f"episodes file {path} line {number}: {error};"
-                    " evaluate it with the list, fold and shots it was made for"
-                ) from None
-        if not self.episodes:
-            raise UserError(f"episodes file {path} holds no episodes")
-
-    def __len__(self) -> int:
-        return len(self.episodes)
-
-    def __call__(self, number: int) -> EpisodeFiles:
-        return self.episodes[number]
+    if not episodes:
+        raise UserError(f"episodes file {path} holds no episodes")
+    return episodes
 
 
 def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:

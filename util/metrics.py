@@ -1,4 +1,4 @@
-"""mIoU, FB-IoU and precision from integer counts; ratios are taken last."""
+"""mIoU, FB-IoU and precision from integer counts an episode; ratios are taken last."""
 
 from typing import NamedTuple
 
@@ -22,37 +22,47 @@ class Scores(NamedTuple):
     """IoU by class name"""
 
 
-class Counts:
-    """Confusion counts of binary predictions, summed over episodes, a 2x2 table a class.
+def confusion(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Counts of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
     Args:
-        classes: ids and names of the classes that are scored.
+        prediction: (H, W), boolean
+        truth: (H, W), uint8: 1 target, 0 other, 255 ignored
     """
+    target, other = truth == 1, (truth != 1) & (truth != IGNORE)
+    outcomes = (~prediction & other, prediction & other, ~prediction & target, prediction & target)
+    return torch.stack([outcome.sum() for outcome in outcomes])
 
-    def __init__(self, classes: dict[int, str], device: torch.device) -> None:
-        self.classes = classes
-        self._row = {class_id: row for row, class_id in enumerate(classes)}
-        self.table = torch.zeros(len(classes), 4, dtype=torch.long, device=device)
-        """(classes, 4): true negatives, false positives, false negatives, true positives"""
 
-    def add(self, prediction: Tensor, truth: Tensor, class_id: int) -> None:
-        """Count one episode: boolean prediction and uint8 truth (1 target, 0 other, 255 ignored), both (H, W)."""
-        outcome = torch.where(truth == IGNORE, 4, 2 * (truth == 1).long() + prediction.long())
-        self.table[self._row[class_id]] += torch.bincount(outcome.flatten(), minlength=5)[:4]
+def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -> Scores:
+    """Scores of N episodes.
 
-    def scores(self) -> Scores:
-        """A class that never occurred and was never predicted has IoU 0; an absent denominator gives 0."""
-        table = self.table.cpu().numpy()
-        tn, fp, fn, tp = table.T
-        per_class = _ratio(tp, tp + fp + fn)
-        foreground = _ratio(tp.sum(), (tp + fp + fn).sum())
-        background = _ratio(tn.sum(), (tn + fp + fn).sum())
-        return Scores(
-            miou=float(per_class.mean()),
-            fb_iou=float((foreground + background) / 2),
-            precision=float(_ratio(tp.sum(), (tp + fp).sum())),
-            per_class={name: float(iou) for name, iou in zip(self.classes.values(), per_class, strict=True)},
-        )
+    A class that never occurred and was never predicted has IoU 0; an absent denominator gives 0.
+
+    Args:
+        counts: (N, 4), of :func:`confusion`
+        class_ids: (N,)
+        classes: ids and names of the classes that are scored
+    Raises:
+        ValueError: an episode is of another class.
+    """
+    if not np.isin(class_ids, list(classes)).all():
+        raise ValueError(f"episodes of classes {np.unique(class_ids)}, but scored are {list(classes)}")
+    tn, fp, fn, tp = np.stack([counts[class_ids == class_id].sum(0) for class_id in classes]).T
+    per_class = _ratio(tp, tp + fp + fn)
+    foreground = _ratio(tp.sum(), (tp + fp + fn).sum())
+    background = _ratio(tn.sum(), (tn + fp + fn).sum())
+    return Scores(
+        miou=float(per_class.mean()),
+        fb_iou=float((foreground + background) / 2),
+        precision=float(_ratio(tp.sum(), (tp + fp).sum())),
+        per_class={name: float(iou) for name, iou in zip(classes.values(), per_class, strict=True)},
+    )
+
+
+def episode_iou(counts: np.ndarray) -> np.ndarray:
+    """IoU of the target in each of N episodes, (N, 4) -> (N,)."""
+    return _ratio(counts[:, 3], counts[:, 1:].sum(1))
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -35,42 +35,55 @@ def heat(values: np.ndarray) -> np.ndarray:
     )
 
 
-def episode_tiles(batch: Episode, output: NTRENetOutput, place: int) -> list[tuple[str, np.ndarray]]:
-    """Captions and RGB tiles (S, S, 3) of one episode of a batch; maps that an ablation lacks are left out."""
+Tile = tuple[str, np.ndarray]
+"""a caption and an RGB picture (S, S, 3)"""
+
+
+def episode_tiles(batch: Episode, output: NTRENetOutput, place: int, baseline: Tensor | None = None) -> list[Tile]:
+    """One episode of a batch, left to right: what goes in, what the network thinks, what comes out.
+
+    Maps that an ablation lacks are left out; ``baseline`` are another network's logits, (B, 1, S, S).
+    """
     query = _image(batch.query[place])
     support = _image(batch.supports[place, 0])
     truth = batch.query_mask[place].cpu().numpy()
-    predicted = (output.logits[place, 0] > 0).cpu().numpy() & (truth != IGNORE)
-    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != IGNORE].sum(), 1)
     tiles = [
         ("support", overlay(support, batch.support_masks[place, 0].cpu().numpy() == 1, TARGET)),
-        ("query", query),
-        ("ground truth", overlay(query, truth == 1, TARGET)),
+        ("query, truth", overlay(query, truth == 1, TARGET)),
         ("prior", heat(_upsampled(output.prior[place], query))),
     ]
     if output.query_bg_logits is not None:
         tiles.append(("background", heat(_upsampled(output.query_bg_logits[place].float().sigmoid(), query))))
     if output.do_mask is not None:
         tiles.append(("distracting", overlay(query, _upsampled(output.do_mask[place], query) > 0.5, DISTRACTOR)))
-    tiles.append((f"prediction, IoU {100 * iou:.0f}", overlay(query, predicted, TARGET)))
+    if baseline is not None:
+        tiles.append(_prediction("baseline", baseline[place, 0], query, truth))
+    tiles.append(_prediction("prediction", output.logits[place, 0], query, truth))
     return tiles
 
 
-def episode_picture(model: NTRENet, loader: Iterable[Episode], *, rows: int, hardware: Hardware) -> np.ndarray:
-    """The first ``rows`` episodes of a loader, run through the model and drawn: RGB (H, W, 3)."""
+def _prediction(title: str, logits: Tensor, query: np.ndarray, truth: np.ndarray) -> Tile:
+    predicted = (logits > 0).cpu().numpy() & (truth != IGNORE)
+    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != IGNORE].sum(), 1)
+    return f"{title}, IoU {100 * iou:.0f}", overlay(query, predicted, TARGET)
+
+
+def episode_rows(
+    model: NTRENet, loader: Iterable[Episode], *, hardware: Hardware, baseline: NTRENet | None = None
+) -> list[list[Tile]]:
+    """Every episode of a loader, run through the model and drawn."""
     model.eval()
-    tiles: list[list[tuple[str, np.ndarray]]] = []
+    rows: list[list[Tile]] = []
     for batch in loader:
         on_device = batch.to(hardware.device)
         with torch.inference_mode():
-            output = forward(model, on_device, hardware.precision)
-        tiles += [episode_tiles(on_device, output, place) for place in range(len(batch.names))]
-        if len(tiles) >= rows:
-            break
-    return draw_rows(tiles[:rows])
+            output = forward(model, on_device, hardware)
+            other = None if baseline is None else forward(baseline.eval(), on_device, hardware).logits
+        rows += [episode_tiles(on_device, output, place, other) for place in range(len(batch.names))]
+    return rows
 
 
-def draw_rows(rows: list[list[tuple[str, np.ndarray]]]) -> np.ndarray:
+def draw_rows(rows: list[list[Tile]]) -> np.ndarray:
     """One picture of episodes, a row each: RGB (H, W, 3)."""
     width = max(len(row) for row in rows) * (TILE + GAP) + GAP
     sheet = Image.new("RGB", (width, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")

@@ -1,0 +1,162 @@
+"""Segment your own pictures with a checkpoint and a few supports.
+
+    python predict.py --checkpoint runs/.../best.pt --support s1.jpg s2.jpg --mask m1.png m2.png
+                      --query photo.jpg folder/ frames/*.jpg --out out/
+    python predict.py --checkpoint runs/.../best.pt --targets targets.yaml --query folder/ --out out/
+
+A mask is 0 and 1, 0 and 255, the alpha of a picture, or class ids (palette or greyscale) with --class-id. Pictures and
+masks are turned as EXIF says; a mask with the stored size of a turned picture is turned with it. Folders are searched
+with their subfolders, which are kept below --out; two queries of one NAME are refused. For each query there will be
+NAME_mask.png (0 and 255) and NAME_overlay.jpg.
+
+targets.yaml names several targets; its paths are relative to it:
+
+    dog: {supports: [a.jpg, b.jpg], masks: [a.png, b.png], class_id: 3}     # class_id only for masks of class ids
+    cat: {supports: [c.jpg], masks: [c.png]}
+
+Then NAME_labels.png is a palette picture, 0 background and 1, 2, ... the targets in this order (labels.json).
+
+What is finished is left as it is. Exit code 2 where a query could not be read; the others are done.
+"""
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from model.weights import sha256_of
+from util.errors import UserError, run_command
+from util.pictures import Picture, read_mask, target_mask
+from util.predictions import (
+    Outputs,
+    draw_labels,
+    draw_one,
+    endings,
+    is_finished,
+    output_path,
+    remove,
+    settle,
+    write_outputs,
+)
+from util.queries import find_queries, find_truths, intersection_over_union, read_ahead
+from util.record import require_writable, write_json
+from util.segmenter import NTRESegmenter
+from util.targets import TargetFiles, encode_target, read_targets
+
+ONLY = ""
+"""name of the target of --support and --mask"""
+
+
+def main() -> None:
+    args = parse_arguments()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.pictures has a limit of its own
+    files = target_files(args)
+    queries = find_queries(args.query, args.out)
+    truths = {} if args.truth is None else find_truths(args.truth, queries)
+    record = args.out / "predict.json"
+    require_writable(record, ".json")
+    segmenter = NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
+    targets = {name: encode_target(segmenter, target) for name, target in files.items()}
+    settle(record, settings(args, files), overwrite=args.overwrite)
+    if args.targets is not None:
+        write_json(args.out / "labels.json", {str(n): name for n, name in enumerate(["background", *targets])})
+
+    wanted = endings(segmenter, labelled=args.targets is not None, maps=args.maps)
+    if args.overwrite:
+        remove(args.out, [query.name for query in queries], wanted)
+    finished = {query.name for query in queries if is_finished(args.out, query.name, wanted)}
+    if finished:
+        print(f"{len(finished)} of {len(queries)} queries are finished already; --overwrite does them again")
+
+    def draw(pixels: np.ndarray) -> Outputs:
+        if args.targets is not None:
+            return draw_labels(segmenter, targets, pixels, args.threshold)
+        return draw_one(segmenter, targets[ONLY], pixels, args.threshold, args.maps)
+
+    to_read = [query for query in queries if truths or query.name not in finished]  # the finished are scored as well
+    scores: dict[str, float] = {}
+    failed = 0
+    with tqdm(total=len(to_read), unit="picture", dynamic_ncols=True, disable=not to_read) as bar:
+        for query, reading in read_ahead(to_read):
+            try:
+                picture = reading.result()
+                truth = read_truth(truths[query.name], picture, args.class_id) if truths else None
+            except UserError as error:
+                if len(queries) == 1:
+                    raise
+                failed += 1
+                bar.write(f"failed: {error}", sys.stderr)
+            else:
+                if query.name not in finished:
+                    write_outputs(args.out, query.name, draw(picture.pixels))
+                if truth is not None:
+                    scores[query.name] = 100 * intersection_over_union(written_mask(args.out, query.name), truth)
+                    bar.set_postfix_str(f"mean IoU {fmean(scores.values()):.1f}", refresh=False)
+            bar.update()
+    if scores:
+        write_json(args.out / "iou.json", {"unit": "percent", "mean": fmean(scores.values()), "queries": scores})
+        print(f"mean IoU of {len(scores)} queries: {fmean(scores.values()):.1f}")
+    if failed:
+        raise UserError(f"{failed} of {len(queries)} queries failed, named above; the others are done, in {args.out}")
+    print(f"results: {args.out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--support", type=Path, nargs="+", help="pictures that show the target")
+    parser.add_argument("--mask", type=Path, nargs="+", help="where it is, one for each support")
+    parser.add_argument("--class-id", type=int, help="value of the target in masks of class ids, 255 is ignored")
+    parser.add_argument("--targets", type=Path, metavar="YAML", help="several targets, instead of --support and --mask")
+    parser.add_argument("--query", type=Path, nargs="+", required=True, help="pictures, and folders of them")
+    parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
+    parser.add_argument("--threshold", type=float, default=0.5, help="of the probability")
+    parser.add_argument("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
+    parser.add_argument("--truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
+    parser.add_argument("--overwrite", action="store_true", help="do again what is finished")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    args = parser.parse_args()
+    if args.targets is None and (args.support is None or args.mask is None):
+        raise UserError("say what is to be found: --support and --mask, or --targets")
+    if args.targets is not None and (args.support or args.mask or args.class_id or args.maps or args.truth):
+        raise UserError("--targets takes the place of --support, --mask and --class-id; --maps and --truth are for one")
+    if not 0 < args.threshold < 1:
+        raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold:g}")
+    return args
+
+
+def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
+    """Targets by name; the only one of --support and --mask has no name."""
+    if args.targets is not None:
+        return read_targets(args.targets)
+    supports, masks = ([str(path) for path in paths] for paths in (args.support, args.mask))
+    return {ONLY: TargetFiles(supports=supports, masks=masks, class_id=args.class_id).below(Path())}
+
+
+def settings(args: argparse.Namespace, files: dict[str, TargetFiles]) -> dict[str, Any]:
+    """What the predictions in a folder depend on, apart from the queries."""
+    return {
+        "checkpoint": sha256_of(args.checkpoint),
+        "targets": {name: target.fingerprint() for name, target in files.items()},
+        "threshold": args.threshold,
+    }
+
+
+def written_mask(out: Path, name: str) -> np.ndarray:
+    with Image.open(output_path(out, name, "mask.png")) as mask:
+        return np.asarray(mask) > 0
+
+
+def read_truth(path: Path, picture: Picture, class_id: int | None) -> np.ndarray:
+    """1 target, 0 other, 255 ignored, of the picture's size."""
+    return target_mask(read_mask(path, picture), class_id, str(path))
+
+
+if __name__ == "__main__":
+    run_command(main)

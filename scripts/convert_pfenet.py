@@ -1,0 +1,188 @@
+"""Turn a checkpoint of PFENet's published code into one of ours: python scripts/convert_pfenet.py pfenet.pth out.pt
+
+PFENet (github.com/dvlab-research/PFENet) with ResNet-50, ResNet-101 or VGG-16-bn; 1 and 5 shots share their weights.
+The result is our model with everything off, and its logit PFENet's class-1 logit minus class-0 logit: softmax over two
+classes is the sigmoid of their difference. Every entry must fit, by name and shape.
+
+The file does not say which data set and fold it was trained on; test.py takes them from its --config. PFENet's models
+for COCO-20i were trained at 641 pixels: for VGG-16-bn, --config configs/coco/resnet101_fold0_1shot.yaml
+model.backbone=vgg16_bn data.image_size=641.
+"""
+
+import argparse
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.weights import WeightsError, read_weights
+from util.build import build_model
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.config import load_config
+from util.errors import UserError, run_command
+from util.record import ROOT, require_writable
+
+ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
+
+UNKNOWN = [
+    "data.dataset",
+    "data.classes",
+    "data.fold_scheme",
+    "data.folds",
+    "data.fold",
+    "data.image_size",
+    "model.fem_scales",
+    "model.prototype_channels",
+    "seed",
+]
+"""config keys of which PFENet's file says nothing: test.py does not compare them"""
+
+LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
+"""last index with parameters in layer3: of 6 blocks, of 23 blocks, of VGG's last batch norm there"""
+
+LAST_OF_DEEP_STEM = "layer0.6."
+"""third convolution of a ResNet's deep stem; a standard stem ends before it, and VGG has a pool there"""
+
+UNUSED = ("num_batches_tracked",)
+"""endings of the entries that carry nothing: nothing reads the counter of a batch norm with a fixed momentum"""
+
+SCALES = range(4)
+MODULES = {
+    "backbone.stem": "layer0",
+    **{f"backbone.stage{n}": f"layer{n}" for n in (1, 2, 3, 4)},
+    "reduce_query": "down_query",
+    "reduce_support": "down_supp",
+    **{f"fem.scales.{n}.merge": f"init_merge.{n}.0" for n in SCALES},
+    **{f"fem.scales.{n}.inter_scale": f"alpha_conv.{n - 1}" for n in SCALES[1:]},
+    **{f"fem.scales.{n}.refine": f"beta_conv.{n}" for n in SCALES},
+    **{f"fem.scales.{n}.classifier": f"inner_cls.{n}" for n in SCALES},
+    "fem.fuse": "res1",
+    "fem.refine": "res2",
+    "fem.classifier": "cls",
+}
+"""our module: PFENet's; the names below them are the same"""
+
+LOGITS = re.compile(r"fem\.(scales\.\d\.)?classifier\.3\.(weight|bias)")
+"""our layers with one output where PFENet's have two"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pfenet", type=Path, help="checkpoint as PFENet's train.py saves it, or its state dict alone")
+    parser.add_argument("out", type=Path, help="where to write ours, a .pt file")
+    args = parser.parse_args()
+    if args.out.resolve() == args.pfenet.resolve():
+        raise UserError(f"{args.out} is the file to be converted; give the result another name")
+    require_writable(args.out, ".pt")
+    published, sha256 = read_published(args.pfenet)
+    backbone, deep_stem = recognise(published, args.pfenet)
+
+    config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"
+    config = load_config(ROOT / config_file, ALL_OFF)
+    model, weights = build_model(config, "random", deep_stem=deep_stem)
+    converted = convert(published, model.state_dict(), f"{args.pfenet} looks like PFENet with {backbone}, but")
+    model.load_state_dict(model.state_dict() | converted)
+    state = {
+        "config": config.model_dump(),
+        "unknown": UNKNOWN,
+        "weights": weights._replace(source=str(args.pfenet), sha256=sha256)._asdict(),
+        "list_sha256": {},
+        "step": 0,
+        "best_miou": -1.0,
+        "seconds": 0.0,
+        "model": model.state_dict(),
+    }
+    save_checkpoint(args.out, state)
+    model.load_state_dict(load_checkpoint(args.out)["model"])
+
+    print(f"recognised: PFENet with {backbone}, {weights.stem} stem; {len(converted)} tensors mapped, none left over")
+    print(f"input: {args.pfenet}, SHA-256 {sha256}")
+    print(f"written: {args.out}, loaded back; it does not say its data set and fold, so give its own --config, such as")
+    print(f"python test.py --config {config_file} --checkpoint {shlex.quote(str(args.out))} {' '.join(ALL_OFF)}")
+
+
+def read_published(path: Path) -> tuple[dict[str, Tensor], str]:
+    """State dict without 'module.', and SHA-256 of the file; no code in it is run.
+
+    Raises:
+        UserError: missing, damaged, or holding more than tensors and plain values.
+    """
+    try:
+        return read_weights(path)
+    except WeightsError as error:
+        problem = str(error).partition(";")[0]
+        raise UserError(
+            f"{problem}; give a .pth file of PFENet as it was published, and if it holds more, its state dict alone:"
+            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), where you trust its source"
+        ) from error
+
+
+def recognise(published: dict[str, Tensor], path: Path) -> tuple[str, bool]:
+    """Backbone, and whether its stem is deep.
+
+    Raises:
+        UserError: no backbone of ours.
+    """
+    indices = [int(match[1]) for name in published if (match := re.match(r"layer3\.(\d+)\.", name))]
+    last = max(indices, default=None)
+    if last not in LAST_IN_LAYER3:
+        found = "no entry is named layer3.*" if last is None else f"its layer3 ends at index {last}"
+        raise UserError(
+            f"{path} is not PFENet with {', '.join(LAST_IN_LAYER3.values())}: {found};"
+            " give a .pth file that PFENet's train.py wrote with one of these"
+        )
+    return LAST_IN_LAYER3[last], any(name.startswith(LAST_OF_DEEP_STEM) for name in published)
+
+
+def convert(published: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> dict[str, Tensor]:
+    """PFENet's entries under our names, all but the ``UNUSED`` ones.
+
+    Raises:
+        UserError: ``source`` and the first few entries that are missing, left over or of another shape.
+    """
+    wanted = {pfenet_name(name): name for name in ours if not name.endswith(UNUSED)}
+    given = {name: value for name, value in published.items() if not name.endswith(UNUSED)}
+    wrong = [
+        f"{theirs} {tuple(given[theirs].shape)} for {shape}"
+        for theirs, name in wanted.items()
+        if theirs in given and given[theirs].shape != (shape := pfenet_shape(name, ours[name]))
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for names, what in (
+            ([name for name in wanted if name not in given], "missing"),
+            ([name for name in given if name not in wanted], "unknown"),
+            (wrong, "of another shape"),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(
+            f"{source} of {len(wanted)} entries {', '.join(problems)}; give an unchanged .pth file of PFENet's code"
+        )
+    return {
+        name: one_logit(given[theirs]) if LOGITS.fullmatch(name) else given[theirs] for theirs, name in wanted.items()
+    }
+
+
+def pfenet_name(name: str) -> str:
+    """PFENet's name of one of our parameters."""
+    module = next(module for module in MODULES if name.startswith(f"{module}."))
+    return MODULES[module] + name.removeprefix(module)
+
+
+def pfenet_shape(name: str, value: Tensor) -> tuple[int, ...]:
+    return (2, *value.shape[1:]) if LOGITS.fullmatch(name) else tuple(value.shape)
+
+
+def one_logit(two_classes: Tensor) -> Tensor:
+    """(2, ...) -> (1, ...): target minus the rest."""
+    return two_classes[1:] - two_classes[:1]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,549 @@
+"""predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+from scenes import ROOT, scene, write_checkpoint
+
+import predict
+from util import pictures, queries
+from util.errors import UserError, run_command
+from util.predictions import write_outputs
+from util.queries import QueryFile, read_ahead
+from util.segmenter import NTRESegmenter
+
+ORIENTATION = 0x0112
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def process(*arguments: object, cwd: Path) -> Result:
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def call(*arguments: object) -> Result:
+    """Run predict.py's ``main`` as its script does, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            run_command(predict.main)
+    assert isinstance(end.value.code, int)
+    return Result(end.value.code, out.getvalue(), err.getvalue())
+
+
+def beside_progress_bars(err: str) -> list[str]:
+    lines = (line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", err))
+    return [line for line in lines if line and "picture/s" not in line]
+
+
+def refused(result: Result, *pieces: object) -> None:
+    """Exit code 2 and one line that holds all of ``pieces``."""
+    assert result.code == 2, result
+    lines = beside_progress_bars(result.err)
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    for piece in map(str, pieces):
+        assert piece in lines[0], f"'{piece}' is not in '{lines[0]}'"
+
+
+def succeeded(result: Result) -> Result:
+    assert result.code == 0, result.err
+    return result
+
+
+def save(path: Path, pixels: np.ndarray, orientation: int | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    if orientation is not None:
+        exif[ORIENTATION] = orientation
+    picture.save(path, exif=exif)
+    return path
+
+
+def load(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+SUPPORTS = [scene(1), scene(2, 40, 66)]
+QUERIES = [scene(seed, height, width)[0] for seed, height, width in ((3, 50, 60), (4, 64, 40), (5, 48, 48))]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Checkpoint, two supports with masks, and three queries; nothing is written here by tests.
+
+    At the threshold in 'threshold' the first support finds half of the first query.
+    """
+    root = tmp_path_factory.mktemp("predict")
+    write_checkpoint(root / "small.pt")
+    for n, (picture, mask) in enumerate(SUPPORTS):
+        save(root / f"s{n}.png", picture)
+        save(root / f"m{n}.png", mask)
+        save(root / f"ids{n}.png", np.where(mask, 3, 7).astype(np.uint8))
+    for n, picture in enumerate(QUERIES):
+        save(root / f"q{n}.png", picture)
+    found = NTRESegmenter.from_checkpoint(root / "small.pt", device="cpu").segment(*SUPPORTS[0], QUERIES[0])
+    (root / "threshold").write_text(str(np.median(found.probability)))
+    yield root
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def segmenter(world: Path) -> NTRESegmenter:
+    return NTRESegmenter.from_checkpoint(world / "small.pt", device="cpu")
+
+
+def supported(world: Path) -> list[object]:
+    """Options that say what is to be found."""
+    supports, masks = ([world / f"{letter}{n}.png" for n in range(2)] for letter in "sm")
+    return ["--checkpoint", world / "small.pt", "--device", "cpu", "--support", *supports, "--mask", *masks]
+
+
+def one_support(world: Path, support: Path, mask: Path, *options: object) -> list[object]:
+    pair = ["--support", support, "--mask", mask, "--threshold", (world / "threshold").read_text()]
+    return ["--checkpoint", world / "small.pt", "--device", "cpu", *pair, *options]
+
+
+def mask_of(world: Path, out: Path, *options: object) -> np.ndarray:
+    """Mask that predict.py writes for the first query."""
+    succeeded(call(*options, "--query", world / "q0.png", "--out", out))
+    mask = load(out / "q0_mask.png")
+    assert 0.05 < (mask > 0).mean() < 0.95
+    return mask
+
+
+def test_predict_writes_mask_and_overlay_of_files_and_folders(
+    world: Path, segmenter: NTRESegmenter, tmp_path: Path
+) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "photos/results"
+    save(folder / "first.png", QUERIES[0])
+    save(folder / "deep/er/first.PNG", QUERIES[1])
+    save(folder / ".hidden/x.png", QUERIES[1])
+    save(folder / ".x.png", QUERIES[1])
+    save(out / "old_overlay.jpg", QUERIES[1])
+    (folder / "notes.txt").write_text("no picture")
+    options = [*supported(world), "--query", world / "q2.png", "photos", "--out", out]
+    result = succeeded(process(ROOT / "predict.py", *options, cwd=tmp_path))
+    assert "picture/s" in result.err
+    names = {"q2": QUERIES[2], "first": QUERIES[0], "deep/er/first": QUERIES[1]}
+    expected = {f"{name}_{ending}" for name in names for ending in ("mask.png", "overlay.jpg")}
+    assert files_in(out) == {*expected, "old_overlay.jpg", "predict.json"}
+    for name, picture in names.items():
+        mask, overlay = load(out / f"{name}_mask.png"), load(out / f"{name}_overlay.jpg")
+        probability = segmenter.segment(*zip(*SUPPORTS, strict=True), picture).mask
+        np.testing.assert_array_equal(mask, 255 * probability.astype(np.uint8))
+        assert overlay.shape == picture.shape
+        assert 0 < (mask > 0).mean() < 1
+        untouched = np.abs(overlay.astype(int) - picture)[mask == 0].mean()
+        assert untouched < np.abs(overlay.astype(int) - picture)[mask > 0].mean()
+
+
+def test_maps_are_the_segmenters_in_eight_bits(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
+    succeeded(call(*supported(world), "--query", world / "q0.png", "--out", tmp_path, "--maps"))
+    result = segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
+    for name in ("probability", "prior", "bg", "distractor"):
+        written = load(tmp_path / f"q0_{name}.png")
+        assert written.dtype == np.uint8
+        assert np.abs(written / 255 - getattr(result, name)).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_threshold_is_the_masks(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
+    probability = segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[0]).probability
+    threshold = float(np.quantile(probability, 0.9))
+    mask = mask_of(world, tmp_path, *supported(world), "--threshold", threshold)
+    np.testing.assert_array_equal(mask > 0, probability > threshold)
+    assert 0.05 < (mask > 0).mean() < 0.15
+
+
+# Encodings and orientation
+
+
+def _rgba(mask: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(SUPPORTS[0][0]).convert("RGBA")
+    picture.putalpha(Image.fromarray(255 * mask.astype(np.uint8)))
+    return picture
+
+
+def _palette(values: np.ndarray) -> Image.Image:
+    picture = Image.fromarray(values.astype(np.uint8))
+    picture.putpalette([7 * n % 256 for n in range(768)])
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("encode", "options"),
+    [
+        (lambda mask: Image.fromarray(255 * mask.astype(np.uint8)), ()),
+        (lambda mask: Image.fromarray(mask.astype(np.uint8)), ()),
+        (lambda mask: Image.fromarray(255 * mask.astype(np.uint8)).convert("RGB"), ()),
+        (_rgba, ()),
+        (lambda mask: _rgba(mask).convert("LA"), ()),
+        (_palette, ()),
+        (lambda mask: _palette(np.where(mask, 3, 9)), ("--class-id", 3)),
+        (lambda mask: Image.fromarray(np.where(mask, 300, 9).astype(np.uint16)), ("--class-id", 300)),
+    ],
+    ids=["0 and 255", "0 and 1", "rgb", "rgba", "la", "palette", "palette of ids", "16-bit ids"],
+)
+def test_a_mask_file_is_the_same_in_every_encoding(
+    world: Path, tmp_path: Path, encode: Callable[[np.ndarray], Image.Image], options: tuple[object, ...]
+) -> None:
+    encode(SUPPORTS[0][1]).save(tmp_path / "mask.png")
+    reference = mask_of(world, tmp_path / "bits", *one_support(world, world / "s0.png", world / "m0.png"))
+    other = mask_of(world, tmp_path / "other", *one_support(world, world / "s0.png", tmp_path / "mask.png", *options))
+    np.testing.assert_array_equal(other, reference)
+
+
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    6: lambda seen: np.rot90(seen, 1),  # to be turned clockwise for display
+    8: lambda seen: np.rot90(seen, -1),
+    5: lambda seen: np.swapaxes(seen, 0, 1),
+}
+"""EXIF orientation: pixels as stored, of a picture as seen"""
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_picture_that_exif_turns_gives_what_the_turned_picture_gives(
+    world: Path, tmp_path: Path, orientation: int
+) -> None:
+    picture, mask = SUPPORTS[0]
+    turn = STORED[orientation]
+    support = save(tmp_path / "s.png", np.ascontiguousarray(turn(picture)), orientation)
+    stored_mask = save(tmp_path / "m.png", np.ascontiguousarray(turn(mask)))
+    tagged_mask = save(tmp_path / "tagged.png", np.ascontiguousarray(turn(mask)), orientation)
+    save(tmp_path / "q0.png", np.ascontiguousarray(turn(QUERIES[0])), orientation)
+    upright = mask_of(world, tmp_path / "upright", *one_support(world, world / "s0.png", world / "m0.png"))
+    masks = [stored_mask, tagged_mask, *([world / "m0.png"] if orientation > 4 else [])]
+    for number, given in enumerate(masks):
+        turned = mask_of(tmp_path, tmp_path / str(number), *one_support(world, support, given))
+        np.testing.assert_array_equal(turned, upright)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "tif", "png"])
+def test_exif_turns_a_file_of_any_format_and_the_mask_of_its_stored_pixels(tmp_path: Path, suffix: str) -> None:
+    picture, mask = SUPPORTS[0]
+    path = save(tmp_path / f"s.{suffix}", np.ascontiguousarray(STORED[6](picture)), 6)
+    read = pictures.read_picture(path)
+    assert np.abs(read.pixels.astype(int) - picture).mean() < 20  # lossy; turned otherwise it would not even fit
+    for seen in (mask, STORED[6](mask)):
+        values = pictures.read_mask(save(tmp_path / "m.png", np.ascontiguousarray(seen)), read)
+        np.testing.assert_array_equal(values, mask)
+
+
+def test_an_untagged_rotated_query_is_not_turned(world: Path, tmp_path: Path) -> None:
+    save(tmp_path / "q0.png", np.ascontiguousarray(np.rot90(QUERIES[0])))
+    options = one_support(world, world / "s0.png", world / "m0.png")
+    mask = mask_of(tmp_path, tmp_path / "out", *options)
+    assert mask.shape == QUERIES[0].shape[1::-1]
+
+
+# Continuing
+
+
+def test_a_second_run_leaves_what_is_finished_and_does_what_is_not(world: Path, tmp_path: Path) -> None:
+    given = [world / f"q{n}.png" for n in range(3)]
+    options = [*supported(world), "--query", *given, "--out", tmp_path]
+    assert "finished" not in succeeded(call(*options)).out
+    for path in tmp_path.glob("q*"):
+        os.utime(path, (1, 1))
+    (tmp_path / "q1_overlay.jpg").unlink()
+    assert "2 of 3 queries are finished already" in succeeded(call(*options)).out
+    renewed = {path.name for path in tmp_path.glob("q*") if path.stat().st_mtime > 1}
+    assert renewed == {"q1_mask.png", "q1_overlay.jpg"}
+    assert "finished" not in succeeded(call(*options, "--overwrite")).out
+    assert all(path.stat().st_mtime > 1 for path in tmp_path.glob("q*"))
+
+
+def test_predictions_of_other_settings_are_not_mixed(world: Path, tmp_path: Path) -> None:
+    options = ["--query", world / "q0.png", "--out", tmp_path]
+    succeeded(call(*supported(world), *options))
+    refused(call(*supported(world), *options, "--threshold", 0.7), tmp_path, "another threshold", "--overwrite")
+    one = one_support(world, world / "s0.png", world / "m0.png")
+    refused(call(*one, *options), tmp_path, "another targets, another threshold", "--overwrite")
+    succeeded(call(*one, *options, "--overwrite"))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_half_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Image.Image, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(UserError, match="No space left"):
+        write_outputs(tmp_path, "q", {"mask.png": Image.new("L", (2, 2))})
+    assert files_in(tmp_path) == set()
+
+
+def test_only_a_few_pictures_are_read_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(queries, "read_picture", read.append)
+    streamed = read_ahead([QueryFile(Path(str(n)), str(n)) for n in range(100)])
+    for done in range(1, 101):
+        query, reading = next(streamed)
+        reading.result()
+        time.sleep(0.0005)
+        assert query.name == str(done - 1)
+        assert done <= len(read) <= done + queries.AHEAD
+
+
+# Truth
+
+
+def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | None) -> float:
+    both = either = 0
+    for predicted, value in zip(mask.ravel().tolist(), truth.ravel().tolist(), strict=True):
+        if value == ignored:
+            continue
+        both += predicted == 255 and value == target
+        either += predicted == 255 or value == target
+    return 100 * both / either
+
+
+def test_iou_with_a_truth_is_that_of_a_loop_over_pixels(world: Path, tmp_path: Path) -> None:
+    truths = {f"q{n}": scene(n + 3, *QUERIES[n].shape[:2])[1] for n in range(3)}
+    for name, truth in truths.items():
+        save(tmp_path / f"truth/{name}.png", 255 * truth.astype(np.uint8))
+    out = tmp_path / "out"
+    given = [world / f"q{n}.png" for n in range(3)]
+    options = [*supported(world), "--query", *given, "--out", out, "--truth", tmp_path / "truth"]
+    succeeded(call(*options))
+    report = json.loads((out / "iou.json").read_text())
+    expected = {name: naive_iou(load(out / f"{name}_mask.png"), truth, True, None) for name, truth in truths.items()}
+    assert report["queries"] == pytest.approx(expected)
+    assert report["mean"] == pytest.approx(sum(expected.values()) / 3)
+    assert 1 < report["mean"] < 99
+    (out / "iou.json").unlink()
+    (out / "q1_mask.png").unlink()
+    result = succeeded(call(*options))  # what is finished is scored all the same
+    assert "2 of 3 queries are finished" in result.out
+    assert json.loads((out / "iou.json").read_text()) == report
+
+
+def test_a_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) -> None:
+    truth = np.where(scene(3, 50, 60)[1], 3, 7).astype(np.uint8)
+    truth[20:30] = 255
+    save(tmp_path / "any.png", truth)
+    options = one_support(world, world / "s0.png", world / "ids0.png", "--class-id", 3, "--truth", tmp_path / "any.png")
+    mask = mask_of(world, tmp_path / "out", *options)
+    report = json.loads((tmp_path / "out/iou.json").read_text())
+    assert report["mean"] == pytest.approx(naive_iou(mask, truth, 3, 255))
+    assert report["mean"] != pytest.approx(naive_iou(mask, truth, 3, None))
+
+
+# Several targets
+
+TARGETS = """\
+zebra: {supports: [s0.png, s1.png], masks: [m0.png, m1.png]}
+ape: {supports: [s1.png], masks: [ids1.png], class_id: 7}
+"""
+
+
+def test_a_labelled_map_shows_the_most_probable_target(
+    world: Path, segmenter: NTRESegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yaml = tmp_path / "in/targets.yaml"
+    yaml.parent.mkdir()
+    yaml.write_text(TARGETS)
+    for path in world.glob("*.png"):
+        shutil.copy(path, yaml.parent)
+    encoded: list[object] = []
+    encode = segmenter.model.encode_query
+    monkeypatch.setattr(type(segmenter.model), "encode_query", lambda _, image: encoded.append(0) or encode(image))
+    monkeypatch.chdir(tmp_path)
+    common = ["--checkpoint", world / "small.pt", "--device", "cpu", "--targets", "in/targets.yaml"]
+    succeeded(call(*common, "--query", world / "q0.png", world / "q1.png", "--out", "out", "--threshold", 0.45))
+    assert len(encoded) == 2  # once a query
+    assert json.loads(Path("out/labels.json").read_text()) == {"0": "background", "1": "zebra", "2": "ape"}
+    seen = set()
+    for n in range(2):
+        zebra = segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[n]).probability
+        ape = segmenter.segment(SUPPORTS[1][0], ~SUPPORTS[1][1], QUERIES[n]).probability
+        labels = Image.open(f"out/q{n}_labels.png")
+        assert labels.mode == "P"
+        for (y, x), label in np.ndenumerate(np.asarray(labels)):
+            candidates = {0: 0.45, 1: zebra[y, x], 2: ape[y, x]}
+            assert label == max(candidates, key=lambda key: candidates[key])
+            seen.add(int(label))
+        palette = np.array(labels.getpalette()).reshape(-1, 3)
+        assert palette[0].tolist() == [0, 0, 0]
+        overlay = load(Path(f"out/q{n}_overlay.jpg"))
+        height, width = QUERIES[n].shape[:2]
+        legend = overlay[height:].astype(int)
+        assert overlay.shape[1] >= width
+        for colour in palette[1:3]:
+            assert (np.abs(legend - colour).sum(2) < 60).sum() > 20
+    assert seen == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("dog: {supports: [s0.png, s1.png], masks: [m0.png]}", ["dog", "2 supports", "1 masks"]),
+        ("dog: {supports: [s0.png], masks: [no.png]}", ["dog", "no.png", "does not exist"]),
+        ("dog: {supports: s0.png, masks: [m0.png]}", ["dog.supports", "list"]),
+        ("dog: {supports: [s0.png]}", ["dog.masks", "required"]),
+        ("dog: {supports: [s0.png], masks: [m0.png], threshold: 1}", ["dog.threshold"]),
+        ("dog: [s0.png]", ["dog"]),
+        ("dog: {supports: [s0.png], masks: [ids0.png]}", ["ids0.png", "3, 7", "class_id"]),
+        ("{}", ["1 to 254"]),
+    ],
+)
+def test_a_wrong_targets_file_is_refused(world: Path, tmp_path: Path, text: str, pieces: list[str]) -> None:
+    for name in ("s0.png", "s1.png", "m0.png", "ids0.png"):
+        shutil.copy(world / name, tmp_path)
+    (tmp_path / "t.yaml").write_text(text)
+    options = ["--checkpoint", world / "small.pt", "--device", "cpu", "--targets", tmp_path / "t.yaml"]
+    refused(call(*options, "--query", world / "q0.png", "--out", tmp_path / "out"), *pieces)
+
+
+# What is wrong
+
+
+def halved(path: Path, source: Path) -> Path:
+    data = source.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    return path
+
+
+def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, tmp_path: Path) -> None:
+    folder, out = tmp_path / "photos", tmp_path / "out"
+    folder.mkdir()
+    save(folder / "b.png", QUERIES[0])
+    save(folder / "e.png", QUERIES[1])
+    halved(folder / "a.png", world / "q0.png")
+    (folder / "c.jpg").write_text("no picture")
+    result = process(ROOT / "predict.py", *supported(world), "--query", folder, "--out", out, cwd=tmp_path)
+    assert result.code == 2
+    lines = beside_progress_bars(result.err)
+    assert len(lines) == 3, lines
+    assert "a.png" in lines[0]
+    assert "c.jpg" in lines[1]
+    assert lines[2].startswith("error: 2 of 4 queries failed")
+    assert {path.name for path in out.glob("*_mask.png")} == {"b_mask.png", "e_mask.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "pieces"),
+    [
+        (lambda w, t: {"--query": [halved(t / "cut.png", w / "q0.png")]}, ["cut.png", "cannot be read"]),
+        (lambda w, t: {"--query": [t / "none.jpg"]}, ["none.jpg", "does not exist"]),
+        (lambda w, t: {"--query": [t]}, ["holds no pictures"]),
+        (lambda w, t: {"--query": [w / "q0.png", save(t / "q0.jpg", QUERIES[0])]}, ["q0.png", "q0.jpg", "rename"]),
+        (lambda w, t: {"--query": [w], "--out": [w]}, ["--out", "name another"]),
+        (lambda w, t: {"--out": [w / "q0.png"]}, ["cannot be written"]),
+        (lambda w, t: {"--mask": [w / "m0.png"]}, ["2 supports", "1 masks"]),
+        (lambda w, t: {"--mask": [w / "m0.png", t / "m.png"]}, ["m.png", "does not exist"]),
+        (lambda w, t: {"--mask": [w / "m0.png", w / "m0.png"]}, ["m0.png", "60 x 48", "66 x 40"]),
+        (
+            lambda w, t: {"--mask": [w / "m0.png", save(t / "e.png", SUPPORTS[1][1] & False)]},
+            ["e.png", "shows nothing"],
+        ),
+        (lambda w, t: {"--mask": [w / "m0.png", w / "ids1.png"]}, ["ids1.png", "3, 7", "class_id"]),
+        (lambda w, t: {"--mask": [w / "ids0.png", w / "ids1.png"], "--class-id": [5]}, ["ids0.png", "class 5", "3, 7"]),
+        (lambda w, t: {"--class-id": [255]}, ["class_id", "255"]),
+        (lambda w, t: {"--mask": None}, ["--mask", "--targets"]),
+        (lambda w, t: {"--targets": [t / "t.yaml"]}, ["--targets"]),
+        (lambda w, t: {"--threshold": [1.5]}, ["--threshold", "1.5"]),
+        (lambda w, t: {"--truth": [t / "none"]}, ["--truth", "does not exist"]),
+        (lambda w, t: {"--truth": [save(t / "truth/q9.png", QUERIES[0]).parent]}, ["lacks 1 of 1", "q0"]),
+        (lambda w, t: {"--truth": [w / "m0.png"]}, ["m0.png", "60 x 48", "60 x 50"]),
+        (lambda w, t: {"--checkpoint": [w / "q0.png"]}, ["q0.png", "not a checkpoint"]),
+        (lambda w, t: {"--device": ["tpu"]}, ["device", "tpu"]),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    world: Path, tmp_path: Path, change: Callable[[Path, Path], dict[str, list[object] | None]], pieces: list[str]
+) -> None:
+    options: dict[str, list[object] | None] = {
+        "--checkpoint": [world / "small.pt"],
+        "--support": [world / "s0.png", world / "s1.png"],
+        "--mask": [world / "m0.png", world / "m1.png"],
+        "--query": [world / "q0.png"],
+        "--out": [tmp_path / "out"],
+        "--device": ["cpu"],
+    }
+    options |= change(world, tmp_path)
+    refused(call(*[word for key, values in options.items() if values for word in (key, *values)]), *pieces)
+
+
+def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pictures, "MAX_PIXELS", QUERIES[0].shape[0] * QUERIES[0].shape[1] - 1)
+    cut = halved(tmp_path / "cut.png", world / "q0.png")  # to decode it would be another error
+    with pytest.raises(UserError, match="megapixels"):
+        pictures.read_picture(cut)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="cannot be read"):
+        pictures.read_picture(cut)
+
+
+# torch.hub
+
+HUB = """
+import torch
+from PIL import Image
+
+def load(backbone):
+    return torch.hub.load({root!r}, "ntrenet_" + backbone, source="local", checkpoint={checkpoint!r}, device="cpu")
+
+segmenter = load("efficientnet_lite0")
+result = segmenter.segment(Image.open({support!r}), Image.open({mask!r}), Image.open({query!r}))
+print(type(segmenter).__name__, result.mask.shape, result.mask.sum())
+for backbone in ("resnet50", "resnet101", "vgg16_bn"):
+    try:
+        load(backbone)
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_other_backbones(
+    world: Path, segmenter: NTRESegmenter, tmp_path: Path
+) -> None:
+    paths = {"checkpoint": "small.pt", "support": "s0.png", "mask": "m0.png", "query": "q1.png"}
+    values = {key: str(world / name) for key, name in paths.items()}
+    (tmp_path / "load.py").write_text(HUB.format(root=str(ROOT), **values))
+    first, *others = succeeded(process("load.py", cwd=tmp_path)).out.splitlines()
+    assert first == f"NTRESegmenter (64, 40) {segmenter.segment(*SUPPORTS[0], QUERIES[1]).mask.sum()}"
+    assert len(others) == 3
+    for line in others:
+        assert line.startswith("UserError checkpoint")
+        assert line.endswith("load it with ntrenet_efficientnet_lite0")

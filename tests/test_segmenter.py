@@ -1,0 +1,255 @@
+"""The segmenter against the network's own forward, and what it makes of a user's pictures and masks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scenes import SIDE, scene, spread, write_checkpoint
+
+from model.ntrenet import NTRENetOutput
+from util.errors import UserError
+from util.segmenter import NTRESegmenter, Segmentation
+
+SUPPORTS = [scene(1), scene(2, 40, 90), scene(3, 130, 70)]
+SUPPORTS[1][1][:] = True  # a target that fills its picture, so that no position lies beside it but the padding
+QUERY = scene(4, 50, 97)[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = write_checkpoint(tmp_path_factory.mktemp("segmenter") / "small.pt")
+    yield path
+    path.unlink()
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint: Path) -> NTRESegmenter:
+    return NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
+
+
+def fitted(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The network's square: the longer side fills it, both sides rounded down to 8; normalised picture and mask."""
+    height, width = (int(side * SIDE / max(mask.shape)) // 8 * 8 for side in mask.shape)
+    square, labels = np.zeros((SIDE, SIDE, 3), np.uint8), np.full((SIDE, SIDE), 255)
+    square[:height, :width] = cv2.resize(image, (width, height))
+    labels[:height, :width] = cv2.resize(mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_NEAREST)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    normal = (square / 255 - mean) / std
+    return torch.from_numpy(normal.transpose(2, 0, 1)).float(), torch.from_numpy(labels)
+
+
+def at_size(square: torch.Tensor, height: int, width: int) -> np.ndarray:
+    """(S, S) -> (H, W): the part that the picture fills, resized."""
+    h, w = (int(side * SIDE / max(height, width)) // 8 * 8 for side in (height, width))
+    return F.interpolate(square[None, None, :h, :w], (height, width), mode="bilinear")[0, 0].numpy()
+
+
+def forward(segmenter: NTRESegmenter, supports: list[tuple[np.ndarray, np.ndarray]]) -> NTRENetOutput:
+    pictures, masks = zip(*(fitted(*support) for support in supports), strict=True)
+    query, _ = fitted(QUERY, np.zeros(QUERY.shape[:2], bool))
+    with torch.inference_mode():
+        return segmenter.model(query[None], torch.stack(pictures)[None], torch.stack(masks)[None])
+
+
+def same(a: Segmentation, b: Segmentation) -> None:
+    for one, other in zip(a, b, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("supports", [SUPPORTS[:1], SUPPORTS[1:], SUPPORTS, SUPPORTS * 2], ids=len)
+def test_supports_encoded_one_by_one_equal_one_forward_on_all(
+    segmenter: NTRESegmenter, supports: list[tuple[np.ndarray, np.ndarray]]
+) -> None:
+    size = QUERY.shape[:2]
+    output = forward(segmenter, supports)
+    result = segmenter.segment([picture for picture, _ in supports], [mask for _, mask in supports], QUERY)
+    squares = {
+        "prior": output.prior,
+        "bg": output.query_bg_logits.sigmoid(),
+        "distractor": output.do_mask,
+    }
+    np.testing.assert_allclose(result.probability, 1 / (1 + np.exp(-at_size(output.logits[0, 0], *size))), atol=2e-5)
+    for name, square in squares.items():
+        full = F.interpolate(square, (SIDE, SIDE), mode="bilinear", align_corners=True)[0, 0]
+        np.testing.assert_allclose(getattr(result, name), at_size(full, *size), atol=2e-5, err_msg=name)
+    assert spread(result.probability) > 0.02
+    assert spread(result.prior) > 0.5
+
+
+def test_the_encoded_target_equals_the_networks_own(segmenter: NTRESegmenter) -> None:
+    pictures, masks = zip(*(fitted(*support) for support in SUPPORTS), strict=True)
+    with torch.inference_mode():
+        whole, _ = segmenter.model.encode_supports(torch.stack(pictures)[None], torch.stack(masks)[None])
+    target = segmenter.encode([p for p, _ in SUPPORTS], [m for _, m in SUPPORTS])
+    torch.testing.assert_close(target.prototype, whole.prototype, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(target.high, whole.high, rtol=1e-3, atol=1e-4)
+
+
+def test_the_order_of_the_supports_does_not_matter(segmenter: NTRESegmenter) -> None:
+    pictures, masks = zip(*SUPPORTS, strict=True)
+    one = segmenter.segment(pictures, masks, QUERY)
+    other = segmenter.segment(pictures[::-1], masks[::-1], QUERY)
+    np.testing.assert_allclose(one.probability, other.probability, atol=1e-5)
+
+
+def test_another_target_gives_another_result(segmenter: NTRESegmenter) -> None:
+    picture, mask = SUPPORTS[0]
+    assert (
+        np.abs(segmenter.segment(picture, mask, QUERY).prior - segmenter.segment(picture, ~mask, QUERY).prior).max()
+        > 0.1
+    )
+
+
+def test_an_encoded_target_and_query_give_what_segment_gives(segmenter: NTRESegmenter) -> None:
+    picture, mask = SUPPORTS[0]
+    target = segmenter.encode(picture, mask)
+    expected = segmenter.segment([picture], [mask], QUERY)
+    same(segmenter.segment_encoded(target, QUERY), expected)
+    same(segmenter.segment_encoded(target, segmenter.encode_query(QUERY)), expected)
+
+
+@pytest.mark.parametrize("size", [(50, 97), (97, 50), (7, 5), (300, 11)])
+def test_every_map_has_the_querys_own_size(segmenter: NTRESegmenter, size: tuple[int, int]) -> None:
+    result = segmenter.segment(*SUPPORTS[0], np.full((*size, 3), 90, np.uint8))
+    assert result.mask.dtype == np.bool_
+    for values in result:
+        assert values.shape == size
+    for values in result[1:]:
+        assert values.dtype == np.float32
+        assert 0 <= values.min() <= values.max() <= 1
+
+
+def test_the_mask_is_where_the_probability_is_above_one_half(segmenter: NTRESegmenter) -> None:
+    result = segmenter.segment(*SUPPORTS[0], QUERY)
+    np.testing.assert_array_equal(result.mask, result.probability > 0.5)
+    assert 0 < result.mask.mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lacking"),
+    [
+        (("model.doem=false", "loss.pcl=false"), {"distractor"}),
+        (("model.bgem=false", "model.doem=false", "loss.pcl=false"), {"bg", "distractor"}),
+        (("model.elimination=per_scale",), set()),
+    ],
+    ids=["bgem only", "pfenet", "per scale"],
+)
+def test_an_ablation_lacks_only_the_maps_it_does_not_make(
+    tmp_path: Path, overrides: tuple[str, ...], lacking: set[str]
+) -> None:
+    path = write_checkpoint(tmp_path / "ablation.pt", *overrides)
+    result = NTRESegmenter.from_checkpoint(path, "cpu", "fp32").segment(*SUPPORTS[0], QUERY)
+    assert {name for name, values in result._asdict().items() if values is None} == lacking
+    path.unlink()
+
+
+def test_bfloat16_gives_about_the_same(checkpoint: Path, segmenter: NTRESegmenter) -> None:
+    half = NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="bf16")
+    one, other = (s.segment(*SUPPORTS[0], QUERY) for s in (half, segmenter))
+    assert one.probability.dtype == np.float32
+    assert np.abs(one.probability - other.probability).max() < 0.1
+
+
+# Pictures and masks
+
+
+def test_a_mask_is_the_same_in_every_encoding(segmenter: NTRESegmenter) -> None:
+    picture, mask = SUPPORTS[0]
+    expected = segmenter.segment(picture, mask, QUERY)
+    ones = mask.astype(np.uint8)
+    palette = Image.fromarray(ones)
+    palette.putpalette([0, 0, 0, 200, 10, 10])
+    alpha = Image.fromarray(picture).convert("RGBA")
+    alpha.putalpha(Image.fromarray(255 * ones))
+    opaque = Image.fromarray(255 * ones).convert("RGBA")
+    grey_alpha = Image.merge("LA", (Image.fromarray(picture).convert("L"), Image.fromarray(255 * ones)))
+    encodings = [
+        ones,
+        255 * ones,
+        ones.astype(np.int64),
+        ones.astype(float),
+        *map(Image.fromarray, (mask, ones, 255 * ones)),
+    ]
+    for encoding in [*encodings, palette, alpha, grey_alpha, opaque, opaque.convert("RGB")]:
+        same(segmenter.segment(picture, encoding, QUERY), expected)
+
+
+def test_class_id_chooses_one_class_and_255_is_ignored(segmenter: NTRESegmenter) -> None:
+    picture, mask = SUPPORTS[0]
+    ids = np.where(mask, 3, 0).astype(np.uint8)
+    ids[:4, :9] = 7
+    ids[0, 0] = 255
+    same(segmenter.segment(picture, ids, QUERY, class_id=3), segmenter.segment(picture, mask, QUERY))
+
+
+def test_pillow_pictures_are_converted(segmenter: NTRESegmenter) -> None:
+    grey = QUERY[:, :, 0]
+    stacked = np.stack([grey] * 3, 2)
+    coloured = np.zeros((30, 40, 3), np.uint8)
+    coloured[:, :20] = (255, 0, 0)
+    ink = np.zeros((30, 40, 4), np.uint8)  # full magenta and yellow are red; full black is black
+    ink[:, :20] = (0, 255, 255, 0)
+    ink[:, 20:] = (0, 0, 0, 255)
+    clear = np.dstack([coloured, np.where(np.arange(40) < 20, 255, 0) * np.ones((30, 1))]).astype(np.uint8)
+    on_white = coloured.copy()
+    on_white[:, 20:] = 255
+    pairs = [
+        (Image.fromarray(grey), stacked),
+        (Image.fromarray(ink, "CMYK"), coloured),
+        (Image.fromarray(coloured).quantize(4), coloured),
+        (Image.fromarray(clear), on_white),
+        (Image.fromarray(grey).convert("LA"), stacked),
+        (Image.fromarray(grey > 99), 255 * (stacked > 99).astype(np.uint8)),
+    ]
+    target = segmenter.encode(*SUPPORTS[0])
+    for given, pixels in pairs:
+        same(segmenter.segment_encoded(target, given), segmenter.segment_encoded(target, pixels))
+
+
+PICTURE, MASK = SUPPORTS[0]
+TINY = np.zeros((4000, 4000), bool)
+TINY[1, 1] = True
+
+
+@pytest.mark.parametrize(
+    ("supports", "masks", "class_id", "pieces"),
+    [
+        ([PICTURE, PICTURE], [MASK], None, ["2 supports", "1 masks"]),
+        ([], [], None, ["0 supports"]),
+        ([PICTURE, PICTURE], [MASK, MASK[:-1]], None, ["support 2 of 2", "60 x 47", "60 x 48"]),
+        ([PICTURE, PICTURE], [MASK, 0 * MASK], None, ["support 2 of 2", "shows nothing"]),
+        (PICTURE, 3 * MASK.astype(np.uint8), None, ["holds 0, 3", "class_id"]),
+        (PICTURE, np.where(MASK, 1, 255), None, ["holds 1, 255", "class_id"]),
+        (PICTURE, np.where(MASK, 0.5, np.nan), None, ["class_id"]),
+        (PICTURE, 3 * MASK.astype(np.uint8), 4, ["nothing of class 4", "holds 0, 3"]),
+        (PICTURE, 3 * MASK.astype(np.uint8), 255, ["class_id", "255"]),
+        (PICTURE, 3 * MASK.astype(np.uint8), 0, ["class_id", "got 0"]),
+        (PICTURE, Image.fromarray(PICTURE), None, ["coloured"]),
+        (PICTURE, PICTURE, None, ["(H, W)", "(48, 60, 3)"]),
+        (PICTURE, "mask.png", None, ["str"]),
+        ("picture.jpg", MASK, None, ["the support", "str"]),
+        (PICTURE.astype(float), MASK, None, ["uint8", "float64"]),
+        (PICTURE[..., :2], MASK, None, ["RGB"]),
+        (np.zeros((0, 4, 3), np.uint8), MASK, None, ["RGB"]),
+        (Image.fromarray(PICTURE[:, :, 0].astype(np.uint16)), MASK, None, ["I;16", "8 bits"]),
+        (np.zeros((4000, 4000, 3), np.uint8), TINY, None, ["the support", "vanishes", "crop"]),
+    ],
+)
+def test_what_cannot_be_used_is_refused_by_name(
+    segmenter: NTRESegmenter, supports: object, masks: object, class_id: int | None, pieces: list[str]
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        segmenter.encode(supports, masks, class_id)
+    for piece in pieces:
+        assert piece in str(refusal.value)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda:7", "fp32"), ("cpu", "int8"), ("cpu", "fp16")])
+def test_unknown_hardware_is_refused(checkpoint: Path, device: str, precision: str) -> None:
+    with pytest.raises(UserError, match=r"device|precision"):
+        NTRESegmenter.from_checkpoint(checkpoint, device, precision)

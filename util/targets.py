@@ -1,0 +1,90 @@
+"""The files that show what is to be found: supports and masks of one target, or of several in a YAML file."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import Field, ValidationError
+
+from model.ntrenet import Target
+from model.weights import sha256_of
+from util.config import Section, _read_yaml
+from util.errors import UserError
+from util.pictures import read_mask, read_picture
+from util.segmenter import NTRESegmenter, combine
+
+MAX_TARGETS = 254
+"""ids of a labelled map: 0 is background, 255 means ignored wherever masks are read"""
+
+
+class TargetFiles(Section):
+    """Supports of one target, each with its mask."""
+
+    supports: list[str] = Field(min_length=1)
+    masks: list[str] = Field(min_length=1)
+    class_id: int | None = None
+    """value of the target in the masks, where they hold class ids"""
+
+    def below(self, folder: Path) -> "TargetFiles":
+        """The same with paths relative to ``folder``, and checked: as many masks as supports, all there.
+
+        Raises:
+            UserError: naming what is missing.
+        """
+        supports, masks = ([str(folder / path) for path in paths] for paths in (self.supports, self.masks))
+        if len(supports) != len(masks):
+            raise UserError(f"each support needs a mask: there are {len(supports)} supports and {len(masks)} masks")
+        for path in supports + masks:
+            if not Path(path).is_file():
+                raise UserError(f"{path} does not exist or is no file")
+        return TargetFiles(supports=supports, masks=masks, class_id=self.class_id)
+
+    def fingerprint(self) -> dict[str, object]:
+        """What the target depends on: hashes of the files, and the class id."""
+        hashes = {key: [sha256_of(Path(path)) for path in getattr(self, key)] for key in ("supports", "masks")}
+        return {**hashes, "class_id": self.class_id}
+
+
+def read_targets(path: Path) -> dict[str, TargetFiles]:
+    """Targets by name, in the file's order: ``dog: {supports: [a.jpg], masks: [a.png], class_id: 3}``.
+
+    Paths are relative to the file; class_id may be left out.
+
+    Raises:
+        UserError: naming the file, the target and what is wrong.
+    """
+    values = _read_yaml(path)
+    if not 1 <= len(values) <= MAX_TARGETS:
+        raise UserError(f"{path}: must name 1 to {MAX_TARGETS} targets, has {len(values)}")
+    targets = {}
+    for name, entry in values.items():
+        try:
+            targets[name] = TargetFiles.model_validate(entry).below(path.parent)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in (name, *problem["loc"]))
+            raise UserError(f"{path}: {key}: {problem['msg'].lower()}") from error
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}") from error
+    return targets
+
+
+def encode_target(segmenter: NTRESegmenter, files: TargetFiles) -> Target:
+    """Read and encode the supports one after the other.
+
+    Raises:
+        UserError: naming the file.
+    """
+    return combine([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
+
+
+def _pairs(files: TargetFiles) -> Sequence[tuple[Path, Path]]:
+    return [(Path(support), Path(mask)) for support, mask in zip(files.supports, files.masks, strict=True)]
+
+
+def _encode_pair(segmenter: NTRESegmenter, support: Path, mask: Path, class_id: int | None) -> Target:
+    picture = read_picture(support)
+    values = read_mask(mask, picture)
+    try:
+        return segmenter.encode(picture.pixels, values, class_id)
+    except UserError as error:
+        raise UserError(f"{mask}: {error}") from error
