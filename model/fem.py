@@ -17,7 +17,7 @@ class FEMOutput(NamedTuple):
     logits: Tensor
     """(B, 1, h, w)"""
     scale_logits: tuple[Tensor, ...]
-    """one (B, 1, side, side) a scale, for the auxiliary loss"""
+    """one (B, 1, side, side) a scale, for the auxiliary loss; empty where not asked for"""
 
 
 FEMInput = tuple[Tensor, Tensor, Tensor | None]
@@ -25,7 +25,7 @@ FEMInput = tuple[Tensor, Tensor, Tensor | None]
 
 
 class FEMScale(nn.Module):
-    """One scale: merge with the prototype, take in the finer scale before, refine, classify."""
+    """One scale: merge with the prototype, take in the finer scale before, refine; its classifier serves training."""
 
     def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
         super().__init__()
@@ -34,15 +34,12 @@ class FEMScale(nn.Module):
         self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
         self.classifier = classifier(channels)
 
-    def forward(
-        self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """All maps at this scale's size -> enriched feature (B, C, *, *), logits (B, 1, *, *)."""
+    def forward(self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None) -> Tensor:
+        """All maps at this scale's size -> enriched feature (B, C, *, *)."""
         x = F.relu(concat_conv(self.merge, pooled, prototype, prior))
         if self.inter_scale is not None and finer is not None:
             x = self.inter_scale(torch.cat([x, finer], 1)) + x
-        x = self.refine(x) + x
-        return x, self.classifier(x)
+        return self.refine(x) + x
 
 
 class FEM(nn.Module):
@@ -64,28 +61,32 @@ class FEM(nn.Module):
         self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
         self.classifier = classifier(channels)
 
-    def forward(self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> FEMOutput:
+    def forward(
+        self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None, *, every_scale: bool = True
+    ) -> FEMOutput:
         """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, 1, h, w) -> logits (B, 1, h, w) and one a scale."""
         size = (feature.shape[-2], feature.shape[-1])
         inputs: list[FEMInput] = [
             (F.adaptive_avg_pool2d(feature, side), prototype, None if prior is None else resize(prior, side))
             for side in self.sizes(size)
         ]
-        return self.enrich(inputs, size)
+        return self.enrich(inputs, size, every_scale=every_scale)
 
     def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
         """(height, width) of every scale of a feature of this size."""
         return [_scale_size(side, size) for side in self.scale_sides]
 
-    def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int]) -> FEMOutput:
+    def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int], *, every_scale: bool = True) -> FEMOutput:
         """The part after pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
         enriched: list[Tensor] = []
         scale_logits: list[Tensor] = []
         for scale, (pooled, prototype, prior) in zip(self.scales, inputs, strict=True):
+            assert isinstance(scale, FEMScale)
             finer = resize(enriched[-1], (pooled.shape[-2], pooled.shape[-1])) if enriched else None
-            x, logits = scale(pooled, prototype, prior, finer)
+            x = scale(pooled, prototype, prior, finer)
             enriched.append(resize(x, size))
-            scale_logits.append(logits)
+            if every_scale:
+                scale_logits.append(scale.classifier(x))
         x = self.fuse(torch.cat(enriched, 1))
         x = self.refine(x) + x
         return FEMOutput(self.classifier(x), tuple(scale_logits))

@@ -36,7 +36,7 @@ class NTRENetOutput(NamedTuple):
     feature_logits: Tensor
     """y^q before upsampling, (B, 1, h, w)"""
     scale_logits: tuple[Tensor, ...]
-    """FEM's prediction at each scale, (B, 1, side, side)"""
+    """FEM's prediction at each scale, (B, 1, side, side); from ``forward`` only"""
     prior: Tensor
     """C_p, (B, 1, h, w) in [0, 1]"""
     query_feature: Tensor
@@ -129,7 +129,8 @@ class NTRENet(nn.Module):
             support_masks: (B, K, H, W), integer; 1 target, 0 other, 255 ignored
         """
         target, x_s = self.encode_supports(supports, support_masks)
-        output = self.segment(self.encode_query(query), target, (query.shape[-2], query.shape[-1]))
+        size = (query.shape[-2], query.shape[-1])
+        output = self.segment(self.encode_query(query), target, size, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
         return output._replace(support_features=x_s, support_bg_logits=bg_s)
 
@@ -156,10 +157,13 @@ class NTRENet(nn.Module):
         x_s = self.reduce_support(features.middle)
         return Target(masked_average_pool(x_s, target), target_positions(high, target).unsqueeze(1)), x_s
 
-    def segment(self, query: Query, target: Target, size: tuple[int, int]) -> NTRENetOutput:
+    def segment(
+        self, query: Query, target: Target, size: tuple[int, int], *, every_scale: bool = False
+    ) -> NTRENetOutput:
         """The paper's figure 3 from the reduced features on; ``size`` is the image's (H, W).
 
-        The record lacks what only training asks for: X^s and y_BG of the supports.
+        The record lacks what only training asks for: X^s and y_BG of the supports, and, unless ``every_scale``,
+        FEM's prediction at each scale.
         """
         x_q, p_s = query.feature, target.prototype
         full = (x_q.shape[-2], x_q.shape[-1])
@@ -168,10 +172,10 @@ class NTRENet(nn.Module):
         eliminated: list[Eliminated] = []
 
         if self.bgmm is None:  # PFENet
-            out = self.fem(x_q, p_s, prior)
+            out = self.fem(x_q, p_s, prior, every_scale=every_scale)
         elif self.bgem is not None:
             bg = self.bgmm(x_q)
-            out = self.fem(self.bgem(x_q, self.bgmm.prototype), p_s, prior)
+            out = self.fem(self.bgem(x_q, self.bgmm.prototype), p_s, prior, every_scale=every_scale)
         else:
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
             once = len(self.eliminations) == 1
@@ -179,9 +183,10 @@ class NTRENet(nn.Module):
                 x, y_bg, c_p = F.adaptive_avg_pool2d(x_q, side), resize(bg, side), resize(prior, side)
                 eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p))
             if once:
-                out = self.fem(eliminated[0].activated, eliminated[0].do_prototype)
+                out = self.fem(eliminated[0].activated, eliminated[0].do_prototype, every_scale=every_scale)
             else:
-                out = self.fem.enrich([(e.activated, e.do_prototype, None) for e in eliminated], full)
+                inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
+                out = self.fem.enrich(inputs, full, every_scale=every_scale)
 
         return NTRENetOutput(
             logits=resize(out.logits, size),

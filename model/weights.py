@@ -6,6 +6,7 @@ is reported, so that a run can be traced to its weights.
 
 import hashlib
 import re
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +72,10 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
-    digest = sha256_of(path)
+    try:
+        digest = sha256_of(path)
+    except OSError as error:
+        raise WeightsError(f"weights file {path} cannot be read ({error.strerror}); check its permissions") from error
     expected = _hash_in_name(path.name)
     if expected and not digest.startswith(expected):
         raise WeightsError(
@@ -79,7 +83,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
             " delete it and fetch it again, or rename it if those digits are no hash"
         )
     try:
-        state: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load_data(path)
     except Exception as error:  # torch raises many kinds here, from EOFError to UnpicklingError
         raise WeightsError(
             f"weights file {path} cannot be read: it is damaged, or holds more than tensors; fetch it again"
@@ -88,7 +92,43 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
+    if strange := [name for name, value in state.items() if not is_plain(name, value)]:
+        raise WeightsError(
+            f"weights file {path} is damaged: {strange[0]!r:.80} is no dense tensor of finite numbers; fetch it again"
+        )
     return {name.removeprefix("module."): value for name, value in state.items()}, digest
+
+
+def load_data(path: Path) -> Any:
+    """What ``torch.save`` wrote, tensors and plain values, on the CPU; code in the file is not run.
+
+    ``torch.load`` does not compare the checksums of the zip file: a flipped bit would be another weight. Files of
+    before torch 1.6 are no zip files and have no checksums.
+
+    Raises:
+        Exception: zipfile and torch raise many kinds for damaged files.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(2) == b"PK"
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it holds more than its size")  # torch.save compresses nothing
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} has another checksum")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def is_plain(name: object, value: object) -> bool:
+    """Whether an entry of a state dict has a name and is a dense tensor of finite numbers."""
+    return (
+        isinstance(name, str)
+        and isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not (value.is_quantized or value.is_complex())
+        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()  # not one number for many
+        and bool(torch.isfinite(value).all())
+    )
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:
@@ -97,16 +137,22 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, i
     Batch-norm step counters (``num_batches_tracked``) may be absent: old files lack them, and nothing reads them.
 
     Raises:
-        WeightsError: naming the first few entries that are missing, left over, or of another shape.
+        WeightsError: naming the first few entries that are missing, left over, or of another shape or type.
     """
     wanted = network.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(ignore)} if ignore else state
     missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in wanted]
     wrong = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
+    whole = [n for n in wanted if n in state and wanted[n].is_floating_point() and not state[n].is_floating_point()]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))
+        for names, what in (
+            (missing, "missing"),
+            (extra, "unknown"),
+            (wrong, "of another shape"),
+            (whole, "of whole numbers"),
+        )
         if names
     ]
     if problems:

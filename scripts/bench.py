@@ -1,66 +1,390 @@
-"""Measure ours against a plain formulation, in one process, in turn, with a check that both give the same.
+"""Measure ours against a plain formulation, in one process, in turn, with a statement that both give the same.
 
-    python scripts/bench.py --mode index [--masks 12000] [--json OUT]
+    python scripts/bench.py --mode train  [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32]
+    python scripts/bench.py --mode eval   [--episodes 1000] [--seeds 1] [--images 450] [--shots 1] [--precision fp32]
+    python scripts/bench.py --mode loader [--images 64]
+    python scripts/bench.py --mode index  [--masks 12000]
 
-index: the class index of a list of 500x375 masks, built anew (cold) and from its cache (warm), against a plain
-loop that reads every mask with Pillow and counts with numpy.
+train: a step (forward, losses, backward, SGD) on the same batches from the same weights; peak memory of a process that
+    runs nothing else; the largest difference of the logits and of the losses, dropout off.
+eval: util.engine.evaluate on all episodes against one episode after another, of which --plain-episodes are run and
+    their time scaled up; their counts are compared.
+loader: training images a second in one process, from JPEG and PNG to the network's input, against a resampling for
+    each of scale, rotation, flip and crop and a float picture; how far the pictures differ.
+index: the class index of a list of masks, built anew (cold) and from its cache (warm), against a plain loop.
+
+The plain formulation is scripts/plain.py, in fp32. Pictures are generated at 500x375. --json OUT keeps everything.
 """
 
 import argparse
+import copy
+import ctypes
+import gc
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.ntrenet import NTRENet
+from model.ops import IGNORE
+from scripts.plain import plain_counts, plain_forward
+from util.build import (
+    Hardware,
+    build_eval_loader,
+    build_eval_sampler,
+    build_index,
+    build_loss,
+    build_model,
+    build_optimizer,
+    build_train_loader,
+    build_train_sampler,
+    select_hardware,
+)
 from util.class_index import ClassIndex, load_class_index, read_list
-from util.config import parse_arguments
+from util.config import Config, load_config, parse_arguments
+from util.dataset import Episode, read_pair
+from util.engine import evaluate, forward
+from util.episodes import EpisodeList
 from util.errors import UserError, run_command
+from util.folds import novel_classes
+from util.metrics import scores
 from util.record import environment, require_writable, write_json
 from util.synthetic import CLASS_NAMES, make_image
+from util.transforms import MEAN, STD, augment, normalize
 
 R = TypeVar("R")
-
-REPEATS = 3
-DIFFERENT = 40
-"""masks that are drawn; the others are links to them"""
+ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
+CPU = torch.device("cpu")
+TRAINING_IMAGES = 80
+DIFFERENT_MASKS = 40
+"""masks of --mode index that are drawn; the others are links to them"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=["index"], required=True)
+    parser.add_argument("--mode", choices=list(MODES), required=True)
+    parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--shots", type=int, default=1)
+    parser.add_argument("--size", type=int, default=473, help="side of the network's input")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", default="fp32", help="of ours; the plain formulation is fp32")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--images", type=int, default=450)
+    parser.add_argument("--episodes", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--plain-episodes", type=int, default=20)
     parser.add_argument("--masks", type=int, default=12000)
     parser.add_argument("--json", type=Path)
     args, overrides = parse_arguments(parser)
-    if overrides or args.masks < DIFFERENT:
-        raise UserError(f"--masks must be at least {DIFFERENT}; there are no other settings, got {overrides}")
+    if min(args.repeats, args.images, args.episodes, args.seeds, args.plain_episodes, args.masks, args.batch) < 1:
+        raise UserError("numbers must be at least 1")
     if args.json is not None:
         require_writable(args.json, ".json")
     with tempfile.TemporaryDirectory() as folder:
-        result = bench_index(Path(folder), args.masks)
-    print(
-        f"class index of {args.masks} masks of 500x375, medians of {REPEATS}:"
-        f" plain loop {result['plain_seconds']:.2f} s,"
-        f" ours cold {result['cold_seconds']:.2f} s ({result['cold_ratio']:.2f} times faster),"
-        f" warm {result['warm_seconds']:.2f} s; counts equal: {result['equal']}"
-    )
+        result = MODES[args.mode](args, overrides, Path(folder))
     if args.json is not None:
-        write_json(args.json, result | {"environment": environment(torch.device("cpu"))})
+        device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
+        write_json(args.json, {"arguments": sys.argv[1:], **result, "environment": environment(device)})
 
 
-def bench_index(root: Path, masks: int) -> dict[str, Any]:
-    """Times in seconds of the plain loop and of ours, cold and warm; whether all three give the same counts."""
-    list_path = draw_masks(root, masks)
+# ---------------------------------------------------------------- train
+
+
+def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    config = make_config(args, overrides, root, images=TRAINING_IMAGES)
+    hardware, plain_hardware = select_hardware(config), Hardware(select_hardware(config).device, torch.float32)
+    batches = training_batches(config, count=2)
+    torch.manual_seed(0)
+    ours = build_model(config, "random")[0].to(hardware.device)
+    plain = copy.deepcopy(ours)
+    equality = compare_outputs(config, ours, batches[0], hardware)
+
+    runs = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in tqdm(range(-1, args.repeats), desc="steps", dynamic_ncols=True):  # the first warms up
+        for name, step in runs.items():
+            seconds, _ = timed(partial(step, batches[repeat % 2]), hardware.device)
+            times[name] += [seconds] if repeat >= 0 else []
+    memory = {name: peak_of_a_process(args, list(overrides), name) for name in runs}
+    result = {"mode": "train", **ratio(times), **equality, "peak_memory_mib": memory}
+    print(
+        f"training step of {args.batch} episodes, {args.shots}-shot, {args.backbone}, {args.size} px:"
+        f"\n  plain, fp32      {describe(times['plain'])}, peak {memory['plain']:.0f} MiB"
+        f"\n  ours, {args.precision:<10} {describe(times['ours'])}, peak {memory['ours']:.0f} MiB"
+        f"\n  {result['ratio']:.2f} times faster, {memory['ours'] / memory['plain']:.0%} of the memory;"
+        f" largest difference of the logits {equality['logits_difference']:.1e} (of {equality['logits_scale']:.1f}),"
+        f" of the loss {equality['loss_difference']:.1e} (of {equality['loss']:.3f})"
+    )
+    return result
+
+
+def training_batches(config: Config, count: int) -> list[Episode]:
+    loader = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=count)
+    return list(loader)
+
+
+def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool = False) -> Callable[[Episode], None]:
+    model.train()
+    criterion, optimizer = build_loss(config).to(hardware.device), build_optimizer(config, model)
+
+    def step(batch: Episode) -> None:
+        batch = batch.to(hardware.device)
+        output = plain_on(model, batch) if plain else forward(model, batch, hardware)
+        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id).total
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def plain_on(model: NTRENet, batch: Episode) -> Any:
+    return plain_forward(model, normalize(batch.query), normalize(batch.supports), batch.support_masks)
+
+
+@torch.no_grad()
+def compare_outputs(config: Config, model: NTRENet, batch: Episode, hardware: Hardware) -> dict[str, float]:
+    """Largest difference of the logits and of the loss between ours and the plain formulation, dropout off."""
+    model.eval()
+    batch = batch.to(hardware.device)
+    outputs = plain_on(model, batch), forward(model, batch, hardware)
+    losses = [
+        float(
+            build_loss(config).to(hardware.device)(output, batch.query_mask, batch.support_masks, batch.class_id).total
+        )
+        for output in outputs
+    ]
+    logits = [output.logits.float() for output in outputs]
+    return {
+        "logits_difference": float((logits[1] - logits[0]).abs().max()),
+        "logits_scale": float(logits[0].abs().max()),
+        "loss_difference": abs(losses[1] - losses[0]),
+        "loss": losses[0],
+    }
+
+
+def peak_of_a_process(args: argparse.Namespace, overrides: list[str], name: str) -> float:
+    """MiB at the peak of two steps in a process of their own (on CUDA: of the allocator)."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak, (args, overrides, name))
+
+
+def _peak(args: argparse.Namespace, overrides: list[str], name: str) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(args, overrides, Path(folder), images=TRAINING_IMAGES)
+        hardware = select_hardware(config)
+        if name == "plain":
+            hardware = Hardware(hardware.device, torch.float32)
+        batches = training_batches(config, count=2)
+        step = step_of(config, build_model(config, "random")[0].to(hardware.device), hardware, plain=name == "plain")
+        reset_peak(hardware.device)
+        for batch in batches:
+            step(batch)
+        return read_peak(hardware.device)
+
+
+def reset_peak(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak(device: torch.device) -> float:
+    """Since :func:`reset_peak`, in MiB; nan where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform != "linux":
+        return float("nan")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+
+
+# ---------------------------------------------------------------- eval
+
+
+def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    config = make_config(args, overrides, root, images=args.images)
+    hardware = select_hardware(config)
+    index = build_index(config, "val")
+    samplers = [build_eval_sampler(config, index, seed) for seed in range(args.seeds)]
+    episodes = [sampler(number) for sampler in samplers for number in range(args.episodes)]
+    torch.manual_seed(0)
+    model = build_model(config, "random")[0].to(hardware.device).eval()
+    centre_predictions(model, config, EpisodeList(index, episodes), hardware)
+
+    chosen = np.linspace(0, len(episodes) - 1, min(args.plain_episodes, len(episodes))).astype(int).tolist()
+    alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
+    loader = build_eval_loader(alone, EpisodeList(index, episodes), chosen)
+    plain_times: list[float] = []
+    plain_table: list[np.ndarray] = []
+    batches = iter(loader)
+
+    def some(count: int) -> None:
+        for _ in range(count):
+            seconds, table = timed(
+                lambda: plain_counts(model, next(batches).to(hardware.device), config), hardware.device
+            )
+            plain_times.append(seconds)
+            plain_table.append(table)
+
+    some(len(chosen) // 2)  # half before ours and half after, lest the machine's mood count
+    with tqdm(total=1, desc="ours", dynamic_ncols=True) as bar:
+        ours_seconds, tables = timed(
+            lambda: evaluate(model, index, episodes, config=config, hardware=hardware, bar=bar), hardware.device
+        )
+    peak = read_peak(hardware.device)
+    some(len(chosen) - len(chosen) // 2)
+
+    table, expected = tables["network"][chosen], np.stack(plain_table)
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    class_ids = np.array([episodes[number].class_id for number in chosen])
+    plain_seconds = statistics.fmean(plain_times) * len(episodes)
+    result = {
+        "mode": "eval",
+        "episodes": len(episodes),
+        "plain_seconds": plain_seconds,
+        "plain_seconds_each": plain_times,
+        "ours_seconds": ours_seconds,
+        "ratio": plain_seconds / ours_seconds,
+        "miou_difference": abs(scores(table, class_ids, names).miou - scores(expected, class_ids, names).miou),
+        "miou": scores(expected, class_ids, names).miou,
+        "pixels_that_differ": int(np.abs(table - expected)[:, :2].sum()),
+        "pixels": int(expected.sum()),
+        "peak_memory_mib": peak,
+    }
+    print(
+        f"{args.seeds} x {args.episodes} episodes over {args.images} images, {args.shots}-shot, {args.backbone},"
+        f" {args.size} px, {hardware.device}:"
+        f"\n  plain, fp32      {plain_seconds:.0f} s (from {len(chosen)} episodes of {describe(plain_times)})"
+        f"\n  ours, {args.precision:<10} {ours_seconds:.0f} s: {result['ratio']:.2f} times faster; peak {peak:.0f} MiB"
+        f"\n  on the {len(chosen)} episodes mIoU {result['miou']:.4f}, difference {result['miou_difference']:.1e};"
+        f" {result['pixels_that_differ']} of {result['pixels']} pixels differ"
+    )
+    return result
+
+
+@torch.no_grad()
+def centre_predictions(model: NTRENet, config: Config, source: EpisodeList, hardware: Hardware) -> None:
+    """Shift random weights' maps such that they say yes in some places: lest equality be that of empty predictions."""
+    batch = next(iter(build_eval_loader(config, source, range(4)))).to(hardware.device)
+    biases = {
+        "bgmm.classifier.bias": lambda output: output.query_bg_logits,
+        "eliminations.0.matching.initial.2.bias": lambda output: output.initial_logits,
+        "fem.classifier.3.bias": lambda output: output.feature_logits,
+    }
+    for name, logits in biases.items():
+        model.get_parameter(name).sub_(logits(forward(model, batch, hardware)).float().quantile(0.65))
+
+
+# ---------------------------------------------------------------- loader
+
+
+def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    config = make_config(args, [*overrides, "workers=0"], root, images=args.images)
+    index = build_index(config, "train")
+    scale = (config.data.scale[0], config.data.scale[1])
+    settings = (config.data.image_size, scale, config.data.rotation)
+
+    def ours(number: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = read_pair(index.items[number], int(index.pixels[number, 1:].argmax()) + 1)
+        image, mask = augment(image, mask, settings[0], np.random.default_rng(number), *settings[1:])
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()).numpy(), mask
+
+    def plain(number: int) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = read_pair(index.items[number], int(index.pixels[number, 1:].argmax()) + 1)
+        return plain_augment(image, mask, settings[0], np.random.default_rng(number), *settings[1:])
+
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    agree: list[float] = []
+    for repeat in tqdm(range(-1, args.repeats), desc="passes", dynamic_ncols=True):
+        made: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for name, function in (("plain", plain), ("ours", ours)):
+            seconds, made[name] = timed(partial(list, map(function, range(args.images))))
+            times[name] += [seconds / args.images] if repeat >= 0 else []
+        agree = [float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True)]
+    sizes = [item.image.stat().st_size for item in index.items]
+    result = {
+        "mode": "loader",
+        **ratio(times),
+        "images_a_second": 1 / statistics.median(times["ours"]),
+        "mask_agreement": statistics.fmean(agree),
+        "jpeg_bytes": statistics.fmean(sizes),
+    }
+    print(
+        f"one process, JPEGs of {result['jpeg_bytes'] / 1000:.0f} kB at {SIZE[0]}x{SIZE[1]} to {args.size} px:"
+        f"\n  plain {1 / statistics.median(times['plain']):.0f} images a second,"
+        f" ours {result['images_a_second']:.0f}: {result['ratio']:.2f} times faster"
+        f"\n  the same draws, up to where resampling rounds: masks agree in {result['mask_agreement']:.2%} of pixels"
+    )
+    return result
+
+
+def plain_augment(
+    image: np.ndarray,
+    mask: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    rotation: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`util.transforms.augment` with one resampling a step, and the picture normalised to float."""
+    height, width = mask.shape
+    factor = rng.uniform(*scale)
+    angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0
+    flip = rng.random() < 0.5
+    target_pixels = float((mask == 1).sum()) * factor**2
+    whole = (round(width * factor), round(height * factor))
+    image = cv2.resize(image, whole, interpolation=cv2.INTER_LINEAR)
+    mask = cv2.resize(mask, whole, interpolation=cv2.INTER_NEAREST)
+    if angle:
+        matrix = cv2.getRotationMatrix2D(((whole[0] - 1) / 2, (whole[1] - 1) / 2), angle, 1)
+        colour = tuple(round(255 * m) for m in MEAN)
+        image = cv2.warpAffine(image, matrix, whole, flags=cv2.INTER_LINEAR, borderValue=colour)
+        mask = cv2.warpAffine(mask, matrix, whole, flags=cv2.INTER_NEAREST, borderValue=255)
+    if flip:
+        image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
+    image = (image.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    pad = max(size - whole[1], 0), max(size - whole[0], 0)
+    around = (pad[0] // 2, pad[0] - pad[0] // 2, pad[1] // 2, pad[1] - pad[1] // 2)
+    image = cv2.copyMakeBorder(image, *around, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    mask = cv2.copyMakeBorder(mask, *around, cv2.BORDER_CONSTANT, value=255)
+    for _ in range(30):
+        offsets = [rng.uniform(0, n * factor - size) if n * factor > size else 0.0 for n in (width, height)]
+        left, top = (min(round(o), n - size) for o, n in zip(offsets, (mask.shape[1], mask.shape[0]), strict=True))
+        window = mask[top : top + size, left : left + size]
+        if (window == 1).sum() >= 0.85 * target_pixels:
+            break
+    return np.ascontiguousarray(image[top : top + size, left : left + size].transpose(2, 0, 1)), window
+
+
+# ---------------------------------------------------------------- index
+
+
+def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
+    if args.masks < DIFFERENT_MASKS:
+        raise UserError(f"--masks must be at least {DIFFERENT_MASKS}")
+    list_path = draw_masks(root, args.masks)
     num_classes = len(CLASS_NAMES)
     cache = list_path.with_name(list_path.name + ".index.npz")
 
@@ -74,56 +398,111 @@ def bench_index(root: Path, masks: int) -> dict[str, Any]:
     def ours() -> ClassIndex:
         return load_class_index(list_path, root, num_classes, progress=False)
 
-    plain_times: list[float] = []
-    cold_times: list[float] = []
-    warm_times: list[float] = []
+    times: dict[str, list[float]] = {"plain": [], "cold": [], "warm": []}
     equal = True
     plain()  # fills the page cache for both
-    for _ in range(REPEATS):
+    for _ in range(min(args.repeats, 3)):
         cache.unlink(missing_ok=True)
         seconds, expected = timed(plain)
-        plain_times.append(seconds)
-        for times in (cold_times, warm_times):
+        times["plain"].append(seconds)
+        for name in ("cold", "warm"):
             seconds, index = timed(ours)
-            times.append(seconds)
+            times[name].append(seconds)
             equal &= bool((index.pixels == expected).all())
-    medians = {
-        "plain_seconds": statistics.median(plain_times),
-        "cold_seconds": statistics.median(cold_times),
-        "warm_seconds": statistics.median(warm_times),
-    }
-    return {
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    result = {
         "mode": "index",
-        "masks": masks,
+        "masks": args.masks,
         **medians,
         "cold_ratio": medians["plain_seconds"] / medians["cold_seconds"],
-        "spread": {"plain": plain_times, "cold": cold_times, "warm": warm_times},
+        "spread": times,
         "equal": equal,
     }
+    print(
+        f"class index of {args.masks} masks of {SIZE[0]}x{SIZE[1]}: plain loop {result['plain_seconds']:.2f} s,"
+        f" ours cold {result['cold_seconds']:.2f} s ({result['cold_ratio']:.2f} times faster),"
+        f" warm {result['warm_seconds']:.2f} s; counts equal: {equal}"
+    )
+    return result
 
 
 def draw_masks(root: Path, masks: int) -> Path:
     """A list of ``masks`` lines below ``root``; files beyond the first are links."""
+    for number in range(DIFFERENT_MASKS):
+        draw(root, number)
     lines = []
     for number in range(masks):
         image, mask = root / f"{number:06d}.jpg", root / f"{number:06d}.png"
-        if number < DIFFERENT:
-            picture, ids = make_image(0, "val", number)
-            Image.fromarray(picture).resize(SIZE).save(image)
-            Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(mask)
-        else:
-            os.link(root / f"{number % DIFFERENT:06d}.jpg", image)
-            os.link(root / f"{number % DIFFERENT:06d}.png", mask)
+        if number >= DIFFERENT_MASKS:
+            os.link(root / f"{number % DIFFERENT_MASKS:06d}.jpg", image)
+            os.link(root / f"{number % DIFFERENT_MASKS:06d}.png", mask)
         lines.append(f"{image.name} {mask.name}\n")
     path = root / "list.txt"
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
 
-def timed(function: Callable[[], R]) -> tuple[float, R]:
+# ---------------------------------------------------------------- what the modes share
+
+
+def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, images: int) -> Config:
+    """Draw a data set of ``images`` images, and make a PASCAL config for it."""
+    for number in range(images):
+        draw(root, number, classes=5 if args.mode == "eval" else 20)  # in an evaluation all are of fold 0
+    lines = "".join(f"{number:06d}.jpg {number:06d}.png\n" for number in range(images))
+    (root / "list.txt").write_text(lines, encoding="utf-8")
+    given = {
+        "data.root": root,
+        "data.train_list": root / "list.txt",
+        "data.val_list": root / "list.txt",
+        "data.min_area": 1,
+        "data.shots": args.shots,
+        "data.image_size": args.size,
+        "model.backbone": args.backbone,
+        "train.batch_size": args.batch,
+        "device": args.device,
+        "precision": args.precision,
+        "workers": 0 if args.mode == "train" else 1,
+    }
+    config_file = ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"
+    return load_config(config_file, [*(f"{key}={value}" for key, value in given.items()), *overrides])
+
+
+def draw(root: Path, number: int, classes: int = 20) -> None:
+    """A picture of 500x375 as a JPEG of about 100 kB, and its mask with ids of the first ``classes`` only."""
+    picture, ids = make_image(0, "train", number)
+    ids = np.where((ids > 0) & (ids != IGNORE), (ids - 1) % classes + 1, ids).astype(np.uint8)
+    large = np.asarray(Image.fromarray(picture).resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
+    grain = np.random.default_rng(number).normal(0, 9, large.shape)  # what photographs have and drawings lack
+    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(root / f"{number:06d}.jpg", quality=90)
+    Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(root / f"{number:06d}.png")
+
+
+def ratio(times: dict[str, list[float]]) -> dict[str, Any]:
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    return {**medians, "ratio": medians["plain_seconds"] / medians["ours_seconds"], "spread": times}
+
+
+def describe(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
+
+
+def timed(function: Callable[[], R], device: torch.device = CPU) -> tuple[float, R]:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     started = time.perf_counter()
     result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - started, result
+
+
+MODES: dict[str, Callable[[argparse.Namespace, Sequence[str], Path], dict[str, Any]]] = {
+    "train": bench_train,
+    "eval": bench_eval,
+    "loader": bench_loader,
+    "index": bench_index,
+}
 
 
 if __name__ == "__main__":

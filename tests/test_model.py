@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import tempfile
+from functools import partial
 from pathlib import Path
 from urllib.error import URLError
 
@@ -51,6 +52,7 @@ from model.ops import concat_conv, foreground, masked_average_pool, resize
 from model.prior import prior_mask, target_positions
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsError
+from scripts.plain import plain_forward
 
 PASCAL_BINS, COCO_BINS = (60, 30, 15, 8), (1.0, 0.5, 0.25, 0.125)
 
@@ -722,6 +724,35 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
 def test_a_state_is_of_one_kind_of_elimination_only(lite0):
     with pytest.raises(RuntimeError, match=r"eliminations\.1"):
         network(lite0, "per scale").load_state_dict(network(lite0).state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("row", NETWORKS)
+@pytest.mark.parametrize("shots", [1, 3])
+def test_every_ablation_equals_its_plain_formulation(lite0, row, shots):
+    model = network(lite0, row)
+    query, supports, masks = episode(2, shots)
+    masks[0, 0] = 1  # a support that the target fills beside others that it does not
+    got, expected = model(query, supports, masks), plain_forward(model, query, supports, masks)
+    assert_same(got, expected)
+    if got.support_bg_logits is not None:
+        assert torch.allclose(got.support_bg_logits, expected.support_bg_logits, atol=1e-4)
+    for mine, theirs in zip(got.coarser_initial_logits, expected.coarser_initial_logits, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+
+
+def test_gradients_equal_those_of_the_plain_formulation(lite0):
+    model = network(lite0)
+    query, supports, masks = episode(2, 2)
+    query_masks = (torch.rand(2, 65, 65) < 0.3).long()
+    gradients = []
+    for run in (model, partial(plain_forward, model)):
+        model.zero_grad()
+        loss = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))
+        loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2])).total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    for name, expected in gradients[1].items():
+        assert (gradients[0][name] - expected).abs().max() < 1e-3 * expected.abs().max(), name
 
 
 @torch.no_grad()

@@ -1,0 +1,157 @@
+"""NTRENet in its plain formulation: what scripts/bench.py measures against, and what the tests compare with.
+
+The same weights and results as ``model``, written as the equations read and as the lineage computes: batch norm
+on its own, prototypes expanded over the map and concatenated, supports one after another, the prior from all
+positions of the support, one episode at a time in evaluation. Nothing of the product imports this file.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.elimination import Elimination
+from model.fem import FEM, FEMScale
+from model.ntrenet import NTRENet, NTRENetOutput
+from model.ops import foreground, masked_average_pool, resize
+from util.config import Config
+from util.dataset import Episode
+from util.transforms import normalize, to_original
+
+
+def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:
+    """``model(query, supports, support_masks)``; shapes as there."""
+    q_middle, _, q_high = backbone(model, query)
+    x_q = model.reduce_query(q_middle)
+    features, prototypes, priors = [], [], []
+    for image, mask in zip(supports.unbind(1), support_masks.unbind(1), strict=True):
+        s_middle, s_third, _ = backbone(model, image, high=False)
+        target = foreground(mask, (s_third.shape[-2], s_third.shape[-1]))
+        with torch.no_grad():
+            s_high = model.backbone.stage4(s_third * target) * target
+        features.append(model.reduce_support(s_middle))
+        prototypes.append(masked_average_pool(features[-1], target))
+        priors.append(prior(q_high, s_high))
+    x_s, p_s, c_p = torch.stack(features, 1), torch.stack(prototypes).mean(0), torch.stack(priors).mean(0)
+
+    bg_q = bg_s = None
+    eliminated: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    sides = model.fem.sizes((x_q.shape[-2], x_q.shape[-1]))
+    if model.bgmm is None:
+        feature_logits, scale_logits = fem(model.fem, x_q, p_s, c_p)
+    else:
+        p_bg = model.bgmm.prototype
+        bg_q, *each = (bgmm(model, x) for x in (x_q, *features))
+        bg_s = torch.stack(each, 1)
+        if model.bgem is not None:
+            feature_logits, scale_logits = fem(model.fem, concat(model.bgem.conv, x_q, p_bg).relu(), p_s, c_p)
+        elif len(model.eliminations) == 1:
+            eliminated = [elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p)]
+            feature_logits, scale_logits = fem(model.fem, eliminated[0][0], eliminated[0][3], None)
+        else:
+            for part, side in zip(model.eliminations, sides, strict=True):
+                x = F.adaptive_avg_pool2d(x_q, side)
+                eliminated.append(elimination(part, x, p_bg, resize(bg_q, side), p_s, resize(c_p, side)))
+            inputs = [(e[0], e[3], None) for e in eliminated]
+            feature_logits, scale_logits = enrich(model.fem, inputs, (x_q.shape[-2], x_q.shape[-1]))
+    return NTRENetOutput(
+        logits=resize(feature_logits, (query.shape[-2], query.shape[-1])),
+        feature_logits=feature_logits,
+        scale_logits=scale_logits,
+        prior=c_p,
+        query_feature=x_q,
+        support_prototype=p_s,
+        support_features=x_s,
+        query_bg_logits=bg_q,
+        support_bg_logits=bg_s,
+        initial_logits=eliminated[0][1] if eliminated else None,
+        coarser_initial_logits=tuple(e[1] for e in eliminated[1:]),
+        do_mask=eliminated[0][2] if eliminated else None,
+        do_prototype=eliminated[0][3] if eliminated else None,
+    )
+
+
+@torch.no_grad()
+def backbone(model: NTRENet, images: Tensor, *, high: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Middle features, stage 3 and stage 4 (stage 3 again unless ``high``), batch norm and all."""
+    part = model.backbone
+    second = part.stage2(part.stage1(part.stem(images)))
+    third = part.stage3(second)
+    middle = torch.cat([third, resize(second, (third.shape[-2], third.shape[-1]))], 1) * part.middle_scale
+    return middle, third, part.stage4(third) if high else third
+
+
+@torch.no_grad()
+def prior(query_high: Tensor, support_high: Tensor) -> Tensor:
+    """C_p of one shot, from all h w positions of the support."""
+    query = F.normalize(query_high.float().flatten(2), dim=1)
+    support = F.normalize(support_high.float().flatten(2), dim=1)
+    best = torch.bmm(support.transpose(1, 2), query).amax(1)
+    low, high = best.amin(1, keepdim=True), best.amax(1, keepdim=True)
+    return ((best - low) / (high - low + 1e-7)).view(len(best), 1, *query_high.shape[-2:])
+
+
+def concat(conv: nn.Conv2d, feature: Tensor, *others: Tensor) -> Tensor:
+    """``conv`` on the concatenation, with prototypes (1 x 1) expanded over the map."""
+    size = feature.shape[-2:]
+    return conv(torch.cat([feature, *(other.expand(len(feature), -1, *size) for other in others)], 1))
+
+
+def bgmm(model: NTRENet, x: Tensor) -> Tensor:
+    """Eq. 1 and 2."""
+    assert model.bgmm is not None
+    logits: Tensor = model.bgmm.classifier(concat(model.bgmm.conv, x, model.bgmm.prototype).relu())
+    return logits
+
+
+def elimination(
+    part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Tensor, c_p: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Eq. 4 to 8: X_act, logits of y_ini, Y_DO, P_DO."""
+    assert isinstance(part, Elimination)
+    x_bg = concat(part.bgem.conv, x_q, p_bg).relu()
+    x_act = concat(part.matching.conv, x_bg, p_s, c_p).relu()
+    initial = part.matching.initial(x_act)
+    do_mask = (~((bg > 0) | (initial > 0))).float()
+    return x_act, initial, do_mask, masked_average_pool(x_q, do_mask)
+
+
+def fem(part: FEM, x: Tensor, prototype: Tensor, c_p: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Eq. 9."""
+    size = (x.shape[-2], x.shape[-1])
+    inputs = [
+        (F.adaptive_avg_pool2d(x, side), prototype, None if c_p is None else resize(c_p, side))
+        for side in part.sizes(size)
+    ]
+    return enrich(part, inputs, size)
+
+
+def enrich(
+    part: FEM, inputs: Sequence[tuple[Tensor, Tensor, Tensor | None]], size: tuple[int, int]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    enriched: list[Tensor] = []
+    scale_logits: list[Tensor] = []
+    before: Tensor | None = None
+    for scale, (x, prototype, c_p) in zip(part.scales, inputs, strict=True):
+        assert isinstance(scale, FEMScale)
+        y = concat(scale.merge, x, prototype, *([] if c_p is None else [c_p])).relu()
+        if before is not None and scale.inter_scale is not None:
+            y = scale.inter_scale(torch.cat([y, resize(before, (x.shape[-2], x.shape[-1]))], 1)) + y
+        y = scale.refine(y) + y
+        scale_logits.append(scale.classifier(y))
+        before = resize(y, size)
+        enriched.append(before)
+    x = part.fuse(torch.cat(enriched, 1))
+    return part.classifier(part.refine(x) + x), tuple(scale_logits)
+
+
+@torch.inference_mode()
+def plain_counts(model: NTRENet, episode: Episode, config: Config) -> np.ndarray:
+    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives."""
+    output = plain_forward(model, normalize(episode.query), normalize(episode.supports), episode.support_masks)
+    truth = episode.truths[0].numpy()
+    logits = to_original(output.logits[0].float(), truth.shape[0], truth.shape[1], config.eval.geometry)[0]
+    prediction = (logits > 0).numpy()
+    return np.array([((truth == t) & (prediction == p)).sum() for t in (0, 1) for p in (False, True)])
