@@ -85,6 +85,30 @@ class Backbone(nn.Module):
         stage4 = self._stages(stage3)[4]
         return stage4(stage3.to(next(stage4.parameters()).dtype))
 
+    @torch.no_grad()
+    def high_within(self, stage3: Tensor, rows: slice, columns: slice) -> Tensor:
+        """``high(stage3)[:, :, rows, columns]``, exactly, from no more positions than these depend on.
+
+        Before each block the map is cut to the window and what the blocks still to come reach beyond it. What a
+        block's padding spoils at a cut lies outside the next one.
+        """
+        stage4 = self._stages(stage3)[4]
+        blocks = list(stage4.children())
+        reach = sum(map(_reach, blocks))
+        x, top, left = stage3.to(next(stage4.parameters()).dtype), 0, 0
+        for block in [*blocks, nn.Identity()]:
+            first_row, first_column = max(rows.start - reach, 0), max(columns.start - reach, 0)
+            x = x[:, :, first_row - top : rows.stop + reach - top, first_column - left : columns.stop + reach - left]
+            top, left = first_row, first_column
+            x = block(x)
+            reach -= _reach(block)
+        return x
+
+
+def _reach(block: nn.Module) -> int:
+    """How many positions away an output of a block (stride 1) still depends on its input."""
+    return sum(m.dilation[0] * (m.kernel_size[0] // 2) for m in block.modules() if isinstance(m, nn.Conv2d))
+
 
 def fold_batch_norm(module: nn.Module) -> nn.Module:
     """Fold, in place, every frozen batch norm of a module into the convolution registered right before it."""

@@ -153,9 +153,9 @@ class NTRENet(nn.Module):
     def read_targets(self, features: Features, masks: Tensor) -> tuple[Target, Tensor]:
         """N images and their masks (N, H, W) as N one-shot targets, and X^s (N, C, h, w)."""
         target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
-        high = self.backbone.high(features.stage3 * target)  # masked before stage 4, and after it
+        high = target_positions(self.backbone, features.stage3, target).unsqueeze(1)
         x_s = self.reduce_support(features.middle)
-        return Target(masked_average_pool(x_s, target), target_positions(high, target).unsqueeze(1)), x_s
+        return Target(masked_average_pool(x_s, target), high), x_s
 
     def segment(
         self, query: Query, target: Target, size: tuple[int, int], *, every_scale: bool = False

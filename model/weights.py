@@ -126,9 +126,14 @@ def is_plain(name: object, value: object) -> bool:
         and isinstance(value, Tensor)
         and (value.layout, value.device.type) == (torch.strided, "cpu")
         and not (value.is_quantized or value.is_complex())
-        and value.untyped_storage().nbytes() >= value.numel() * value.element_size()  # not one number for many
-        and bool(torch.isfinite(value).all())
+        and bool(torch.isfinite(_stored(value)).all())
     )
+
+
+def _stored(value: Tensor) -> Tensor:
+    """The numbers in the file, flat: a tensor can claim to be larger than any memory by repeating them."""
+    storage = value.untyped_storage()
+    return torch.empty(0, dtype=value.dtype).set_(storage, 0, (storage.nbytes() // value.element_size(),))
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:

@@ -198,6 +198,13 @@ def test_prior_equals_a_double_loop_over_query_and_support_positions(shots):
         assert np.abs(array(prior[b, 0]) - expected).max() < 1e-5
 
 
+class NoBackbone:
+    """Stage 4 is the identity."""
+
+    def high_within(self, stage3, rows, columns):
+        return stage3[:, :, rows, columns]
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_target_positions_give_the_prior_of_the_whole_zeroed_map(share):
     """Whole supports and empty ones included: a zero beside the target may win where all cosines are negative."""
@@ -205,12 +212,30 @@ def test_target_positions_give_the_prior_of_the_whole_zeroed_map(share):
     target = torch.rand(6, 1, 5, 6) * (torch.rand(6, 1, 5, 6) < share)
     target[0] = 1  # another support of the batch keeps every position
     target[1] = 0
-    some = target_positions(high, target)
-    expected = prior_mask(query, positions((high * target).unflatten(0, (3, 2))))
+    some = target_positions(NoBackbone(), high, target)
+    expected = prior_mask(query, positions((high * target * target).unflatten(0, (3, 2))))
     assert torch.allclose(prior_mask(query, some.unflatten(0, (3, 2))), expected, atol=1e-5)
-    few = target_positions(high[2:], target[2:])
+    few = target_positions(NoBackbone(), high[2:], target[2:])
     assert few.shape[1] == min(int((target[2:] > 0).sum((1, 2, 3)).max()) + 1, 30)
     assert torch.allclose(prior_mask(query[1:], few.unflatten(0, (2, 2))), expected[1:], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["resnet50", "vgg16_bn", "efficientnet_lite0"])
+@pytest.mark.parametrize("window", [(0, 1, 0, 1), (7, 12, 20, 23), (0, 40, 0, 36), (39, 40, 2, 36), (15, 25, 0, 4)])
+def test_stage_4_within_a_window_is_that_part_of_the_whole(name, window):
+    torch.manual_seed(0)
+    backbone, _ = build_backbone(name, weights="random")
+    for module in backbone.stage4.modules():
+        if isinstance(module, nn.BatchNorm2d):  # positions whose input is zero are not zero after it
+            nn.init.normal_(module.bias)
+    channels = backbone(torch.zeros(1, 3, 33, 33)).stage3.shape[1]
+    stage3 = torch.randn(1, channels, 40, 36)
+    rows, columns = slice(*window[:2]), slice(*window[2:])
+    whole = backbone.high(stage3)
+    part = backbone.high_within(stage3, rows, columns)
+    assert part.shape == whole[:, :, rows, columns].shape
+    assert (part - whole[:, :, rows, columns]).abs().max() < 1e-4 * whole.abs().max()
 
 
 def test_prior_finds_the_position_where_query_and_support_agree():
