@@ -180,7 +180,7 @@ def load_model(config: Config, path: Path) -> tuple[NTRENet, dict[str, Any]]:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         raise UserError(
-            f"checkpoint {path} does not fit its own config: {str(error).splitlines()[1].strip()}"
+            f"checkpoint {path} does not fit its own config: {str(error).splitlines()[-1].strip()}"
         ) from error
     if "data.fold" in unknown:
         print(

@@ -1,12 +1,16 @@
-"""Train one fold: python train.py --config configs/pascal/resnet50_fold0_1shot.yaml [key=value ...]
+"""Train one fold: python train.py --config configs/pascal/resnet50_fold0_1shot.yaml [ABLATION.yaml] [key=value ...]
 
-Writes into run_dir: config.yaml, run.json (environment, hashes), metrics.jsonl (a line an evaluation), last.pt,
-best.pt and TensorBoard events. resume=auto continues where last.pt stands.
+Writes into run_dir: config.yaml, run.json (environment, hashes, starts), metrics.jsonl (a line an evaluation), last.pt
+and the checkpoint before it, best.pt and TensorBoard events. resume=auto continues exactly where it stood; Ctrl-C and
+SIGTERM save first. torchrun --nproc_per_node=N train.py ... trains on N processes, with the same result.
 """
 
 import argparse
 import itertools
+import sys
 import time
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +19,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from model.losses import LossTerms
+from model.parallel import processes, rank
 from util.build import (
     build_eval_loader,
     build_eval_sampler,
@@ -25,14 +29,17 @@ from util.build import (
     select_hardware,
 )
 from util.class_index import ClassIndex
-from util.config import add_config_argument, load_config, parse_arguments
-from util.engine import evaluate, learning_rate, train_one_epoch
+from util.config import Config, add_config_argument, load_config, parse_arguments
+from util.distributed import first_process_first, joined_processes
+from util.engine import evaluate, learning_rate, train
 from util.episodes import EpisodeFiles, EpisodeList
 from util.errors import UserError, run_command
+from util.files import write_atomically
 from util.folds import base_classes, novel_classes
+from util.interruption import Interruption, Stopped
 from util.metrics import scores
-from util.record import append_json_line, environment, keep_json_lines, peak_memory_mib, write_json
-from util.training import Training, start_or_resume
+from util.record import append_json_line, environment, keep_json_lines, peak_memory_mib, read_json, write_json
+from util.training import LAST, Training, start_or_resume
 from util.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
@@ -50,67 +57,116 @@ def main() -> None:
     add_config_argument(parser)
     args, overrides = parse_arguments(parser)
     config = load_config(args.config, overrides)
-    hardware = select_hardware(config)
+    with joined_processes():
+        run(config)
 
-    train_index, val_index = build_index(config, "train"), build_index(config, "val")
+
+def run(config: Config) -> None:
+    hardware = select_hardware(config)
+    with first_process_first():
+        train_index, val_index = build_index(config, "train"), build_index(config, "val")
     train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
     lists = {str(index.list_path): index.list_sha256 for index in (train_index, val_index)}
     training = start_or_resume(config, hardware, lists)
-    steps_per_epoch = max(1, len(train_sampler) // config.train.batch_size)
-    total_steps = steps_per_epoch * config.train.epochs
+    epoch_steps = max(1, len(train_sampler) // config.train.batch_size)
+    total_steps = epoch_steps * config.train.epochs
+    episodes = [val_sampler(number) for number in range(config.eval.episodes)]
+    batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
 
-    run_dir = Path(config.run_dir)
+    run_dir, first = Path(config.run_dir), rank() == 0
+    if first:
+        open_run(training, lists)
+        announce(training, len(train_sampler), len(val_sampler), total_steps)
+        if any(train_sampler.left_out.values()):
+            left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
+            print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
+
+    options, before = config.train, training.seconds
+    lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
+    began = saved = time.monotonic()
+    with (
+        SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) if first else nullcontext() as writer,
+        tqdm(total=total_steps, initial=training.step, unit="step", dynamic_ncols=True, disable=not first) as bar,
+        Interruption() as stop,
+    ):
+
+        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
+            nonlocal saved
+            training.seconds = before + time.monotonic() - began
+            if writer is not None:
+                write_losses(writer, step, lr, terms)
+            if time.monotonic() - saved >= 60 * options.checkpoint_minutes and (step + 1) % epoch_steps:
+                training.save_last()
+                saved = time.monotonic()
+
+        try:
+            while training.finished_step < total_steps:
+                end = training.finished_step + epoch_steps
+                epoch = end // epoch_steps
+                bar.set_description(f"epoch {epoch}/{options.epochs}")
+                epoch_batches = itertools.islice(batches, end - training.step)
+                train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
+                improved = False
+                if epoch % config.eval.every == 0 or end == total_steps:
+                    with stop.at_once():
+                        miou = validate(training, val_index, episodes, writer, epoch_steps)
+                    improved = miou > training.best_miou
+                    training.best_miou = max(training.best_miou, miou)
+                training.sums = dict.fromkeys(training.sums, 0.0)
+                training.finished_step = end
+                training.seconds = before + time.monotonic() - began
+                if improved if config.eval.select == "miou" else end == total_steps:
+                    training.save_best()
+                training.save_last()
+                saved = time.monotonic()
+        except Stopped as stopped:
+            training.save_last()
+            if first:
+                bar.close()
+                print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
+            sys.exit(stopped.exit_code)
+    if first:
+        close_run(training)
+
+
+def open_run(training: Training, lists: dict[str, str]) -> None:
+    """config.yaml and run.json; what an interrupted run wrote after its last checkpoint goes."""
+    config, run_dir = training.config, Path(training.config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(), sort_keys=False), encoding="utf-8")
+        text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+        write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
     except OSError as error:
         raise UserError(f"run_dir {run_dir} cannot be written ({error}); set run_dir=... to another folder") from error
+    path = run_dir / "run.json"
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "step": training.step,
+        **environment(training.hardware.device),
+        "processes": processes(),
+    }
+    starts = read_json(path).get("starts", []) if training.step else []
     record = {
-        **environment(hardware.device),
+        **environment(training.hardware.device),
         "seed": config.seed,
         "eval_seed": EVAL_SEED,
         "weights": training.weights._asdict(),
         "list_sha256": lists,
         "resumed_at_step": training.step,
+        "starts": [*starts, start],
     }
-    write_json(run_dir / "run.json", record)
-    keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.step)
-    announce(training, len(train_sampler), len(val_sampler), total_steps)
-    if any(train_sampler.left_out.values()):
-        left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
-        print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
+    write_json(path, record)
+    keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
 
-    episodes = [val_sampler(number) for number in range(config.eval.episodes)]
-    batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
-    options = config.train
-    began = time.perf_counter() - training.seconds
-    lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
-    with (
-        SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) as writer,
-        tqdm(total=total_steps, initial=training.step, unit="step", dynamic_ncols=True) as bar,
-    ):
-        while training.step < total_steps:
-            epoch = training.step // steps_per_epoch + 1
-            bar.set_description(f"epoch {epoch}/{config.train.epochs}")
-            epoch_batches = itertools.islice(batches, steps_per_epoch)
-            losses = train_one_epoch(
-                training, epoch_batches, lr_at=lr_at, bar=bar, on_step=partial(write_losses, writer)
-            )
 
-            is_last = training.step == total_steps
-            improved = False
-            if epoch % config.eval.every == 0 or is_last:
-                miou = validate(training, val_index, episodes, writer, losses)
-                improved = miou > training.best_miou
-                training.best_miou = max(training.best_miou, miou)
-            if improved if config.eval.select == "miou" else is_last:
-                training.save_best(run_dir / "best.pt")
-            training.seconds = time.perf_counter() - began
-            training.save_last(run_dir / "last.pt")
-    write_json(run_dir / "run.json", record | {"finished": cost(training)})
+def close_run(training: Training) -> None:
+    """Say that the run is done, on screen and in run.json."""
+    run_dir = Path(training.config.run_dir)
+    write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"finished": cost(training)})
     best = run_dir / "best.pt"
-    kept = f"{best} is {SELECTION[config.eval.select]}" if best.exists() else "nothing improved on where it began"
+    select = SELECTION[training.config.eval.select]
+    kept = f"{best} is {select}" if best.exists() else "nothing improved on where it began"
     print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
 
 
@@ -138,9 +194,9 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
     )
 
 
-def write_losses(writer: SummaryWriter, step: int, lr: float, terms: LossTerms) -> None:
-    for name, value in terms._asdict().items():
-        writer.add_scalar(f"loss/{name}", float(value), step)
+def write_losses(writer: SummaryWriter, step: int, lr: float, terms: dict[str, float]) -> None:
+    for name, value in terms.items():
+        writer.add_scalar(f"loss/{name}", value, step)
     writer.add_scalar("lr", lr, step)
 
 
@@ -148,26 +204,30 @@ def validate(
     training: Training,
     index: ClassIndex,
     episodes: list[EpisodeFiles],
-    writer: SummaryWriter,
-    losses: dict[str, float],
+    writer: SummaryWriter | None,
+    epoch_steps: int,
 ) -> float:
     """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
 
     Args:
-        losses: mean of every term over the epoch before, for metrics.jsonl.
+        writer: of the first process; the others have none, and write nothing.
+        epoch_steps: that the training's sums of losses are over.
     """
     config, step, hardware = training.config, training.step, training.hardware
-    with tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True, disable=writer is None)
+    with bar:
         counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar)["network"]
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts, np.array([episode.class_id for episode in episodes]), names)
-    tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
-    for name in ("miou", "fb_iou", "precision"):
-        writer.add_scalar(f"val/{name}", getattr(found, name), step)
-    append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
-    loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))
-    picture = draw_rows(episode_rows(training.model, loader, hardware=hardware))
-    writer.add_image("episodes", picture, step, dataformats="HWC")
+    if writer is not None:
+        tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
+        for name in ("miou", "fb_iou", "precision"):
+            writer.add_scalar(f"val/{name}", getattr(found, name), step)
+        losses = {name: value / epoch_steps for name, value in training.sums.items()}
+        append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
+        loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))
+        picture = draw_rows(episode_rows(training.model, loader, hardware=hardware))
+        writer.add_image("episodes", picture, step, dataformats="HWC")
     return found.miou
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.ops import concat_conv, resize
+from model.parallel import Dropout2d
 
 
 class FEMOutput(NamedTuple):
@@ -94,7 +95,7 @@ class FEM(nn.Module):
 
 def classifier(channels: int) -> nn.Sequential:
     """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit."""
-    return nn.Sequential(*_conv_relu(channels, channels, 3), nn.Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
+    return nn.Sequential(*_conv_relu(channels, channels, 3), Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
 
 
 def _conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model.doem import distracting_object_mask
 from model.ntrenet import NTRENetOutput
 from model.ops import IGNORE, foreground, masked_average_pool, resize
+from model.parallel import gathered, mean_over_batch
 from model.prototype_bank import PrototypeBank
 
 Negatives = Literal["do", "bg", "non_target"]
@@ -32,7 +33,7 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
     valid = masks != IGNORE
     logits = logits.masked_fill(~valid, 0)
     loss = F.binary_cross_entropy_with_logits(logits, (masks == 1).float(), reduction="none")
-    return (loss * valid).sum() / valid.sum().clamp_min(1)
+    return mean_over_batch((loss * valid).sum(), valid.sum())
 
 
 def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Tensor:
@@ -52,7 +53,7 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Te
     target, valid = (masks == 1).float(), (masks != IGNORE).float()
     on_target = (F.softplus(logits) * target).sum((1, 2)) / target.sum((1, 2)).clamp_min(1)
     everywhere = (F.softplus(-logits) * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
-    return (on_target + alpha * everywhere).mean()
+    return mean_over_batch((on_target + alpha * everywhere).sum(), len(masks))
 
 
 def prototypical_contrastive_loss(query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def prototypical_contrastive_loss(query: Tensor, support: Tensor, negatives: Ten
     similarity = torch.bmm(F.normalize(negatives, dim=2), F.normalize(query, dim=1).unsqueeze(2)).squeeze(2)
     denominator = similarity.masked_fill(~stored, -torch.inf).logsumexp(1)
     counts = stored.any(1) & (query.detach().abs().amax(1) > 0)
-    return torch.where(counts, denominator - positive, 0).sum() / len(query)
+    return mean_over_batch(torch.where(counts, denominator - positive, 0).sum(), len(query))
 
 
 class LossTerms(NamedTuple):
@@ -150,7 +151,7 @@ class NTRELoss(nn.Module):
     def _contrast(self, bank: PrototypeBank, output: NTRENetOutput, support_masks: Tensor, class_ids: Tensor) -> Tensor:
         shots = support_masks.shape[1]
         negatives = negative_prototypes(output, support_masks, self.pcl_negatives)
-        bank.store(negatives.flatten(0, 1), class_ids.repeat_interleave(1 + shots))
+        bank.store(gathered(negatives).flatten(0, 1), gathered(class_ids).repeat_interleave(1 + shots))
         query = masked_average_pool(output.query_feature, (output.feature_logits > 0).float())
         stored, filled = bank.of_classes(class_ids)
         return prototypical_contrastive_loss(

@@ -25,6 +25,7 @@ from model.elimination import Eliminated, Elimination
 from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, resize
+from model.parallel import Dropout2d
 from model.prior import prior_mask, target_positions
 
 
@@ -259,4 +260,4 @@ def _initialise(network: NTRENet) -> None:
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, channels, 1, bias=False), nn.ReLU(), nn.Dropout2d(0.5))
+    return nn.Sequential(nn.Conv2d(inputs, channels, 1, bias=False), nn.ReLU(), Dropout2d(0.5))

@@ -133,7 +133,7 @@ def is_plain(name: object, value: object) -> bool:
 def _stored(value: Tensor) -> Tensor:
     """The numbers in the file, flat: a tensor can claim to be larger than any memory by repeating them."""
     storage = value.untyped_storage()
-    return torch.empty(0, dtype=value.dtype).set_(storage, 0, (storage.nbytes() // value.element_size(),))
+    return torch.empty(0, dtype=value.dtype).set_(storage, 0, (storage.nbytes() // value.element_size(),), (1,))
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:

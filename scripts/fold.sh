@@ -1,5 +1,6 @@
 # Sourced by the scripts that train and evaluate. fold_arguments DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
-# sets: configs (a fold's YAML and the ablation's), run (its folder) and overrides. `do_run` runs a command, or prints it.
+# sets: configs (a fold's YAML and the ablation's), run (its folder) and overrides. `do_run` ends the script by becoming
+# a command, which thus gets its signals, or with DRY_RUN prints it.
 fold_arguments() {
     local name=$2_fold$3_$4shot word
     configs=(configs/$1/$name.yaml) overrides=()
@@ -26,6 +27,6 @@ do_run() {
     if [ -n "${DRY_RUN:-}" ]; then
         echo "$*"
     else
-        "$@"
+        exec "$@"
     fi
 }

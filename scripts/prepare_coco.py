@@ -19,6 +19,7 @@ cannot be read, has another size, or is older than the annotations.
 import argparse
 import contextlib
 import json
+import re
 import signal
 import sys
 from array import array
@@ -51,6 +52,8 @@ AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#downl
 IGNORED = 255
 FARTHEST = 1e5  # a polygon's coordinates, in pixels: pycocotools takes all memory for NaN and infinity
 POOL_FROM = 512  # images; for fewer, starting processes would take longer
+IMAGE = re.compile(r"[\w-]+\.jpg")
+"""names become names of masks: a file can name nothing outside its folder"""
 PALETTE = voc_palette()
 
 
@@ -121,7 +124,12 @@ def read_jobs(path: Path) -> list[Job]:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         ids = class_ids(data["categories"], path)
         jobs = {image["id"]: Job(image["file_name"], image["height"], image["width"], []) for image in data["images"]}
+        for job in jobs.values():
+            if (type(job.name), type(job.height), type(job.width)) != (str, int, int) or not IMAGE.fullmatch(job.name):
+                raise ValueError(f"image {job.name!r:.50} of {job.width!r:.20} x {job.height!r:.20}")
         for entry in data["annotations"]:
+            if (type(entry["id"]), entry["iscrowd"]) not in ((int, 0), (int, 1)):
+                raise ValueError(f"annotation {entry['id']!r:.50}, crowd {entry['iscrowd']!r:.50}")
             if entry["image_id"] not in jobs or entry["category_id"] not in ids:
                 raise UserError(
                     f"{path}: annotation {entry['id']} is of image {entry['image_id']} and category"

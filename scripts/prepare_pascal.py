@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.download import download
 from util.errors import UserError, run_command
-from util.images import read_image, read_mask
+from util.images import compare_checksums, read_image, read_mask
 from util.synthetic import voc_palette
 
 EXPECTED: dict[str, tuple[int, str | None]] = {
@@ -371,7 +371,8 @@ def write_mask(data: bytes, target: Path, origin: str) -> None:
             image.save(buffer, "PNG")
             data = buffer.getvalue()
         else:
-            with Image.open(io.BytesIO(data)) as image:
+            compare_checksums(data)
+            with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
                 image.load()
                 if image.mode != "P":
                     raise ValueError(f"mode {image.mode}, want a palette")

@@ -44,7 +44,8 @@ def write_checkpoint(path: Path, *overrides: str) -> Path:
         ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml",
         [*SMALL, *overrides, f"run_dir={path.parent}"],
     )
-    start_or_resume(config, select_hardware(config), {}).save_best(path)
+    start_or_resume(config, select_hardware(config), {}).save_best()
+    (path.parent / "best.pt").replace(path)
     probability = np.median(NTRESegmenter.from_checkpoint(path).segment(*scene(0), scene(1)[0]).probability)
     state = load_checkpoint(path)
     state["model"]["fem.classifier.3.bias"] -= float(np.log(probability / (1 - probability)))

@@ -420,7 +420,7 @@ def scores_by_hand(settings: Config, checkpoint: Path, seed: int, episodes: int)
 
 def test_a_run_leaves_its_checkpoints_records_and_events_and_nothing_else(run: Run) -> None:
     names = {path.name for path in run.folder.iterdir()}
-    assert names == {"config.yaml", "run.json", "metrics.jsonl", "last.pt", "best.pt", "tensorboard"}
+    assert names == {"config.yaml", "run.json", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "tensorboard"}
     assert [path.name.split(".")[:3] for path in (run.folder / "tensorboard").iterdir()] == [
         ["events", "out", "tfevents"]
     ]
@@ -575,18 +575,20 @@ def test_how_often_and_with_which_batches_is_evaluated_changes_no_weights(
 # Interruption and resume
 
 
-def test_ctrl_c_ends_in_one_line_and_a_whole_checkpoint(interrupted: tuple[Run, Path], steps: int) -> None:
-    (_, result), stopped = interrupted
+def test_ctrl_c_saves_first_and_says_where(interrupted: tuple[Run, Path], steps: int) -> None:
+    (folder, result), stopped = interrupted
     assert result.code == 130
-    assert "Traceback" not in result.err
-    assert beside_progress_bars(result.err)[-1] == "interrupted"
-    assert load(stopped / "last.pt")["step"] == steps
+    assert beside_progress_bars(result.err) == []
+    step = load(stopped / "last.pt")["step"]
+    assert steps < step < EPOCHS * steps
+    last = result.out.splitlines()[-1]
+    assert last == f"stopped by SIGINT after step {step}, in {folder / 'last.pt'}; resume=auto goes on"
 
 
 def test_an_interrupted_and_resumed_run_equals_one_in_one_go_bit_for_bit(run: Run, resumed: Run) -> None:
     straight, continued = load(run.folder / "last.pt"), load(resumed.folder / "last.pt")
     assert straight["criterion"]["bank.stored"].sum() > 0
-    for part in ("model", "criterion", "optimizer", "scaler", "random", "step", "best_miou"):
+    for part in ("model", "criterion", "optimizer", "scaler", "random", "step", "finished_step", "best_miou"):
         assert differences(straight[part], continued[part], part) == []
     best, continued_best = load(run.folder / "best.pt"), load(resumed.folder / "best.pt")
     assert best["step"] == continued_best["step"]
@@ -601,10 +603,14 @@ def test_an_epoch_changes_every_trained_weight_and_none_of_the_backbone(
     assert changed == {name for name in after if not name.startswith("backbone.")}
 
 
-def test_a_resumed_run_continues_its_logs_where_it_stood(run: Run, resumed: Run, steps: int) -> None:
-    assert f"resumed at step {steps}" in resumed.result.out
+def test_a_resumed_run_continues_its_logs_where_it_stood(run: Run, resumed: Run, interrupted: tuple[Run, Path]) -> None:
+    step = load(interrupted[1] / "last.pt")["step"]
+    assert f"resumed at step {step}" in resumed.result.out
     assert "epoch 2/2" in resumed.result.err and "epoch 1/2" not in resumed.result.err
-    assert json.loads((resumed.folder / "run.json").read_text())["resumed_at_step"] == steps
+    record = json.loads((resumed.folder / "run.json").read_text())
+    assert record["resumed_at_step"] == step
+    assert [start["step"] for start in record["starts"]] == [0, step]
+    assert record["finished"]["steps"] == load(run.folder / "last.pt")["step"]
     assert json_lines(resumed.folder / "metrics.jsonl") == json_lines(run.folder / "metrics.jsonl")
     for name in ("loss/total", "loss/pcl", "lr"):
         assert scalars(resumed.folder)[name] == scalars(run.folder)[name]
@@ -631,7 +637,7 @@ def recovered(config: Path) -> Recovered:
     hashes: list[str] = []
 
     def full(file: int) -> None:
-        if (folder / "last.pt.tmp").exists() and (folder / "last.pt").exists():
+        if (folder / "last.pt.new.tmp").exists() and (folder / "last.pt").exists():
             hashes.append(sha256(folder / "last.pt"))
             raise OSError(28, "No space left on device")
         fsync(file)
@@ -649,7 +655,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recovered: Recovered) -> None:
     refused(recovered.failure, recovered.folder / "last.pt", "No space left", "free some space", "run_dir")
     before, after = recovered.hashes
     assert before == after
-    assert not any(name.endswith(".tmp") for name in recovered.names)
+    assert not any(name.endswith((".tmp", ".new")) for name in recovered.names)
 
 
 def test_a_run_resumed_after_a_full_disk_ends_where_it_would_have_ended(recovered: Recovered, run: Run) -> None:

@@ -49,6 +49,7 @@ from model.losses import NTRELoss, target_loss
 from model.matching import FeatureMatching
 from model.ntrenet import build_ntrenet
 from model.ops import concat_conv, foreground, masked_average_pool, resize
+from model.parallel import Dropout2d
 from model.prior import prior_mask, target_positions
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsError
@@ -1022,9 +1023,17 @@ def test_features_of_the_frozen_backbone_belong_to_no_graph(lite0):
 
 
 def test_dropout_rates_are_pfenets(lite0):
-    rates = {name: m.p for name, m in network(lite0).named_modules() if isinstance(m, nn.Dropout2d)}
+    rates = {name: m.p for name, m in network(lite0).named_modules() if isinstance(m, Dropout2d)}
     assert [rate for name, rate in rates.items() if name.startswith("reduce_")] == [0.5, 0.5]
     assert [rate for name, rate in rates.items() if name.startswith("fem.")] == [0.1] * 4
+
+
+def test_dropout_zeroes_whole_channels_keeps_the_mean_and_rests_in_eval_mode():
+    layer, x = Dropout2d(0.25), torch.ones(40, 50, 3, 2)
+    dropped = layer(x).flatten(2)
+    assert ((dropped == 0).all(2) | (dropped == 1 / 0.75).all(2)).all()
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
+    assert torch.equal(layer.eval()(x), x)
 
 
 def test_query_and_support_reduce_with_weights_of_their_own(lite0):

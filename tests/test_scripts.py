@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 STAND_IN = f"""#!{sys.executable}
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 arguments = sys.argv[1:]
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), *arguments]) + "\\n")
@@ -21,6 +22,10 @@ if arguments[0].startswith("scripts/"):
     os.execv(sys.executable, [sys.executable, *arguments])
 fold = int(arguments[arguments.index("--config") + 1].split("fold")[1][0])
 if arguments[0] == "train.py":
+    if os.environ.get("HANG"):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
+        pathlib.Path("hanging").write_text("")
+        time.sleep(60)
     if os.environ.get("FAIL") == str(fold):
         sys.exit(print("error: no data", file=sys.stderr) or 2)
     run = pathlib.Path(next(a for a in arguments if a.startswith("run_dir="))[8:])
@@ -172,3 +177,27 @@ def test_a_mistake_in_the_arguments_ends_before_anything_runs(place: Place, scri
     assert done.returncode == 2
     assert done.stderr
     assert place.calls() == []
+
+
+def test_a_slurm_task_trains_and_evaluates_its_fold(place: Place) -> None:
+    done = place.run("slurm.sh", "pascal", "resnet50", "1", "pfenet", SLURM_ARRAY_TASK_ID="2")
+    assert done.returncode == 0, done.stderr
+    assert [call[1] for call in place.calls()] == ["train.py", "test.py"]
+    assert all("resnet50_fold2_1shot_pfenet" in " ".join(call[1:]) for call in place.calls())
+
+
+def test_a_preempted_slurm_task_lets_the_run_save_and_goes_back_into_the_queue(place: Place) -> None:
+    scontrol = place.folder / "bin/scontrol"
+    scontrol.write_text('#!/bin/sh\necho "$@" > scontrol.txt\n')
+    scontrol.chmod(0o755)
+    slurm = {"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_JOB_ID": "77", "HANG": "1"}
+    path = f"{place.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", "scripts/slurm.sh", "pascal", "resnet50", "1"]
+    task = subprocess.Popen(command, cwd=place.folder, env=os.environ | slurm | {"PATH": path})
+    while not (place.folder / "hanging").exists():
+        assert task.poll() is None
+        time.sleep(0.02)
+    task.terminate()
+    assert task.wait(timeout=30) == 0
+    assert (place.folder / "scontrol.txt").read_text() == "requeue 77_1\n"
+    assert [call[1] for call in place.calls()] == ["train.py"]

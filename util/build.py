@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 from model.backbone import build_backbone
 from model.losses import NTRELoss
 from model.ntrenet import NTRENet, build_ntrenet
+from model.parallel import processes, rank
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsInfo
 from util.class_index import ClassIndex, load_class_index
@@ -57,7 +59,7 @@ def find_hardware(device: str, precision: str) -> Hardware:
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
-    place = torch.device("cuda" if available and device != "cpu" else "cpu")
+    place = torch.device("cuda", torch.cuda.current_device()) if available and device != "cpu" else torch.device("cpu")
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
         return Hardware(place, torch.bfloat16 if native else torch.float32)
@@ -110,7 +112,9 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
     """SGD over everything but the frozen backbone."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     options = config.train
-    return torch.optim.SGD(trainable, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay)
+    return torch.optim.SGD(
+        trainable, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+    )
 
 
 def build_index(config: Config, split: str) -> ClassIndex:
@@ -147,13 +151,21 @@ def build_eval_sampler(config: Config, index: ClassIndex, seed: int) -> EpisodeS
 def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> DataLoader[Episode]:
     """Batches of steps ``start`` to ``stop``; step s holds the episodes s * batch_size and on.
 
-    One loader serves all epochs, so that its workers start once.
+    One loader serves all epochs, so that its workers start once. Of several processes, each gets a run of every
+    batch, in the order of their ranks.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
     """
     data, batch = config.data, config.train.batch_size
+    if batch % processes():
+        raise UserError(f"train.batch_size {batch} is shared by {processes()} processes; make it a multiple of that")
+    share = batch // processes()
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
     dataset = EpisodeDataset(sampler, transform=transform)
-    return _episode_loader(config, dataset, range(start * batch, stop * batch), batch)
+    numbers = np.arange(start, stop)[:, None] * batch + rank() * share + np.arange(share)
+    return _episode_loader(config, dataset, numbers.ravel().tolist(), share)
 
 
 def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
@@ -198,9 +210,15 @@ def _episode_loader(
     return DataLoader(dataset, batch_size=batch_size, sampler=numbers, collate_fn=collate, **_machine(config))
 
 
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one finishes its step, and needs its workers for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _machine(config: Config) -> dict[str, Any]:
     return {
         "num_workers": min(config.workers, os.cpu_count() or 1),
+        "worker_init_fn": _ignore_interrupts,
         "pin_memory": torch.cuda.is_available() and config.device != "cpu",
         "generator": torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
     }

@@ -1,14 +1,16 @@
 """Checkpoints: written atomically, read without running code, refused where they do not fit."""
 
-import os
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from model.weights import is_plain, load_data
 from util.config import Config, config_from_dict, flatten
 from util.errors import UserError
+from util.files import sync_folder, write_atomically
 
 FORMAT = 1
 
@@ -37,29 +39,49 @@ FREE_IN_RESUME = (
     "eval.every",
     "eval.batch_size",
     "eval.cache_gib",
+    "train.checkpoint_minutes",
+    "resume_changed_code",
 )
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+class _Stem(BaseModel):
+    source: str
+    stem: Literal["standard", "deep"]
+    sha256: str
+
+
+class _Contents(BaseModel):
+    """What every checkpoint holds; see Training in util/training.py."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: Literal[1]
+    config: dict[str, Any]
+    weights: _Stem
+    list_sha256: dict[str, str]
+    step: Annotated[int, Field(ge=0)]
+    best_miou: float
+    seconds: float
+    model: dict[str, Any]
+    unknown: list[str] = []
+
+
+def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
     """Write ``state`` so that ``path`` holds the old file or the new one, whole, whenever the machine stops.
 
+    Args:
+        keep: where the old file goes; stopped in between, it is there and ``path`` is not.
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file stays.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    fresh = path.with_name(path.name + ".new")
     try:
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
+        if keep is not None and path.exists():
+            path.replace(keep)
+        fresh.replace(path)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write checkpoint {path} ({error}); free some space or set run_dir elsewhere"
         ) from error
@@ -72,13 +94,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: missing, truncated or damaged, or not a checkpoint of this project.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_data(path)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; train.py writes them as run_dir/best.pt") from None
     except Exception as error:  # torch raises many kinds for damaged files, and for files with code in them
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint; use another one") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT or "model" not in state or "config" not in state:
-        raise UserError(f"{path} is not a checkpoint of this project (format {FORMAT}); train.py writes them")
+    try:
+        _Contents.model_validate(state)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        what = f"is not a checkpoint of this project (format {FORMAT}: {key or 'a dictionary'} is missing or strange)"
+        raise UserError(f"{path} {what}; train.py writes them") from error
+    if strange := [name for name, value in state["model"].items() if not is_plain(name, value)]:
+        raise UserError(
+            f"checkpoint {path} is damaged: {strange[0]!r:.80} is no dense tensor of finite numbers; use another one"
+        )
     return state
 
 

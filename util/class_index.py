@@ -6,6 +6,7 @@ list, the number of classes, and size and time of every mask, so that a changed 
 
 import contextlib
 import hashlib
+import math
 import multiprocessing
 import os
 import sys
@@ -55,14 +56,14 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
     for number, line in enumerate(lines, 1):
         parts = line.split()
         if not parts:
             continue
-        if len(parts) != 2:
+        if len(parts) != 2 or "\0" in line:
             raise UserError(
                 f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'"
             )
@@ -83,22 +84,26 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
     """
     items = read_list(list_path, root)
     list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
-    key = hashlib.sha256(f"1 {list_sha256} {num_classes}".encode())
+    key = hashlib.sha256(f"2 {list_sha256} {num_classes}".encode())
     for item in items:
-        if not item.image.exists():
-            raise UserError(f"image {item.image} does not exist; check data.root and list {list_path}")
-        try:
-            stat = item.mask.stat()
-        except OSError:
-            raise UserError(f"mask {item.mask} does not exist; check data.root and list {list_path}") from None
+        _stat("image", item.image, list_path)
+        stat = _stat("mask", item.mask, list_path)
         key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
     cache = list_path.with_name(list_path.name + ".index.npz")
-    pixels = _read_cache(cache, key.hexdigest())
+    pixels = _read_cache(cache, key.hexdigest(), (len(items), num_classes + 1))
     if pixels is None:
         count = partial(count_pixels, num_classes=num_classes)
         pixels = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
         _write_cache(cache, key.hexdigest(), pixels)
     return ClassIndex(items, pixels, list_path, list_sha256)
+
+
+def _stat(kind: str, path: Path, list_path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except (OSError, ValueError) as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error})"
+        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}") from None
 
 
 T = TypeVar("T")
@@ -162,10 +167,14 @@ def count_values(mask: np.ndarray) -> np.ndarray:
     return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
 
 
-def _read_cache(path: Path, key: str) -> np.ndarray | None:
+def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The counts, int64 of ``shape``; None where there is no cache, or an old or damaged one, or one that swells."""
     try:
         with np.load(path, allow_pickle=False) as stored:
-            return stored["pixels"] if str(stored["key"]) == key else None
+            if sum(entry.file_size for entry in stored.zip.infolist()) > 8 * math.prod(shape) + 4096:
+                return None
+            pixels = stored["pixels"] if str(stored["key"]) == key else None
+            return pixels if pixels is not None and (pixels.shape, pixels.dtype) == (shape, np.int64) else None
     except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file, and it can always be built anew
         return None
 

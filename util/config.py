@@ -19,7 +19,7 @@ from util.errors import UserError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
 class Section(BaseModel):
@@ -48,11 +48,11 @@ class DataConfig(Section):
     """pixels a class needs in an image to qualify it as a support, and for the fold"""
     novel_in_train: Literal["keep", "drop"] = "keep"
     """training images that also hold novel classes: keep them with those pixels as background, or drop them"""
-    image_size: Count = 473
+    image_size: Annotated[int, Field(ge=9, le=10_001)] = 473
     """side of the network's square input; 8n + 1"""
-    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.9, 1.1]
+    scale: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=2)] = [0.9, 1.1]
     """random scaling in training, from and to"""
-    rotation: NonNegative = 10.0
+    rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
     """random rotation in training, degrees either way, in half of the images"""
 
     @model_validator(mode="after")
@@ -135,8 +135,10 @@ class TrainConfig(Section):
     weight_decay: NonNegative = 1e-4
     power: NonNegative = 0.9
     """of the polynomial decay of the learning rate, a step at a time"""
-    warmup: Annotated[int, Field(ge=0)] = 100
+    warmup: Annotated[int, Field(ge=0, le=10**9)] = 100
     """steps over which the learning rate rises to lr; 0 for none"""
+    checkpoint_minutes: NonNegative = 10.0
+    """at most so long between checkpoints; one is written at the end of each epoch in any case"""
 
 
 class EvalConfig(Section):
@@ -165,6 +167,8 @@ class Config(Section):
     """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
     resume: str = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
+    resume_changed_code: bool = False
+    """resume although train.py, model/ or util/ changed since the checkpoint: the result is then of both"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
@@ -185,7 +189,7 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
         UserError: naming the file (or the command line), the key and the remedy.
     """
     path, *variants = [paths] if isinstance(paths, Path) else paths
-    leaf = _read_yaml(path)
+    leaf = read_yaml(path)
     base_name = leaf.pop("base", None)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -193,7 +197,7 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
         if not isinstance(base_name, str):
             raise UserError(f"{path}: 'base' must be the path of one YAML file")
         base_path = path.parent / base_name
-        base = _read_yaml(base_path)
+        base = read_yaml(base_path)
         if "base" in base:
             raise UserError(f"{base_path}: a base file cannot have a 'base' of its own; name it in {path}")
         _merge(values, base, str(base_path), origin)
@@ -201,7 +205,7 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     for variant in variants:
         if variant.suffix not in (".yaml", ".yml"):
             raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
-        changes = _read_yaml(variant)
+        changes = read_yaml(variant)
         if "base" in changes:
             raise UserError(f"{variant}: has a 'base', so it is a config of its own; give it first, or alone")
         _merge(values, changes, str(variant), origin)
@@ -211,16 +215,19 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
             raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
         try:
             value = yaml.load(text, _Loader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"command line: {key}: cannot read the value '{text}'") from error
-        for part in reversed(key.split(".")):
+        except Exception as error:  # see read_yaml
+            raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
+        for part in reversed(key.split(".", 3)):  # no key has more parts
             value = {part: value}
         _merge(values, value, "command line", origin)
-    if not values.get("run_dir"):
-        seed = values.get("seed", 0)
-        name = "_".join([path.stem, *(variant.stem for variant in variants), *([f"seed{seed}"] if seed else [])])
-        values["run_dir"] = str(Path("runs") / path.resolve().parent.name / name)
-    return _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
+    if values.get("run_dir") is None:
+        values.pop("run_dir", None)
+    config = _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
+    if config.run_dir:
+        return config
+    of_seed = [f"seed{config.seed}"] if config.seed else []
+    name = "_".join([path.stem, *(variant.stem for variant in variants), *of_seed])
+    return config.model_copy(update={"run_dir": str(Path("runs") / path.resolve().parent.name / name)})
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
@@ -253,6 +260,9 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
+CONTROL = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML that refuses duplicate keys and aliases, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
@@ -267,6 +277,12 @@ class _Loader(yaml.SafeLoader):
             seen.append(key)
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and CONTROL.search(value):  # no path and no name can hold them
+            raise yaml.constructor.ConstructorError(None, None, "a control character", node.start_mark)
+        return value
+
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)
@@ -278,22 +294,23 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"config {path} does not exist{hint}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"config {path} cannot be read: {error}") from error
     try:
         values = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # PyYAML also lets through what Python raises for '!!int x', month 13, deep nesting ...
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not valid YAML: {reason}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold keys and values, such as 'data:' with 'fold: 0' under it")
     return values
@@ -330,7 +347,10 @@ def _validate(values: dict[str, Any], origin: dict[str, str], file: str, contrad
         raise UserError(f"{file}: key '{key}' is missing")
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
+    try:
+        shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
+    except ValueError:  # Python writes no whole number of more than 4300 digits
+        shown = ""
     raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
 
 

@@ -1,24 +1,29 @@
 """Training and evaluation loops, called by train.py and test.py alike."""
 
 import math
+import signal
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.backbone import Features
 from model.losses import LossTerms
 from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_episodes, join_shots
 from model.ops import resize
+from model.parallel import log_mean, processes, rank
 from util.build import Hardware, build_image_loader
 from util.class_index import ClassIndex
 from util.config import Config
 from util.dataset import Episode, ImageBatch
 from util.episodes import EpisodeFiles
 from util.errors import UserError
+from util.interruption import Interruption, Stopped
 from util.metrics import confusion, scores
 from util.rounds import EncodingSize, Round, batched, plan_rounds
 from util.training import Training
@@ -33,10 +38,11 @@ def autocast(hardware: Hardware) -> torch.autocast:
     return torch.autocast(hardware.device.type, dtype=hardware.precision, enabled=hardware.precision != torch.float32)
 
 
-def forward(model: NTRENet, batch: Episode, hardware: Hardware) -> NTRENetOutput:
+def forward(model: nn.Module, batch: Episode, hardware: Hardware) -> NTRENetOutput:
     """Run the model on a batch that lies on its device."""
     with autocast(hardware):
-        return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
+        output: NTRENetOutput = model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
+    return output
 
 
 def learning_rate(step: int, *, base: float, total: int, power: float, warmup: int) -> float:
@@ -44,56 +50,72 @@ def learning_rate(step: int, *, base: float, total: int, power: float, warmup: i
     return base * (1 - step / total) ** power * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def train_one_epoch(
+def train(
     training: Training,
     batches: Iterable[Episode],
     *,
     lr_at: Callable[[int], float],
+    stop: Interruption,
     bar: tqdm,
-    on_step: Callable[[int, float, LossTerms], None],
-) -> dict[str, float]:
-    """Train on ``batches``, one step each; returns the mean of every loss term.
+    on_step: Callable[[int, float, dict[str, float]], None],
+) -> None:
+    """Train on ``batches``, one step each.
+
+    The bar shows the share of time spent waiting for the loader: where it is large, the loader is the limit.
 
     Args:
         lr_at: learning rate of a step.
         on_step: called with (step, learning rate, loss terms) after each.
     Raises:
         UserError: a loss is not finite; names the step, every term and the files.
+        Stopped: asked to, between two steps.
     """
-    model, optimizer, scaler = training.model, training.optimizer, training.scaler
-    model.train()
-    sums, steps = dict.fromkeys(LossTerms._fields, 0.0), 0
-    for batch in batches:
+    optimizer, scaler, device = training.optimizer, training.scaler, training.hardware.device
+    training.model.train()
+    waited, began = 0.0, time.perf_counter()
+    ready = iter(batches)
+    while True:
+        asked = time.perf_counter()
+        batch = next(ready, None)
+        waited += time.perf_counter() - asked
+        if batch is None:
+            break
         lr = lr_at(training.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        on_device = batch.to(training.hardware.device)
-        output = forward(model, on_device, training.hardware)
+        on_device = batch.to(device)
+        output = forward(training.network, on_device, training.hardware)
         losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
-        terms = LossTerms(*(term.detach() for term in losses))
-        if not math.isfinite(terms.total):
-            shown = ", ".join(f"{name} {float(value):g}" for name, value in terms._asdict().items())
+        asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
+        values = torch.stack([*(term.detach() for term in losses), asked_to_stop])
+        *means, signal_number = log_mean(values).tolist()  # the step's only synchronisation
+        terms = dict(zip(LossTerms._fields, means, strict=True))
+        if not math.isfinite(terms["total"]):
+            shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
+            path = training.save_for_inspection(batch.names, terms)
             raise UserError(
                 f"the loss of step {training.step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
-                " lower train.lr, set precision=fp32, or look at these files"
+                f" the state before it is in {path}; lower train.lr, set precision=fp32, or look at these files"
             )
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(losses.total).backward()
         scaler.step(optimizer)
         scaler.update()
-        on_step(training.step, lr, terms)
+        training.sums = {name: training.sums[name] + value for name, value in terms.items()}
         training.step += 1
-        sums, steps = {name: sums[name] + float(value) for name, value in terms._asdict().items()}, steps + 1
+        on_step(training.step - 1, lr, terms)
         bar.set_postfix(
-            loss=f"{float(terms.total):.3f}",
-            final=f"{float(terms.final):.3f}",
-            bg=f"{float(terms.bg):.3f}",
-            pcl=f"{float(terms.pcl):.2f}",
+            loss=f"{terms['total']:.3f}",
+            final=f"{terms['final']:.3f}",
+            bg=f"{terms['bg']:.3f}",
+            pcl=f"{terms['pcl']:.2f}",
             lr=f"{lr:.4f}",
+            waiting=f"{waited / (time.perf_counter() - began):.0%}",
             refresh=False,
         )
         bar.update()
-    return {name: value / max(steps, 1) for name, value in sums.items()}
+        if signal_number > 0:
+            raise Stopped(stop.requested or signal.SIGTERM)
 
 
 NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}
@@ -126,7 +148,8 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Run every predictor on the same episodes: the counts of each episode at its query's original size.
 
-    Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.rounds`).
+    Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.rounds`). Several
+    processes share the rounds and sum their counts.
 
     Args:
         bar: advanced by one an image and an episode; shows the running mIoU of the first predictor.
@@ -134,11 +157,12 @@ def evaluate(
         (N, 4) counts of :func:`util.metrics.confusion` a predictor, in the order of ``episodes``
     """
     model.eval()
-    rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), config.eval.cache_gib * 2**30)
+    limit = config.eval.cache_gib * 2**30
+    rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), limit)[rank() :: processes()]
     counts = {name: torch.zeros(len(episodes), 4, dtype=torch.long, device=hardware.device) for name in predictors}
     batches = iter(build_image_loader(config, index, rounds))
     if bar is not None:
-        bar.reset(total=len(episodes) + sum(len(part.images) for part in rounds))
+        bar.reset(total=sum(len(part.episodes) + len(part.images) for part in rounds))
     for done, part in enumerate(rounds, 1):
         encoded: dict[int, Encoded] = {}
         while len(encoded) < len(part.images):
@@ -162,6 +186,9 @@ def evaluate(
             class_ids = np.array([episodes[number].class_id for number in seen])
             names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
             bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}")
+    if processes() > 1:
+        for count in counts.values():
+            dist.all_reduce(count)
     return {name: count.cpu().numpy() for name, count in counts.items()}
 
 

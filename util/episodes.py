@@ -108,14 +108,14 @@ def read_episodes(
     """
     places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one") from None
     episodes: list[EpisodeFiles] = []
     for number, line in enumerate(lines, 1):
         try:
             episodes.append(_read_episode(line, index, places, classes, shots))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"episodes file {path} line {number}: {error};"
                 " evaluate it with the list, fold and shots it was made for"

@@ -4,6 +4,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+import torch
+
 from model.weights import WeightsError
 
 
@@ -22,9 +24,24 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except (UserError, WeightsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _refuse(f"out of memory ({error}); lower train.batch_size, eval.batch_size or data.image_size")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def _refuse(reason: object) -> NoReturn:
+    """One line whatever stands in the reason: names of files and keys may hold line ends and terminal codes."""
+    text = " ".join(str(reason).splitlines())
+    print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """The CPU's allocator has no exception of its own."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

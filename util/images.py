@@ -3,14 +3,21 @@
 Pillow reads both: OpenCV decodes palette masks wrongly, and returns part of a truncated JPEG without a word.
 """
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from util.errors import UserError
+
+MAX_PIXELS = 100_000_000
+"""a picture with more is refused before it is decoded; those of PASCAL and COCO have less than a hundredth of it"""
+
+FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
+"""what is read, with the suffixes by which folders are searched; Pillow also knows formats that run programs"""
 
 MASK_MODES = ("P", "L", "1")
 """palette or greyscale; a pixel's value is its class id"""
@@ -18,34 +25,76 @@ MASK_MODES = ("P", "L", "1")
 
 def read_image(path: Path) -> np.ndarray:
     """RGB picture (H, W, 3), uint8. EXIF orientation is not applied: masks refer to the stored pixels."""
-    with _opened("image", path) as image:
+    with _opened("image", path, tuple(FORMATS)) as image:
         if image.mode.startswith(("I", "F")):
             raise UserError(f"image {path} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
         return np.asarray(image.convert("RGB"))
 
 
 def read_mask(path: Path) -> np.ndarray:
-    """Mask of class ids (H, W), uint8; 0 background, 255 ignored."""
-    with _opened("mask", path) as image:
+    """Mask of class ids (H, W), uint8; 0 background, 255 ignored. PNG alone: other formats blur or have no checksum."""
+    with _opened("mask", path, ("PNG",)) as image:
         if image.mode not in MASK_MODES:
             raise UserError(
                 f"mask {path} has mode {image.mode}; masks are palette or greyscale PNGs whose values are class ids"
             )
+        refuse_scaled(image, f"mask {path}")
         return np.asarray(image).astype(np.uint8, copy=False)
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture from its header alone."""
-    with _opened("image", path) as image:
+    with _opened("image", path, tuple(FORMATS), decoded=False) as image:
         return image.height, image.width
 
 
+def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: bool = True) -> ImageFile.ImageFile:
+    """A picture that is neither too large nor damaged as far as its header and a PNG's checksums tell.
+
+    Pillow does not compare the checksums of a PNG's pixels, and takes a flipped bit for another class.
+
+    Args:
+        limit: most pixels.
+        decoded: the pixels are wanted as well; else the checksums are not looked at.
+    Raises:
+        Image.DecompressionBombError: too large.
+        Exception: Pillow's readers raise many kinds for damaged files.
+    """
+    image = Image.open(path, formats=formats)
+    if image.width * image.height > limit:
+        raise Image.DecompressionBombError(f"{image.width}x{image.height}, more than {limit / 1e6:.0f} megapixels")
+    if image.width * image.height == 0:
+        raise ValueError("it has no pixels")
+    if decoded and image.format == "PNG":
+        compare_checksums(path.read_bytes())
+    return image
+
+
+def compare_checksums(png: bytes) -> None:
+    """Of all chunks, each of them length, kind, data and CRC of kind and data, up to the empty one at the end."""
+    place = 8  # behind the signature
+    while place + 12 <= len(png) and png[place + 4 : place + 8] != b"IEND":
+        end = place + 8 + int.from_bytes(png[place : place + 4])
+        if zlib.crc32(png[place + 4 : end]) != int.from_bytes(png[end : end + 4]):
+            raise ValueError("a checksum is wrong")
+        place = end + 4
+
+
+def refuse_scaled(image: ImageFile.ImageFile, name: str) -> None:
+    """Raise a UserError for a mask whose values Pillow changes: it stretches grey of 2 or 4 bits to 0 ... 255, turns
+    inverted grey about, and keeps half of 16 bits a channel of several."""
+    if image.mode in ("L", "LA", "RGB", "RGBA") and any(";" in str(tile.args) for tile in image.tile):
+        raise UserError(f"{name} is not stored with plain 8 bits a channel, so its values are no ids; save it so")
+
+
 @contextmanager
-def _opened(kind: str, path: Path) -> Iterator[Image.Image]:
+def _opened(kind: str, path: Path, formats: tuple[str, ...], *, decoded: bool = True) -> Iterator[ImageFile.ImageFile]:
     try:
-        with Image.open(path) as image:
+        with open_checked(path, formats, limit=MAX_PIXELS, decoded=decoded) as image:
             yield image
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{kind} {path} does not exist; check data.root and the list") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise UserError(f"{kind} {path} cannot be read ({error}); replace it or take it off the list") from error

@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from model.ops import IGNORE
 from util.errors import UserError
+from util.images import FORMATS, MAX_PIXELS, open_checked, refuse_scaled
 
-MAX_PIXELS = 100_000_000
-"""a picture with more is refused before it is decoded"""
-
-FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
-"""what is read, with the suffixes by which folders are searched; Pillow also knows formats that run programs"""
+LOSSY = ("JPEG", "WEBP")
+"""formats that are no good for masks, but for the alpha of a picture"""
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
@@ -51,10 +49,13 @@ def read_mask(path: Path, picture: Picture) -> np.ndarray:
     height, width = picture.pixels.shape[:2]
     stored = (width, height) if picture.orientation >= 5 else (height, width)
     with _opened(path) as image:
+        refuse_scaled(image, f"mask {path}")
         exif = image.getexif()
         if exif.get(ExifTags.Base.Orientation, 1) == 1 and (image.height, image.width) == stored:
             exif[ExifTags.Base.Orientation] = picture.orientation
         values = mask_values(ImageOps.exif_transpose(image), str(path))
+        if image.format in LOSSY and values.dtype != np.bool_:
+            raise UserError(f"mask {path} is {image.format}, which blurs values; save it as PNG")
     if values.shape != (height, width):
         raise UserError(f"mask {path} is {_size(values)} and its picture {_size(picture.pixels)}; make them the same")
     return values
@@ -134,11 +135,9 @@ def _size(pixels: np.ndarray) -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def _opened(path: Path) -> Iterator[ImageFile.ImageFile]:
     try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+        with open_checked(path, tuple(FORMATS), limit=MAX_PIXELS) as image:
             yield image
     except UserError:
         raise

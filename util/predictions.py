@@ -2,7 +2,6 @@
 
 import colorsys
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.ntrenet import Target
 from util.errors import UserError
-from util.record import write_json
+from util.record import read_json, write_json
 from util.segmenter import NTRESegmenter
 from util.visualize import TARGET, overlay
 
@@ -120,10 +119,7 @@ def settle(path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
         UserError: other predictions are there already, and they are not to be overwritten.
     """
     if path.exists() and not overwrite:
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            there = {}
+        there = read_json(path)
         different = [key for key in settings if there.get(key) != settings[key]]
         if different:
             raise UserError(

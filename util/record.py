@@ -1,6 +1,9 @@
 """What a run tells about itself: environment, hashes, results."""
 
+import ast
+import hashlib
 import json
+import os
 import platform
 import resource
 import statistics
@@ -14,6 +17,7 @@ import numpy
 import torch
 
 from util.errors import UserError
+from util.files import write_atomically
 from util.metrics import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,6 +39,22 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+def code_sha256(entry: Path = ROOT / "train.py") -> str:
+    """Of a command and of every module of this project that it imports, directly or not."""
+    files, waiting = set[Path](), [entry]
+    while waiting:
+        path = waiting.pop()
+        if path not in files and path.exists():
+            files.add(path)
+            tree = ast.parse(path.read_bytes())
+            names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+            waiting += [ROOT / f"{name.replace('.', '/')}.py" for name in names]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
@@ -53,9 +73,17 @@ def peak_memory_mib(device: torch.device) -> float:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write atomically, indented."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    text = json.dumps(values, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty where there is no such file, or a damaged one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def require_writable(path: Path, suffix: str) -> None:
@@ -77,15 +105,28 @@ def require_writable(path: Path, suffix: str) -> None:
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that ``keep`` refuses: what an interrupted run wrote after its last checkpoint."""
+    """Drop the lines that ``keep`` refuses: what an interrupted run wrote after its last checkpoint.
+
+    Raises:
+        UserError: a line is damaged; one that was cut short at the end is dropped.
+    """
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if keep(json.loads(line))), encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+            kept = "".join(line for line in lines if keep(json.loads(line)))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{path} holds a damaged line ({error!r:.100}); take it out, or name another run_dir"
+            ) from error
+        write_atomically(path, lambda file: file.write(kept.encode()))
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def over_seeds(scores: list[Scores]) -> dict[str, Any]:

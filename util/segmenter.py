@@ -81,7 +81,7 @@ class NTRESegmenter:
         try:
             model.load_state_dict(checkpoint["model"])
         except RuntimeError as error:
-            reason = str(error).splitlines()[1].strip()
+            reason = str(error).splitlines()[-1].strip()
             raise UserError(f"checkpoint {path} does not fit its own config: {reason}") from error
         return cls(model, config, hardware)
 

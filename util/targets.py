@@ -7,7 +7,7 @@ from pydantic import Field, ValidationError
 
 from model.ntrenet import Target
 from model.weights import sha256_of
-from util.config import Section, _read_yaml
+from util.config import Section, read_yaml
 from util.errors import UserError
 from util.pictures import read_mask, read_picture
 from util.segmenter import NTRESegmenter, combine
@@ -34,8 +34,12 @@ class TargetFiles(Section):
         if len(supports) != len(masks):
             raise UserError(f"each support needs a mask: there are {len(supports)} supports and {len(masks)} masks")
         for path in supports + masks:
-            if not Path(path).is_file():
-                raise UserError(f"{path} does not exist or is no file")
+            try:
+                there = Path(path).is_file()
+            except (OSError, ValueError):  # a name that no system takes
+                there = False
+            if not there:
+                raise UserError(f"{path:.200} does not exist or is no file")
         return TargetFiles(supports=supports, masks=masks, class_id=self.class_id)
 
     def fingerprint(self) -> dict[str, object]:
@@ -52,7 +56,7 @@ def read_targets(path: Path) -> dict[str, TargetFiles]:
     Raises:
         UserError: naming the file, the target and what is wrong.
     """
-    values = _read_yaml(path)
+    values = read_yaml(path)
     if not 1 <= len(values) <= MAX_TARGETS:
         raise UserError(f"{path}: must name 1 to {MAX_TARGETS} targets, has {len(values)}")
     targets = {}

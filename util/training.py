@@ -1,18 +1,25 @@
 """A run in progress: what training moves forward, and what a checkpoint must hold to continue it exactly."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from model.losses import NTRELoss
+from model.losses import LossTerms, NTRELoss
 from model.ntrenet import NTRENet
+from model.parallel import processes, rank
 from model.weights import WeightsInfo
 from util.build import Hardware, build_loss, build_model, build_optimizer
 from util.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
-from util.config import Config
+from util.config import Config, config_from_dict, read_yaml
+from util.distributed import first_process_first
 from util.errors import UserError
+from util.record import code_sha256
+
+LAST, PREVIOUS = "last.pt", "previous.pt"
 
 
 @dataclass
@@ -28,26 +35,52 @@ class Training:
     """of the lists the episodes come from, by path"""
     step: int = 0
     """steps done in the whole run; episodes and the learning rate are functions of it"""
+    finished_step: int = 0
+    """where the last epoch ended that was dealt with to the end: evaluated where due, its scores written"""
     best_miou: float = -1.0
     seconds: float = 0.0
     """spent so far, evaluations included, over all resumptions"""
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LossTerms._fields, 0.0))
+    """of every loss term over the steps of the epoch at hand"""
 
-    def save_best(self, path: Path) -> None:
+    def __post_init__(self) -> None:
+        self.network: nn.Module = self.model
+        """the model as a training step calls it: on several processes, what averages their gradients"""
+        if processes() > 1:
+            devices = [self.hardware.device] if self.hardware.device.type == "cuda" else None
+            self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+
+    def save_best(self) -> None:
         """The model alone: what test.py needs."""
-        save_checkpoint(path, self._model_state())
+        if rank() == 0:
+            save_checkpoint(Path(self.config.run_dir) / "best.pt", self._model_state())
 
-    def save_last(self, path: Path) -> None:
-        """Everything: model, bank, optimiser, random states."""
+    def save_last(self) -> None:
+        """Everything: model, bank, optimiser, random states. The one before stays, as ``previous.pt``."""
+        if rank() == 0:
+            folder = Path(self.config.run_dir)
+            save_checkpoint(folder / LAST, self._whole_state(), keep=folder / PREVIOUS)
+
+    def save_for_inspection(self, files: list[str], terms: dict[str, float]) -> Path:
+        """The state before a step whose loss is not finite, with the step's episodes; never resumed from."""
+        path = Path(self.config.run_dir) / "not_finite.pt"
+        if rank() == 0:
+            save_checkpoint(path, self._whole_state() | {"episodes": files, "losses": terms})
+        return path
+
+    def _whole_state(self) -> dict[str, Any]:
         random = {"cpu": torch.get_rng_state()}
         if self.hardware.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.hardware.device)
-        rest = {
+        return self._model_state() | {
             "criterion": self.criterion.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
+            "finished_step": self.finished_step,
+            "sums": self.sums,
+            "code_sha256": code_sha256(),
         }
-        save_checkpoint(path, self._model_state() | rest)
 
     def _model_state(self) -> dict[str, Any]:
         return {
@@ -61,8 +94,15 @@ class Training:
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue where :meth:`save_last` stood."""
-        self.step, self.best_miou, self.seconds = (checkpoint[key] for key in ("step", "best_miou", "seconds"))
+        """Continue where :meth:`save_last` stood.
+
+        Raises:
+            KeyError, TypeError, ValueError, RuntimeError, AttributeError: the contents are not what it writes.
+        """
+        if type(checkpoint["finished_step"]) is not int or checkpoint["sums"].keys() != self.sums.keys():
+            raise ValueError("strange contents")
+        for name in ("step", "finished_step", "best_miou", "seconds", "sums"):
+            setattr(self, name, checkpoint[name])
         self.model.load_state_dict(checkpoint["model"])
         self.criterion.load_state_dict(checkpoint["criterion"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -76,12 +116,15 @@ def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, s
     """A fresh run, or the one that ``config.resume`` names.
 
     Raises:
-        UserError: the run folder holds a run already and resume is 'none', or the checkpoint does not fit.
+        UserError: the run folder holds another run, or one already and resume is 'none'; or the checkpoint does not
+            fit the config, the lists or the code.
     """
-    checkpoint = _checkpoint_to_resume(config, list_sha256)
+    checkpoint, path = _checkpoint_to_resume(config, list_sha256)
     torch.manual_seed(config.seed)
     if checkpoint is None:
-        model, weights = build_model(config)
+        _require_own_folder(config)
+        with first_process_first():
+            model, weights = build_model(config)
     else:
         weights = WeightsInfo(**checkpoint["weights"])
         model, _ = build_model(config, "random", deep_stem=weights.stem == "deep")
@@ -97,20 +140,40 @@ def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, s
         list_sha256=list_sha256,
     )
     if checkpoint is not None:
-        training.restore(checkpoint)
+        try:
+            training.restore(checkpoint)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise UserError(
+                f"checkpoint {path} is damaged or of another version ({error!r:.100}); resume from another, or start"
+                " anew with another run_dir"
+            ) from error
     return training
 
 
-def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> dict[str, Any] | None:
-    last = Path(config.run_dir) / "last.pt"
+def _require_own_folder(config: Config) -> None:
+    path = Path(config.run_dir) / "config.yaml"
+    if path.exists():
+        require_same(config_from_dict(read_yaml(path), str(path)), config, path, resume=True)
+
+
+def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[dict[str, Any] | None, Path]:
+    last, previous = Path(config.run_dir) / LAST, Path(config.run_dir) / PREVIOUS
     path = last if config.resume == "auto" else Path(config.resume)
-    if last.exists() and path.resolve() != last.resolve():
+    if (last.exists() or previous.exists()) and path.resolve() not in (last.resolve(), previous.resolve()):
         raise UserError(
             f"{config.run_dir} already holds a run; set resume=auto to continue it, or run_dir=... for another"
         )
-    if config.resume == "none" or (config.resume == "auto" and not path.exists()):
-        return None
-    checkpoint = load_checkpoint(path)
+    if config.resume == "none" or (config.resume == "auto" and not (last.exists() or previous.exists())):
+        return None, path
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError as error:
+        if config.resume != "auto" or not previous.exists():
+            raise
+        path = previous
+        checkpoint = load_checkpoint(path)
+        if rank() == 0:
+            print(f"warning: {error}; going on from {previous}, the checkpoint before", file=sys.stderr)
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds a model only and cannot be resumed; resume from last.pt")
     require_same(saved_config(checkpoint, path), config, path, resume=True)
@@ -120,4 +183,9 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> dict[s
                 f"list {name} has changed since checkpoint {path} was written, so its episodes would be others;"
                 " restore the list, or start anew with another run_dir"
             )
-    return checkpoint
+    if checkpoint.get("code_sha256") != code_sha256() and not config.resume_changed_code:
+        raise UserError(
+            f"the code (train.py, model/ or util/) has changed since checkpoint {path} was written; check out the"
+            " revision that run.json beside it names, or set resume_changed_code=true to go on with this one"
+        )
+    return checkpoint, path

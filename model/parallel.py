@@ -1,0 +1,71 @@
+"""One batch over several processes, computed as one process would.
+
+The processes of a job each hold a run of the batch's episodes, in the order of their ranks. With one process, or
+without torch.distributed, everything here does nothing.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def processes() -> int:
+    """How many processes share a batch."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
+def mean_over_batch(total: Tensor, count: Tensor | int) -> Tensor:
+    """``total / count``, of the whole batch: this process's part of it.
+
+    DistributedDataParallel averages gradients over the processes. A loss that is a sum over the batch by a count
+    over the batch is therefore given as this process's sum, by everyone's count, times the number of processes:
+    the average of the parts is the loss, whatever count each process has.
+
+    Args:
+        total: scalar with a gradient, the sum over this process's episodes
+        count: what the sum is over, in this process; an empty batch counts as 1
+    """
+    everyone = torch.as_tensor(count, device=total.device, dtype=torch.float32)
+    if processes() > 1:
+        dist.all_reduce(everyone)
+    return total * processes() / everyone.clamp_min(1)
+
+
+def gathered(x: Tensor) -> Tensor:
+    """(n, ...) of every process -> (processes n, ...), in the order of the batch; no gradient."""
+    if processes() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class Dropout2d(nn.Module):
+    """nn.Dropout2d whose noise does not depend on the number of processes.
+
+    All processes hold the same random state, draw the noise of the whole batch, and take their own images' part.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        images, start = len(x), rank() * len(x)
+        kept = torch.empty(processes() * images, x.shape[1], 1, 1, device=x.device).bernoulli_(1 - self.p)
+        return x * (kept[start : start + images] / (1 - self.p)).to(x.dtype)
+
+
+def log_mean(values: Tensor) -> Tensor:
+    """Mean over the processes, in place."""
+    if processes() > 1:
+        dist.all_reduce(values)
+        values /= processes()
+    return values

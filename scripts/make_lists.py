@@ -1,0 +1,206 @@
+"""Lists for a data set of your own, from a folder of images and a folder of masks.
+
+    python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \\
+        --out data/mine/lists
+
+An image and its mask have the same name but for the suffix; subfolders are searched, the same on both sides. Masks are
+palette or greyscale PNGs whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every
+file is opened and checked. train.txt and val.txt hold 'image mask' lines relative to --root, the same for the same
+files and --seed. Every class has about --val of its images in val and, where there are enough, at least two in each
+list, which is what a 1-shot episode needs. What the config must say about the data is printed.
+"""
+
+import argparse
+import hashlib
+import statistics
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from scripts.check_data import check_item
+from util.class_index import Item, on_all_cores
+from util.errors import UserError, run_command
+from util.images import image_size
+from util.pictures import SUFFIXES
+from util.record import require_writable
+
+LARGEST_ID = 254
+CUSTOM_SIZE = 321
+"""data.image_size of configs/custom.yaml"""
+EPISODE = 2
+"""images of a class that a 1-shot episode needs"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--masks", type=Path, required=True, help="folder of masks")
+    parser.add_argument("--root", type=Path, required=True, help="folder that holds both; data.root of the config")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.txt and val.txt")
+    parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
+    parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    args = parser.parse_args()
+    if not 0 < args.val < 1:
+        raise UserError(f"--val must lie between 0 and 1, got {args.val:g}")
+    lists = [args.out / "train.txt", args.out / "val.txt"]
+    for path in lists:
+        require_writable(path, ".txt")
+
+    images, masks = find_files(args.images), find_files(args.masks)
+    for missing, files, others in (("mask", images, masks), ("image", masks, images)):
+        for stem in sorted(files.keys() - others.keys()):
+            print(f"left out, it has no {missing}: {files[stem]}")
+    items = [Item(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
+    if not items:
+        raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
+    lines = [f"{in_list(item.image, args.root)} {in_list(item.mask, args.root)}" for item in items]
+    pixels = count_classes(items)
+    names = class_names(args.classes, pixels)
+
+    pixels = pixels[:, 1 : len(names) + 1]
+    order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
+    in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
+    if in_val.all() or not in_val.any():
+        raise UserError(f"{len(items)} images with masks are too few to split; give more")
+    for path, chosen in zip(lists, (~in_val, in_val), strict=True):
+        path.write_text("".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one), encoding="utf-8")
+    print(table(names, pixels, in_val))
+    print(block(args.root, lists, names, items))
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Pictures below a folder by their path without the suffix, relative to it.
+
+    Raises:
+        UserError: no folder, no pictures, two of the same stem.
+    """
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in found:
+                raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
+            found[stem] = path
+    if not found:
+        raise UserError(f"folder {folder} holds no pictures ({', '.join(SUFFIXES)})")
+    return found
+
+
+def in_list(path: Path, root: Path) -> str:
+    """A path as a list has it: relative to the root, without spaces."""
+    try:
+        name = path.absolute().relative_to(root.absolute()).as_posix()
+    except ValueError:
+        raise UserError(f"{path} is not below --root {root}; give the folder that holds images and masks") from None
+    if " " in name or not name.isprintable():
+        raise UserError(
+            f"{str(path)!r} has a space or an unprintable character in its name, which a list cannot hold; rename the"
+            " file or folder, and its mask or image alike"
+        )
+    return name
+
+
+def count_classes(items: list[Item]) -> np.ndarray:
+    """Pixels of each value in each mask, (images, 255).
+
+    Raises:
+        UserError: after all files were opened, with every file that is wrong.
+    """
+    checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
+    problems = [problem for _, _, problem in checked if problem is not None]
+    if problems:
+        for problem in problems[1:]:
+            print(f"also: {problem}", file=sys.stderr)
+        raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
+    return np.array([counts for counts, _, _ in checked])
+
+
+def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
+    """Names of the classes 1, 2, ...; every one of them must be in some mask.
+
+    Raises:
+        UserError: no class in any mask, gaps between the ids, or names that do not fit the ids.
+    """
+    found = [int(value) for value in np.flatnonzero(pixels[:, 1:].any(0)) + 1]
+    if not found:
+        raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
+    if found[-1] != len(found):
+        renamed = ", ".join(f"{old} as {new}" for new, old in enumerate(found, 1) if new != old)
+        raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; write {renamed}")
+    if path is None:
+        return [f"class_{value}" for value in found]
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--classes {path} cannot be read: {error}") from None
+    if len(names) != len(found) or len(set(names)) != len(names):
+        raise UserError(f"--classes {path} must hold {len(found)} different names, one for each class id in the masks")
+    return names
+
+
+def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
+    """Which images go to val, (images,) boolean.
+
+    Rare classes choose first. A class moves its images to val, in the given order, until there are as many as it
+    wants: ``share`` of them, at least the two of an episode. An image stays in train where one of its classes needs
+    it there. With three images of a class train keeps two; a single one stays in train.
+
+    Args:
+        present: (images, classes) boolean
+        order: of the images, random but always the same
+    """
+    in_val = np.zeros(len(present), bool)
+    totals = present.sum(0)
+    least = np.minimum(EPISODE, totals // 2)
+    wanted = np.maximum(np.rint(share * totals), least)
+    kept = np.minimum(EPISODE, totals - totals // 2)
+    for c in np.argsort(totals, kind="stable"):
+        for n in order:
+            if present[in_val, c].sum() >= wanted[c]:
+                break
+            stays = present[~in_val].sum(0) - present[n]
+            if present[n, c] and not in_val[n] and (stays >= kept)[present[n]].all():
+                in_val[n] = True
+    empty = [n for n in order if not present[n].any()]
+    in_val[empty[: round(share * len(empty))]] = True
+    return in_val
+
+
+def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
+    """Images and pixels of each class in both lists, and the classes of which there are too few."""
+    width = max(len(name) for name in [*names, "all images"])
+    lines = [f"{'id':>3}  {'class':{width}} {'train images':>13} {'pixels':>12} {'val images':>11} {'pixels':>12}"]
+    notes = []
+    for c, name in enumerate(names):
+        counts = [(int((pixels[chosen, c] > 0).sum()), int(pixels[chosen, c].sum())) for chosen in (~in_val, in_val)]
+        (train, train_pixels), (val, val_pixels) = counts
+        lines.append(f"{c + 1:3}  {name:{width}} {train:13} {train_pixels:12} {val:11} {val_pixels:12}")
+        for where, images, role in (("train", train, "base"), ("val", val, "novel")):
+            if images < EPISODE:
+                notes.append(f"note: {name} has {images} images in {where}, too few for a {role} class")
+    lines.append(f"{'':3}  {'all images':{width}} {int((~in_val).sum()):13} {'':12} {int(in_val.sum()):11}")
+    return "\n".join([*lines, *notes])
+
+
+def block(root: Path, lists: list[Path], names: list[str], items: list[Item]) -> str:
+    """What the config must say; in training a picture is scaled to about the size it is evaluated at."""
+    side = statistics.median(max(image_size(item.image)) for item in items)
+    scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
+    data = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1]), "classes": names, "scale": scale}
+    text = yaml.safe_dump({"data": data}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
+    return (
+        f"\nfor configs/custom.yaml (scale: {CUSTOM_SIZE} / {side:g}, the median longer side, +-10 %; it goes with"
+        f" image_size):\n\n{text.rstrip()}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,238 @@
+"""From two folders to a prediction: the README's own commands, and what make_lists.py makes of folders."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from scripts import make_lists
+from util.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = [
+    "data.image_size=65",
+    "data.scale=[0.9, 1.1]",
+    "data.min_area=100",
+    "model.prototype_channels=16",
+    "train.epochs=1",
+    "train.warmup=1",
+    "eval.episodes=4",
+    "workers=0",
+    "device=cpu",
+]
+"""what the test adds to commands that read a config: small pictures, few steps"""
+
+
+def write_pair(folder: Path, stem: str, *classes: int, side: int = 64) -> None:
+    """A noisy picture with a square of its own colour for each class, and its mask."""
+    rng = np.random.default_rng(sum(stem.encode()))
+    picture = rng.integers(60, 130, (side, side + 8, 3)).astype(np.uint8)
+    mask = np.zeros(picture.shape[:2], np.uint8)
+    for n, value in enumerate(classes):
+        place = np.s_[4 + 30 * (n // 2) :, 4 + 34 * (n % 2) :]
+        picture[place][:26, :28] = 40 * value, 255 - 40 * value, 90
+        mask[place][:26, :28] = value
+    for name, pixels, suffix in (("images", picture, "jpg"), ("masks", mask, "png")):
+        path = folder / name / f"{stem}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
+
+
+def readme_commands() -> list[list[str]]:
+    """Commands of the README's section, a list of words each."""
+    section = (ROOT / "README.md").read_text().split("<!-- custom -->")[1].split("<!-- /custom -->")[0]
+    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Path:
+    """data/mine as the README says, in a copy of the project: 20 pictures, two of four classes in each."""
+    root = tmp_path / "data/mine"
+    for n in range(20):
+        write_pair(root, f"{n + 1:03}", 1 + n % 4, 1 + (n + 1) % 4)
+    write_pair(tmp_path / "other", "unseen", 1)
+    (tmp_path / "other/images").rename(root / "new")
+    for name in ("model", "util", "scripts", "configs", "train.py", "test.py", "predict.py"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return root
+
+
+def test_the_readmes_commands_lead_from_two_folders_to_a_prediction(mine: Path, tmp_path: Path) -> None:
+    commands = readme_commands()
+    scripts = ["scripts/make_lists.py", "scripts/check_data.py", "train.py", "test.py", "predict.py"]
+    assert [words[:2] for words in commands] == [["python", script] for script in scripts]
+    outputs = []
+    for words in commands:
+        command = [sys.executable, *words[1:], *(QUICK if "--config" in words else [])]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (words, done.stdout, done.stderr[-2000:])
+        outputs.append(done.stdout)
+    assert "ready to train" in outputs[1]
+    pasted = yaml.safe_load(outputs[0].split("\n\n")[-1])["data"]
+    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())["data"]
+    assert {key: shipped[key] for key in pasted if key != "scale"} == {k: v for k, v in pasted.items() if k != "scale"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["per_class"]) == ["class_1"]  # fold 0 of configs/custom.yaml
+    assert Image.open(mine / "found/unseen_mask.png").size == (72, 64)
+
+
+# ---------------------------------------------------------------- make_lists.py
+
+
+def lists(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> tuple[list[str], list[str]]:
+    """Lines of train.txt and val.txt."""
+    places = ["--root", root, "--images", root / "images", "--masks", root / "masks", "--out", root / "lists"]
+    monkeypatch.setattr(sys, "argv", ["make_lists.py", *map(str, places), *options])
+    make_lists.main()
+    train, val = ((root / "lists" / f"{name}.txt").read_text().splitlines() for name in ("train", "val"))
+    return train, val
+
+
+def test_lists_hold_every_pair_once_relative_to_the_root(mine: Path, monkeypatch) -> None:
+    train, val = lists(monkeypatch, mine)
+    assert sorted(train + val) == [f"images/{n:03}.jpg masks/{n:03}.png" for n in range(1, 21)]
+    assert lists(monkeypatch, mine) == (train, val)
+    assert lists(monkeypatch, mine, "--seed", "1") != (train, val)
+
+
+def test_the_printed_scale_brings_pictures_to_the_size_they_are_evaluated_at(mine: Path, monkeypatch, capsys) -> None:
+    lists(monkeypatch, mine)
+    low, high = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])["data"]["scale"]
+    assert (low + high) / 2 * 72 == pytest.approx(321, abs=1)
+
+
+def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(mine: Path, monkeypatch, capsys) -> None:
+    both = lists(monkeypatch, mine)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for c in range(1, 5):
+        expected = []
+        for lines in both:
+            counts = [int((np.array(Image.open(mine / line.split()[1])) == c).sum()) for line in lines]
+            expected += [str(sum(count > 0 for count in counts)), str(sum(counts))]
+        assert [str(c), f"class_{c}", *expected] in rows
+
+
+def test_every_class_is_in_both_lists_twice_where_there_are_four_images_of_it() -> None:
+    rng = np.random.default_rng(0)
+    for trial in range(30):
+        present = rng.random((60, 8)) < rng.uniform(0.02, 0.3, 8)
+        present[:4, 0], present[4:, 0] = True, False  # exactly four
+        present[:4, 1:] = False
+        in_val = make_lists.split(present, 0.2, list(rng.permutation(60)))
+        train, val = present[~in_val].sum(0), present[in_val].sum(0)
+        assert (train[0], val[0]) == (2, 2)
+        assert (train >= np.minimum(present.sum(0), 2) - (present.sum(0) < 4)).all(), trial
+        assert in_val.mean() < 0.6
+
+
+def test_where_images_hold_one_class_each_val_is_exactly_its_share() -> None:
+    present = np.repeat(np.eye(3, dtype=bool), (10, 20, 50), axis=0)
+    in_val = make_lists.split(present, 0.2, list(np.random.default_rng(1).permutation(80)))
+    assert present[in_val].sum(0).tolist() == [2, 4, 10]
+
+
+@pytest.mark.parametrize(("images", "train", "val"), [(1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (5, 3, 2)])
+def test_of_few_images_of_a_class_train_keeps_the_larger_half(images: int, train: int, val: int) -> None:
+    present = np.ones((images, 1), bool)
+    in_val = make_lists.split(present, 0.2, list(range(images)))
+    assert ((~in_val).sum(), in_val.sum()) == (train, val)
+
+
+def test_files_without_a_partner_are_named_and_left_out(mine: Path, monkeypatch, capsys) -> None:
+    (mine / "masks/003.png").unlink()
+    (mine / "images/005.jpg").unlink()
+    train, val = lists(monkeypatch, mine)
+    assert len(train + val) == 18
+    out = capsys.readouterr().out
+    assert f"no mask: {mine / 'images/003.jpg'}" in out and f"no image: {mine / 'masks/005.png'}" in out
+
+
+def test_names_come_from_a_file(mine: Path, monkeypatch, capsys) -> None:
+    names = mine / "names.txt"
+    names.write_text("cat\ndog\nyes\ncoffee cup\n")
+    lists(monkeypatch, mine, "--classes", str(names))
+    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
+    assert pasted["data"]["classes"] == ["cat", "dog", "yes", "coffee cup"]
+
+
+def replaced(path: Path, values: dict[int, int]) -> None:
+    mask = np.array(Image.open(path))
+    Image.fromarray(np.vectorize(lambda v: values.get(v, v), otypes=[np.uint8])(mask)).save(path)
+
+
+def with_space(root: Path) -> None:
+    for path in (root / "images/001.jpg", root / "masks/001.png"):
+        path.rename(path.with_stem("my picture"))
+
+
+def coloured(root: Path) -> None:
+    Image.open(root / "masks/001.png").convert("RGB").save(root / "masks/001.png")
+
+
+def other_size(root: Path) -> None:
+    Image.open(root / "masks/002.png").resize((30, 30)).save(root / "masks/002.png")
+
+
+def only_255(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        replaced(path, {1: 255, 2: 255, 3: 255, 4: 255})
+
+
+def with_gaps(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        replaced(path, {2: 7, 4: 38})
+
+
+def same_stem(root: Path) -> None:
+    Image.new("RGB", (72, 64)).save(root / "images/001.png")
+
+
+def no_partners(root: Path) -> None:
+    for path in (root / "masks").iterdir():
+        path.rename(path.with_stem(path.stem + "_mask"))
+
+
+def no_pictures(root: Path) -> None:
+    for path in (root / "images").iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (with_space, "my picture.jpg.* has a space .* rename"),
+        (coloured, "001.png has mode RGB"),
+        (other_size, "002.jpg is 72x64 but mask .*002.png is 30x30"),
+        (only_255, "nothing but 0 .background. and 255"),
+        (with_gaps, r"\[1, 3, 7, 38\]; write 3 as 2, 7 as 3, 38 as 4"),
+        (same_stem, "001.jpg and .*001.png have the same name"),
+        (no_partners, "has a mask of the same name"),
+        (no_pictures, "holds no pictures"),
+    ],
+)
+def test_what_no_list_can_be_made_of_is_refused_with_the_remedy(mine: Path, monkeypatch, spoil, words) -> None:
+    spoil(mine)
+    with pytest.raises(UserError, match=words):
+        lists(monkeypatch, mine)
+    assert list((mine / "lists").iterdir()) == []
+
+
+def test_folders_beside_the_root_and_wrong_names_are_refused(mine: Path, monkeypatch) -> None:
+    with pytest.raises(UserError, match="not below --root"):
+        lists(monkeypatch, mine, "--root", str(mine / "images"))
+    names = mine / "names.txt"
+    names.write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="must hold 4 different names"):
+        lists(monkeypatch, mine, "--classes", str(names))
+    with pytest.raises(UserError, match="--val must lie between 0 and 1"):
+        lists(monkeypatch, mine, "--val", "1")

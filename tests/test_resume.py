@@ -1,0 +1,218 @@
+"""Runs that are killed anywhere, and runs of several processes, equal one run in one go."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from util.synthetic import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+CONFIG = """\
+base: {base}
+data:
+  root: {root}
+  train_list: {root}/lists/train.txt
+  val_list: {root}/lists/val.txt
+  min_area: 64
+  image_size: 65
+train: {{epochs: 2, batch_size: 4, warmup: 2, checkpoint_minutes: 0}}
+eval: {{episodes: 8, every: 1, select: miou}}
+precision: fp32
+workers: 0
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    generate(folder / "data", 28, 24)
+    path = folder / "tiny.yaml"
+    path.write_text(CONFIG.format(base=ROOT / "configs/base/synthetic.yaml", root=folder / "data"))
+    yield path
+    shutil.rmtree(folder)
+
+
+def start(config: Path, run: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "train.py", "--config", str(config), f"run_dir={run}", *overrides]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+
+
+@pytest.fixture(scope="module")
+def straight(config: Path) -> Path:
+    """The run in one go."""
+    run = config.parent / "straight"
+    child = start(config, run)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err[-2000:]
+    return run
+
+
+def assert_same_run(run: Path, straight: Path) -> None:
+    """Checkpoints and metrics, bit for bit; not the clock."""
+    for name in ("last.pt", "best.pt"):
+        got, expected = (torch.load(folder / name, weights_only=True) for folder in (run, straight))
+        for state in (got, expected):
+            for key in ("seconds", "config"):  # the config names its run_dir
+                del state[key]
+        assert differences(got, expected) == []
+    assert (run / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+
+
+def differences(a: object, b: object, where: str = "") -> list[str]:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [d for key in a for d in differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return [d for n in range(len(a)) for d in differences(a[n], b[n], f"{where}[{n}]")]
+    return [] if a == b else [f"{where}: {a!r} {b!r}"]
+
+
+def kill_and_resume(config: Path, run: Path, kills: int, seed: int) -> int:
+    """Kill a run ``kills`` times, each at a random moment of its work, then let it finish; how often it was hit."""
+    rng, hits = random.Random(seed), 0
+    while hits < kills:
+        child = start(config, run, "resume=auto")
+        while child.poll() is None and not (run / "tensorboard").exists():
+            time.sleep(0.01)
+        events = (run / "tensorboard").stat().st_mtime_ns if (run / "tensorboard").exists() else 0
+        while child.poll() is None and (run / "tensorboard").stat().st_mtime_ns == events:
+            time.sleep(0.01)  # until this start has opened its own events
+        time.sleep(rng.random() * 1.5)
+        if child.poll() is not None:
+            assert child.returncode == 0, child.communicate()[1][-2000:]
+            shutil.rmtree(run)  # it was through before the signal
+            continue
+        os.killpg(child.pid, signal.SIGKILL)
+        child.communicate()
+        hits += 1
+    child = start(config, run, "resume=auto")
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err[-2000:]
+    return len(json.loads((run / "run.json").read_text())["starts"])
+
+
+def test_a_run_killed_at_random_moments_equals_one_in_one_go(config: Path, straight: Path, tmp_path: Path) -> None:
+    starts = kill_and_resume(config, tmp_path / "run", kills=2, seed=0)
+    assert starts >= 2
+    assert_same_run(tmp_path / "run", straight)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"last.pt", "previous.pt", "best.pt"}
+    assert not [name for name in names if name.endswith((".tmp", ".new"))] or len(names) <= 9
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_twenty_random_moments_equals_one_in_one_go(
+    config: Path, straight: Path, tmp_path: Path
+) -> None:
+    for seed in range(5):
+        kill_and_resume(config, tmp_path / f"run{seed}", kills=4, seed=seed + 1)
+        assert_same_run(tmp_path / f"run{seed}", straight)
+
+
+def test_sigterm_saves_first_and_the_run_goes_on_exactly(config: Path, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = start(config, run)
+    while child.poll() is None and not (run / "last.pt").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 143, err[-2000:]
+    assert "Traceback" not in err
+    assert out.splitlines()[-1].startswith("stopped by SIGTERM after step ")
+    assert str(run / "last.pt") in out
+    assert not (run / "run.json").read_text().count("finished")
+    child = start(config, run, "resume=auto")
+    assert child.communicate(timeout=300) and child.returncode == 0
+    assert_same_run(run, straight)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gone"])
+def test_a_damaged_last_checkpoint_is_met_with_the_one_before(
+    config: Path, straight: Path, tmp_path: Path, damage: str
+) -> None:
+    run = shutil.copytree(straight, tmp_path / "run")
+    if damage == "gone":  # stopped between the two renames
+        (run / "last.pt").unlink()
+    else:
+        (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(straight), str(run)))
+    child = start(config, run, "resume=auto")
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err[-2000:]
+    assert "going on from" in err
+    assert "previous.pt" in err
+    assert "Traceback" not in err
+    assert_same_run(run, straight)
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_losses_of_one_and_the_same_scores(
+    config: Path, straight: Path, tmp_path: Path, count: int
+) -> None:
+    run = tmp_path / "run"
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
+    child = start(config, run, launcher=launcher)
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err[-3000:]
+    assert out.count("done: ") == 1  # the first process alone speaks
+    for got, expected in zip(losses(run), losses(straight), strict=True):
+        assert got == pytest.approx(expected, abs=1e-5)
+    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (run, straight)]
+    for got, expected in zip(*metrics, strict=True):
+        assert got["miou"] == pytest.approx(expected["miou"], abs=1e-3)
+    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (run, straight)]
+    banks = [state["criterion"]["bank.stored"] for state in states]
+    assert torch.equal(*banks)
+    assert banks[0].sum() > 0
+    assert json.loads((run / "run.json").read_text())["starts"][0]["processes"] == count
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(config: Path, tmp_path: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    child = start(config, tmp_path / "run", "train.batch_size=3", launcher=launcher)
+    _, err = child.communicate(timeout=300)
+    assert child.returncode != 0
+    assert "error: train.batch_size 3 is shared by 2 processes; make it a multiple of that" in err
+
+
+def test_a_run_of_other_code_is_continued_only_by_name(config: Path, straight: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(straight, tmp_path / "run")
+    state = torch.load(run / "last.pt", weights_only=True)
+    state["code_sha256"] = "0" * 64
+    torch.save(state, run / "last.pt")
+    child = start(config, run, "resume=auto")
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 2
+    assert "the code (train.py, model/ or util/) has changed" in err
+    assert "resume_changed_code=true" in err
+    child = start(config, run, "resume=auto", "resume_changed_code=true")
+    assert child.communicate(timeout=300) and child.returncode == 0
+
+
+def test_a_folder_of_another_config_is_refused_though_it_has_no_checkpoint(
+    config: Path, straight: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    shutil.copy(straight / "config.yaml", tmp_path / "run")
+    child = start(config, tmp_path / "run", "resume=auto", "train.lr=0.5")
+    _, err = child.communicate(timeout=300)
+    assert child.returncode == 2
+    assert "train.lr is 0.05 there and 0.5 here" in err

@@ -1,0 +1,50 @@
+"""Training on several processes: torchrun --nproc_per_node=N train.py ... starts them, this joins them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from model.parallel import processes, rank
+from util.errors import UserError
+
+
+@contextmanager
+def joined_processes() -> Iterator[None]:
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs; alone, do nothing.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"process {local} of this machine has no GPU, there are {gpus}; set --nproc_per_node={gpus}"
+            )
+        torch.cuda.set_device(local)
+        backend = "nccl"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # the first process evaluates and builds indices alone
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def first_process_first() -> Iterator[None]:
+    """What one process leaves on disk (an index, weights) the others find there."""
+    if rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0 and processes() > 1:
+            dist.barrier()
