@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.ops import concat_conv, resize
+from model.ops import concat_conv, pool, resize
 from model.parallel import Dropout2d
 
 
@@ -68,7 +68,7 @@ class FEM(nn.Module):
         """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, 1, h, w) -> logits (B, 1, h, w) and one a scale."""
         size = (feature.shape[-2], feature.shape[-1])
         inputs: list[FEMInput] = [
-            (F.adaptive_avg_pool2d(feature, side), prototype, None if prior is None else resize(prior, side))
+            (pool(feature, side), prototype, None if prior is None else resize(prior, side))
             for side in self.sizes(size)
         ]
         return self.enrich(inputs, size, every_scale=every_scale)
@@ -94,8 +94,12 @@ class FEM(nn.Module):
 
 
 def classifier(channels: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit."""
-    return nn.Sequential(*_conv_relu(channels, channels, 3), Dropout2d(0.1), nn.Conv2d(channels, 1, 1))
+    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit.
+
+    Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
+    """
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
 
 
 def _conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:

@@ -24,7 +24,7 @@ from model.bgmm import BGMM
 from model.elimination import Eliminated, Elimination
 from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
-from model.ops import foreground, masked_average_pool, resize
+from model.ops import foreground, masked_average_pool, pool, resize
 from model.parallel import Dropout2d
 from model.prior import prior_mask, target_positions
 
@@ -181,7 +181,7 @@ class NTRENet(nn.Module):
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
             once = len(self.eliminations) == 1
             for eliminate, side in zip(self.eliminations, [full] if once else self.fem.sizes(full), strict=True):
-                x, y_bg, c_p = F.adaptive_avg_pool2d(x_q, side), resize(bg, side), resize(prior, side)
+                x, y_bg, c_p = pool(x_q, side), resize(bg, side), resize(prior, side)
                 eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p))
             if once:
                 out = self.fem(eliminated[0].activated, eliminated[0].do_prototype, every_scale=every_scale)
@@ -260,4 +260,4 @@ def _initialise(network: NTRENet) -> None:
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, channels, 1, bias=False), nn.ReLU(), Dropout2d(0.5))
+    return nn.Sequential(nn.Conv2d(inputs, channels, 1, bias=False), Dropout2d(0.5), nn.ReLU())  # as in fem.classifier

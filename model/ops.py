@@ -18,6 +18,11 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
+def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Average pooling to (N, C, *size); a no-op at the same size."""
+    return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
+
+
 def foreground(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Target pixels of integer masks (N, H, W) as a float map (N, 1, *size) in [0, 1]; 255 is not target."""
     return resize((masks == 1).float().unsqueeze(1), size)

@@ -112,7 +112,7 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     batches = training_batches(config, count=2)
     torch.manual_seed(0)
     ours = build_model(config, "random")[0].to(hardware.device)
-    plain = copy.deepcopy(ours)
+    plain = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     equality = compare_outputs(config, ours, batches[0], hardware)
 
     runs = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
@@ -193,7 +193,10 @@ def _peak(args: argparse.Namespace, overrides: list[str], name: str) -> float:
         if name == "plain":
             hardware = Hardware(hardware.device, torch.float32)
         batches = training_batches(config, count=2)
-        step = step_of(config, build_model(config, "random")[0].to(hardware.device), hardware, plain=name == "plain")
+        model = build_model(config, "random")[0].to(hardware.device)
+        if name == "plain":
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        step = step_of(config, model, hardware, plain=name == "plain")
         reset_peak(hardware.device)
         for batch in batches:
             step(batch)
