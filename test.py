@@ -73,6 +73,7 @@ def main() -> None:
 
     predictors = NETWORK | (BASELINES if args.baselines else {})
     together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
+    print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
     started = time.perf_counter()
     with tqdm(total=len(together), desc=f"{len(together)} episodes", dynamic_ncols=True) as bar:
         counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)

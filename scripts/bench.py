@@ -451,7 +451,7 @@ def draw_masks(root: Path, masks: int) -> Path:
 def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, images: int) -> Config:
     """Draw a data set of ``images`` images, and make a PASCAL config for it."""
     for number in range(images):
-        draw(root, number, classes=5 if args.mode == "eval" else 20)  # in an evaluation all are of fold 0
+        draw(root, number, novel=args.mode == "eval")
     lines = "".join(f"{number:06d}.jpg {number:06d}.png\n" for number in range(images))
     (root / "list.txt").write_text(lines, encoding="utf-8")
     given = {
@@ -471,13 +471,17 @@ def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, 
     return load_config(config_file, [*(f"{key}={value}" for key, value in given.items()), *overrides])
 
 
-def draw(root: Path, number: int, classes: int = 20) -> None:
-    """A picture of 500x375 as a JPEG of about 100 kB, and its mask with ids of the first ``classes`` only."""
+def draw(root: Path, number: int, *, novel: bool = False) -> None:
+    """A picture of 500x375 as a JPEG, and its mask; ``novel``: the largest object is of classes 1 to 5, no other is."""
     picture, ids = make_image(0, "train", number)
-    ids = np.where((ids > 0) & (ids != IGNORE), (ids - 1) % classes + 1, ids).astype(np.uint8)
+    if novel:
+        areas = np.bincount(ids[ids != IGNORE], minlength=21)
+        largest = 1 + int(areas[1:].argmax())
+        other = (ids > 0) & (ids != IGNORE) & (ids != largest)
+        ids = np.where(ids == largest, (largest - 1) % 5 + 1, np.where(other, 6 + ids % 15, ids)).astype(np.uint8)
     large = np.asarray(Image.fromarray(picture).resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
     grain = np.random.default_rng(number).normal(0, 9, large.shape)  # what photographs have and drawings lack
-    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(root / f"{number:06d}.jpg", quality=90)
+    Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(root / f"{number:06d}.jpg", quality=94)
     Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(root / f"{number:06d}.png")
 
 
