@@ -293,6 +293,7 @@ def inventory(found: Found, replaced: list[Run]) -> list[Block]:
             "replaced by a newer file" if run in replaced else "",
             "training unfinished" if run.record and not run.record.finished else "",
             "no training record" if run.record is None else "",
+            *(f"resumed at step {s.step}, {s.time}" for s in (run.record.starts[1:] if run.record else [])),
             "random backbone" if run.random_weights else "",
             f"trained {shots}-shot" if shots != results.shots else "",
         ]

@@ -352,6 +352,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
+STARTS = [{"time": "2026-01-01T00:00:00+00:00", "step": 0}, {"time": "2026-01-02T03:04:05+00:00", "step": 14}]
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of the paper's own setting and of another data set, with curves, doubles, damage and a failed run."""
@@ -363,7 +366,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lines = [{"step": s * (10 + fold), "miou": s / 10, "loss": {"total": 1 / s}} for s in (1, 2, 3)]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             finished = {"steps": 30, "seconds": 7200.0, "peak_memory_mib": 2048.0}
-            write(folder, {"device": "abacus", "git_revision": "1" * 40, "finished": finished}, "run.json")
+            write(
+                folder,
+                {"device": "abacus", "git_revision": "1" * 40, "finished": finished, "starts": STARTS},
+                "run.json",
+            )
     old = write(root / "old", results("full", 0, 0, [99.0, 99.0], **pascal)) / "results.json"
     os.utime(old, (1, 1))
     write(root / "toy", results("bgem", 2, 0, [40.0]))
@@ -403,6 +410,8 @@ def test_the_report_holds_every_run_and_hides_no_failure(
     for path in runs.rglob("results*.json"):
         assert f"`{path}" in text
     assert f"- `{runs}/crashed`: unfinished" in text
+    (line,) = [line for line in text.splitlines() if f"`{runs}/bgem_2/results.json`" in line]
+    assert "resumed at step 14, 2026-01-02T03:04:05+00:00" in line
     (line,) = [line for line in text.splitlines() if f"`{runs}/old/results.json`" in line]
     assert "replaced by a newer file" in line
     assert row_of(text, "ResNet-50", "NTRENet, ours")[0] == "54.0 ± 1.4† (-11.4)"  # not 99.0

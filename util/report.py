@@ -119,10 +119,18 @@ class Cost(Part):
     peak_memory_mib: FiniteFloat
 
 
+class Start(Part):
+    """One start of a run: the first, or a resumption."""
+
+    time: str
+    step: int
+
+
 class Record(Environment):
     """run.json, as train.py writes it; ``finished`` is there once the training has ended."""
 
     list_sha256: dict[str, str] = {}
+    starts: list[Start] = []
     finished: Cost | None = None
 
 
