@@ -113,8 +113,8 @@ def check_fold(config: Config, fold: int, splits: dict[str, dict[str, Any]]) -> 
 
 def warnings(config: Config, splits: dict[str, dict[str, Any]]) -> list[str]:
     return [
-        f"no pixel of the {name} masks has the value 255: the ignored border of {config.data.dataset} is lost"
-        " (on PASCAL that costs 4.6 points of mIoU); make the masks anew from the official archives"
+        f"no pixel of the {name} masks has the value 255: if {config.data.dataset} has an ignored border, it is lost"
+        " (on PASCAL that costs 4.6 points of mIoU); then make the masks anew from the official archives"
         for name, split in splits.items()
         if split["lines"] and not split["problems"] and split["ignored"] == 0
     ]
