@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
-from util.build import build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
+from util.build import build_eval_loader, build_eval_sampler, build_index, build_saved_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.class_index import ClassIndex
 from util.config import Config, add_config_argument, load_config, parse_arguments
@@ -176,13 +176,7 @@ def load_model(config: Config, path: Path) -> tuple[NTRENet, dict[str, Any]]:
     checkpoint = load_checkpoint(path)
     saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
     require_same(saved, config, path, unknown=unknown)
-    model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(
-            f"checkpoint {path} does not fit its own config: {str(error).splitlines()[-1].strip()}"
-        ) from error
+    model = build_saved_model(config, checkpoint, path)
     if "data.fold" in unknown:
         print(
             f"note: checkpoint {path} does not say which fold it was trained on;"

@@ -38,6 +38,10 @@ class Hardware(NamedTuple):
     device: torch.device
     precision: torch.dtype
 
+    def autocast(self) -> torch.autocast:
+        """The precision, for a ``with`` statement."""
+        return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
+
 
 def select_hardware(config: Config) -> Hardware:
     """What a config asks for; see :func:`find_hardware`."""
@@ -92,6 +96,21 @@ def build_model(config: Config, weights: str | None = None, deep_stem: bool = Fa
         fem_scales=config.model.fem_scales,
     )
     return model.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
+
+
+def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) -> NTRENet:
+    """The network of a config with a checkpoint's weights.
+
+    Raises:
+        UserError: they do not fit; ``path`` is named.
+    """
+    model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"checkpoint {path} does not fit its own config: {reason}") from error
+    return model
 
 
 def build_loss(config: Config) -> NTRELoss:

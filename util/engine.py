@@ -33,14 +33,9 @@ Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
 
 
-def autocast(hardware: Hardware) -> torch.autocast:
-    """The run's precision, for a ``with`` statement."""
-    return torch.autocast(hardware.device.type, dtype=hardware.precision, enabled=hardware.precision != torch.float32)
-
-
 def forward(model: nn.Module, batch: Episode, hardware: Hardware) -> NTRENetOutput:
     """Run the model on a batch that lies on its device."""
-    with autocast(hardware):
+    with hardware.autocast():
         output: NTRENetOutput = model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
     return output
 
@@ -196,7 +191,7 @@ def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -
     """Read images as what they serve in this round; an image that is query and support goes through stage 3 once."""
     images = batch.images.to(hardware.device, non_blocking=True)
     masks = batch.masks.to(hardware.device, non_blocking=True)
-    with autocast(hardware):
+    with hardware.autocast():
         features = model.backbone(normalize(images))
         queries, targets = (
             [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
@@ -228,14 +223,14 @@ def segment(
     targets = [[encoded[place].target for place in episode.supports] for episode in episodes]
     query = Query(*(torch.cat(parts) for parts in zip(*(q for q in queries if q is not None), strict=True)))
     target = join_episodes([join_shots([t for t in shots if t is not None]) for shots in targets])
-    with autocast(hardware):
+    with hardware.autocast():
         return model.segment(query, target, (side, side))
 
 
 def encoding_size(model: NTRENet, config: Config, hardware: Hardware) -> EncodingSize:
     """Bytes of an image's encoding, found by encoding an empty one."""
     empty = torch.zeros(1, 3, config.data.image_size, config.data.image_size, device=hardware.device)
-    with autocast(hardware):
+    with hardware.autocast():
         query = model.encode_query(empty)
     high = query.high.numel() * query.high.element_size()
     return EncodingSize(query=high + query.feature.numel() * query.feature.element_size(), whole=high)

@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from model.ntrenet import NTRENet, Query, Target
+from model.ntrenet import NTRENet, Query, Target, join_shots
 from model.ops import resize
-from util.build import Hardware, build_model, find_hardware
+from util.build import Hardware, build_saved_model, find_hardware
 from util.checkpoint import load_checkpoint, saved_config
 from util.config import Config
 from util.errors import UserError
@@ -77,13 +76,7 @@ class NTRESegmenter:
         hardware = find_hardware(device, precision)
         checkpoint = load_checkpoint(Path(path))
         config = saved_config(checkpoint, Path(path))
-        model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
-        try:
-            model.load_state_dict(checkpoint["model"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"checkpoint {path} does not fit its own config: {reason}") from error
-        return cls(model, config, hardware)
+        return cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
 
     def segment(
         self,
@@ -117,7 +110,7 @@ class NTRESegmenter:
             self._fitted_support(picture, mask, class_id, name)
             for picture, mask, name in zip(pictures, shown, names, strict=True)
         ]
-        return combine([self._encode_support(*pair, name) for pair, name in zip(pairs, names, strict=True)])
+        return join_shots([self._encode_support(*pair, name) for pair, name in zip(pairs, names, strict=True)])
 
     @torch.inference_mode()
     def encode_query(self, query: AnyPicture) -> EncodedQuery:
@@ -125,7 +118,7 @@ class NTRESegmenter:
         image = as_rgb(query, "the query")
         size = (image.shape[0], image.shape[1])
         fitted, _ = fit(image, np.zeros(size, np.uint8), self.config.data.image_size)
-        with self._autocast():
+        with self.hardware.autocast():
             return EncodedQuery(self.model.encode_query(self._input(fitted)), size)
 
     @torch.inference_mode()
@@ -133,7 +126,7 @@ class NTRESegmenter:
         """Find an encoded target in a picture, encoded or not."""
         features, size = query if isinstance(query, EncodedQuery) else self.encode_query(query)
         side = self.config.data.image_size
-        with self._autocast():
+        with self.hardware.autocast():
             output = self.model.segment(features, target, (side, side))
         bg_logits = output.query_bg_logits
         probability = to_original(output.logits[0].float(), *size, "exact").sigmoid()[0].cpu().numpy()
@@ -164,7 +157,7 @@ class NTRESegmenter:
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Target:
         """One at a time: memory does not grow with the number of supports."""
         labels = torch.from_numpy(mask)[None, None].to(self.hardware.device)
-        with self._autocast():
+        with self.hardware.autocast():
             target, _ = self.model.encode_supports(self._input(image)[None], labels)
         if target.high.shape[2] == 1:  # only the position beside the target, see model/prior.py
             side = self.config.data.image_size
@@ -174,24 +167,6 @@ class NTRESegmenter:
     def _input(self, image: np.ndarray) -> Tensor:
         """RGB (S, S, 3) uint8 -> (1, 3, S, S), normalised."""
         return normalize(torch.from_numpy(image).to(self.hardware.device).permute(2, 0, 1)[None])
-
-    def _autocast(self) -> torch.autocast:
-        precision = self.hardware.precision
-        return torch.autocast(self.hardware.device.type, dtype=precision, enabled=precision != torch.float32)
-
-
-def combine(targets: Sequence[Target]) -> Target:
-    """One target of several, each seen by one support: what the network encodes from all supports at once.
-
-    The prototype is the supports' mean. ``high`` of each is padded with rows of zeros to the same n: a support with
-    fewer than all positions holds such a row already, for all positions beside its target, and one with all of them
-    has the largest n there can be.
-    """
-    n = max(target.high.shape[2] for target in targets)
-    return Target(
-        prototype=torch.stack([target.prototype for target in targets]).mean(0),
-        high=torch.cat([F.pad(target.high, (0, 0, 0, n - target.high.shape[2])) for target in targets], 1),
-    )
 
 
 def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> np.ndarray:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError
 
-from model.ntrenet import Target
+from model.ntrenet import Target, join_shots
 from model.weights import sha256_of
 from util.config import Section, read_yaml
 from util.errors import UserError
 from util.pictures import read_mask, read_picture
-from util.segmenter import NTRESegmenter, combine
+from util.segmenter import NTRESegmenter
 
 MAX_TARGETS = 254
 """ids of a labelled map: 0 is background, 255 means ignored wherever masks are read"""
@@ -78,7 +78,7 @@ def encode_target(segmenter: NTRESegmenter, files: TargetFiles) -> Target:
     Raises:
         UserError: naming the file.
     """
-    return combine([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
+    return join_shots([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
 
 
 def _pairs(files: TargetFiles) -> Sequence[tuple[Path, Path]]:
