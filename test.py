@@ -24,9 +24,10 @@ from util.engine import BASELINES, NETWORK, evaluate
 from util.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
 from util.errors import UserError, run_command
 from util.folds import novel_classes
+from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
 from util.panels import save_panels
-from util.record import environment, over_seeds, peak_memory_mib, require_writable, write_json
+from util.record import environment, over_seeds, require_writable, write_json
 from util.rounds import batched
 from util.visualize import draw_rows, episode_rows, save_picture
 
@@ -63,6 +64,7 @@ def main() -> None:
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
     hardware = select_hardware(config)
+    return_freed_memory()
     index = build_index(config, "val")
     episodes = choose_episodes(args, config, index)  # one list a seed
     model, trained = load_model(config, args.checkpoint)

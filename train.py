@@ -37,8 +37,9 @@ from util.errors import UserError, run_command
 from util.files import write_atomically
 from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
+from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
-from util.record import append_json_line, environment, keep_json_lines, peak_memory_mib, read_json, write_json
+from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
 from util.training import LAST, Training, start_or_resume
 from util.visualize import draw_rows, episode_rows
 
@@ -63,6 +64,7 @@ def main() -> None:
 
 def run(config: Config) -> None:
     hardware = select_hardware(config)
+    return_freed_memory()
     with first_process_first():
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
     train_sampler = build_train_sampler(config, train_index)

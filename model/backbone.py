@@ -36,8 +36,8 @@ class Features(NamedTuple):
 class Backbone(nn.Module):
     """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it).
 
-    What is run is a copy of the stages in which every batch norm is folded into the convolution before it, in the
-    precision of the run: exact up to rounding, and made anew whenever weights are loaded or moved.
+    Below float32 (autocast) a copy of the stages is run whose weights are in that precision, made anew whenever
+    weights are loaded or moved.
     """
 
     def __init__(self, *, stages: list[nn.Module], middle_channels: int, middle_scale: float = 1.0) -> None:
@@ -47,26 +47,35 @@ class Backbone(nn.Module):
         self.middle_scale = middle_scale
         self.requires_grad_(False)
         self.eval()
-        self._folded: dict[torch.dtype, list[nn.Module]] = {}
-        self.register_load_state_dict_post_hook(lambda module, _: module._folded.clear())
+        self._lower: dict[torch.dtype, list[nn.Module]] = {}
+        self.register_load_state_dict_post_hook(lambda module, _: module._lower.clear())
 
     def train(self, mode: bool = True) -> "Backbone":
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":
-        self._folded.clear()
+        self._lower.clear()
         return super()._apply(fn, recurse)
 
+    def fold_batch_norm(self) -> None:
+        """Fold every batch norm into the convolution before it, for good: exact up to rounding, and faster.
+
+        What is folded has other parameter names than the published weights: load those before.
+        """
+        _fold_batch_norm(self)
+        self._lower.clear()
+
     def _stages(self, like: Tensor) -> list[nn.Module]:
-        """The folded stages, in the precision in which ``like`` is to be computed."""
+        """The stages in the precision in which ``like`` is to be computed."""
+        stages = [self.stem, self.stage1, self.stage2, self.stage3, self.stage4]
         kind = like.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else torch.float32
-        if dtype not in self._folded:
-            stages = (self.stem, self.stage1, self.stage2, self.stage3, self.stage4)
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return stages
+        dtype = torch.get_autocast_dtype(kind)
+        if dtype not in self._lower:
             with torch.inference_mode(False):  # made in an evaluation, they serve training as well
-                self._folded[dtype] = [fold_batch_norm(copy.deepcopy(stage)).to(dtype) for stage in stages]
-        return self._folded[dtype]
+                self._lower[dtype] = [copy.deepcopy(stage).to(dtype) for stage in stages]
+        return self._lower[dtype]
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
@@ -81,28 +90,28 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def high(self, stage3: Tensor) -> Tensor:
-        """Stage 4: (N, C3, h, w) -> (N, C4, h, w)."""
+        """Stage 4: (N, C3, h, w) -> (N, C4, h, w). A CPU gains nothing from a batch, so its memory is that of one."""
         stage4 = self._stages(stage3)[4]
-        return stage4(stage3.to(next(stage4.parameters()).dtype))
+        x = stage3.to(next(stage4.parameters()).dtype)
+        return stage4(x) if x.is_cuda or len(x) == 1 else torch.cat([stage4(one) for one in x.split(1)])
 
     @torch.no_grad()
     def high_within(self, stage3: Tensor, rows: slice, columns: slice) -> Tensor:
         """``high(stage3)[:, :, rows, columns]``, exactly, from no more positions than these depend on.
 
-        Before each block the map is cut to the window and what the blocks still to come reach beyond it. What a
-        block's padding spoils at a cut lies outside the next one.
+        Before each block the map is cut to the window and at least what the blocks still to come reach beyond it.
+        What a block's padding spoils at a cut lies outside the next one.
         """
         stage4 = self._stages(stage3)[4]
         blocks = list(stage4.children())
         reach = sum(map(_reach, blocks))
-        x, top, left = stage3.to(next(stage4.parameters()).dtype), 0, 0
-        for block in [*blocks, nn.Identity()]:
-            first_row, first_column = max(rows.start - reach, 0), max(columns.start - reach, 0)
-            x = x[:, :, first_row - top : rows.stop + reach - top, first_column - left : columns.stop + reach - left]
-            top, left = first_row, first_column
-            x = block(x)
+        height, width = stage3.shape[-2:]
+        x, held = stage3.to(next(stage4.parameters()).dtype), (slice(0, height), slice(0, width))
+        for block in blocks:
+            cut = _around(rows, reach, held[0], height), _around(columns, reach, held[1], width)
+            x, held = block(_cut(x, *cut, held)), cut
             reach -= _reach(block)
-        return x
+        return _cut(x, rows, columns, held)
 
 
 def _reach(block: nn.Module) -> int:
@@ -110,8 +119,26 @@ def _reach(block: nn.Module) -> int:
     return sum(m.dilation[0] * (m.kernel_size[0] // 2) for m in block.modules() if isinstance(m, nn.Conv2d))
 
 
-def fold_batch_norm(module: nn.Module) -> nn.Module:
-    """Fold, in place, every frozen batch norm of a module into the convolution registered right before it."""
+def _around(wanted: slice, reach: int, held: slice, length: int) -> slice:
+    """``wanted`` and ``reach`` on both sides within ``held``, made longer to one of eight lengths.
+
+    oneDNN compiles a convolution anew for each size of its input and keeps a thousand of them, a megabyte or two each.
+    """
+    start, stop = max(wanted.start - reach, 0), min(wanted.stop + reach, length)
+    eighth = -(-length // 8)
+    size = min(-(-(stop - start) // eighth) * eighth, held.stop - held.start)
+    start = min(start, held.stop - size)
+    return slice(start, start + size)
+
+
+def _cut(x: Tensor, rows: slice, columns: slice, held: tuple[slice, slice]) -> Tensor:
+    """Rows and columns of a map, of which ``x`` holds a part."""
+    top, left = held[0].start, held[1].start
+    return x[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+
+
+def _fold_batch_norm(module: nn.Module) -> None:
+    """In place: a convolution is followed by its batch norm in the order in which modules are registered."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):
@@ -119,9 +146,8 @@ def fold_batch_norm(module: nn.Module) -> nn.Module:
             setattr(module, before[0], fused.requires_grad_(False))
             setattr(module, name, nn.Identity())
         else:
-            fold_batch_norm(child)
+            _fold_batch_norm(child)
         before = name, child
-    return module
 
 
 def build_backbone(

@@ -21,4 +21,4 @@ class BGEM(nn.Module):
 
     def forward(self, query_feature: Tensor, bg_prototype: Tensor) -> Tensor:
         """X^q (B, C, h, w), P_BG (1, D, 1, 1) -> X_BG (B, C, h, w)."""
-        return F.relu(concat_conv(self.conv, query_feature, bg_prototype))
+        return F.relu_(concat_conv(self.conv, query_feature, bg_prototype))

@@ -26,4 +26,4 @@ class BGMM(nn.Module):
 
     def forward(self, feature: Tensor) -> Tensor:
         """X (N, C, h, w) -> logits of y_BG (N, 1, h, w)."""
-        return self.classifier(F.relu(concat_conv(self.conv, feature, self.prototype)))
+        return self.classifier(F.relu_(concat_conv(self.conv, feature, self.prototype)))

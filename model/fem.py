@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.ops import concat_conv, pool, resize
+from model.ops import concat_conv, conv_of_resized, pool, resize
 from model.parallel import Dropout2d
 
 
@@ -36,9 +36,10 @@ class FEMScale(nn.Module):
         self.classifier = classifier(channels)
 
     def forward(self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None) -> Tensor:
-        """All maps at this scale's size -> enriched feature (B, C, *, *)."""
-        x = F.relu(concat_conv(self.merge, pooled, prototype, prior))
+        """Maps at this scale's size, ``finer`` at any -> enriched feature (B, C, *, *)."""
+        x = F.relu_(concat_conv(self.merge, pooled, prototype, prior))
         if self.inter_scale is not None and finer is not None:
+            finer = resize(finer, (x.shape[-2], x.shape[-1]))
             x = self.inter_scale(torch.cat([x, finer], 1)) + x
         return self.refine(x) + x
 
@@ -81,14 +82,17 @@ class FEM(nn.Module):
         """The part after pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
         enriched: list[Tensor] = []
         scale_logits: list[Tensor] = []
+        finer: Tensor | None = None
         for scale, (pooled, prototype, prior) in zip(self.scales, inputs, strict=True):
             assert isinstance(scale, FEMScale)
-            finer = resize(enriched[-1], (pooled.shape[-2], pooled.shape[-1])) if enriched else None
             x = scale(pooled, prototype, prior, finer)
-            enriched.append(resize(x, size))
+            enriched.append(x)
+            finer = resize(x, size)
             if every_scale:
                 scale_logits.append(scale.classifier(x))
-        x = self.fuse(torch.cat(enriched, 1))
+        conv, relu = self.fuse
+        assert isinstance(conv, nn.Conv2d)
+        x = relu(conv_of_resized(conv, enriched, size))
         x = self.refine(x) + x
         return FEMOutput(self.classifier(x), tuple(scale_logits))
 
@@ -99,11 +103,12 @@ def classifier(channels: int) -> nn.Sequential:
     Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
     """
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(), nn.Conv2d(channels, 1, 1))
+    return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
 
 
 def _conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False), nn.ReLU())
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
 
 
 def _scale_size(side: float, size: tuple[int, int]) -> tuple[int, int]:

@@ -31,9 +31,8 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
     """
     logits = resize(logits.float(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
     valid = masks != IGNORE
-    logits = logits.masked_fill(~valid, 0)
     loss = F.binary_cross_entropy_with_logits(logits, (masks == 1).float(), reduction="none")
-    return mean_over_batch((loss * valid).sum(), valid.sum())
+    return mean_over_batch(loss.where(valid, 0).sum(), valid.sum())
 
 
 def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Tensor:
@@ -49,10 +48,10 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float) -> Te
         masks: (N, H, W), of queries and supports alike
     """
     logits = resize(bg_logits.float(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
-    logits = logits.masked_fill(masks == IGNORE, 0)
-    target, valid = (masks == 1).float(), (masks != IGNORE).float()
-    on_target = (F.softplus(logits) * target).sum((1, 2)) / target.sum((1, 2)).clamp_min(1)
-    everywhere = (F.softplus(-logits) * valid).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
+    target, valid = masks == 1, masks != IGNORE
+    foreign = F.softplus(logits)  # -log(1 - y_BG); -log(y_BG) is softplus(-x) = softplus(x) - x
+    on_target = foreign.where(target, 0).sum((1, 2)) / target.sum((1, 2)).clamp_min(1)
+    everywhere = (foreign - logits).where(valid, 0).sum((1, 2)) / valid.sum((1, 2)).clamp_min(1)
     return mean_over_batch((on_target + alpha * everywhere).sum(), len(masks))
 
 

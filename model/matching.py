@@ -20,11 +20,11 @@ class FeatureMatching(nn.Module):
         self.conv = nn.Conv2d(2 * channels + 1, channels, 1, bias=False)
         self.initial = nn.Sequential(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(channels, 1, 3, padding=1),
         )
 
     def forward(self, feature: Tensor, support_prototype: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
         """X_BG (B, C, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w) -> X_act (B, C, h, w), logits of y_ini (B, 1, h, w)."""
-        activated = F.relu(concat_conv(self.conv, feature, support_prototype, prior))
+        activated = F.relu_(concat_conv(self.conv, feature, support_prototype, prior))
         return activated, self.initial(activated)

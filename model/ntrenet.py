@@ -129,9 +129,12 @@ class NTRENet(nn.Module):
             supports: (B, K, 3, H, W), any K >= 1
             support_masks: (B, K, H, W), integer; 1 target, 0 other, 255 ignored
         """
-        target, x_s = self.encode_supports(supports, support_masks)
         size = (query.shape[-2], query.shape[-1])
-        output = self.segment(self.encode_query(query), target, size, every_scale=True)
+        target, x_s = self.encode_supports(supports, support_masks)
+        searched = self.encode_query(query)
+        x_q, p_s, prior = searched.feature, target.prototype, prior_mask(searched.high, target.high)
+        del searched, target  # stage 4 is large and no longer needed
+        output = self._eliminate_and_enrich(x_q, p_s, prior, size, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
         return output._replace(support_features=x_s, support_bg_logits=bg_s)
 
@@ -158,17 +161,16 @@ class NTRENet(nn.Module):
         x_s = self.reduce_support(features.middle)
         return Target(masked_average_pool(x_s, target), high), x_s
 
-    def segment(
-        self, query: Query, target: Target, size: tuple[int, int], *, every_scale: bool = False
-    ) -> NTRENetOutput:
-        """The paper's figure 3 from the reduced features on; ``size`` is the image's (H, W).
-
-        The record lacks what only training asks for: X^s and y_BG of the supports, and, unless ``every_scale``,
-        FEM's prediction at each scale.
-        """
-        x_q, p_s = query.feature, target.prototype
-        full = (x_q.shape[-2], x_q.shape[-1])
+    def segment(self, query: Query, target: Target, size: tuple[int, int]) -> NTRENetOutput:
+        """Segment queries of an image size (H, W). The record lacks what only training asks for."""
         prior = prior_mask(query.high, target.high)
+        return self._eliminate_and_enrich(query.feature, target.prototype, prior, size, every_scale=False)
+
+    def _eliminate_and_enrich(
+        self, x_q: Tensor, p_s: Tensor, prior: Tensor, size: tuple[int, int], *, every_scale: bool
+    ) -> NTRENetOutput:
+        """The paper's figure 3 from the reduced features on; FEM's prediction at each scale only where asked for."""
+        full = (x_q.shape[-2], x_q.shape[-1])
         bg: Tensor | None = None
         eliminated: list[Eliminated] = []
 
@@ -260,4 +262,5 @@ def _initialise(network: NTRENet) -> None:
 
 
 def _reduction(inputs: int, channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, channels, 1, bias=False), Dropout2d(0.5), nn.ReLU())  # as in fem.classifier
+    conv = nn.Conv2d(inputs, channels, 1, bias=False)
+    return nn.Sequential(conv, Dropout2d(0.5), nn.ReLU(inplace=True))  # in this order as in fem.classifier

@@ -3,6 +3,8 @@
 Shapes: N images, C channels, D prototype channels, (h, w) feature side, (H, W) image side.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,13 +69,34 @@ def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, prior: Tens
     out = F.conv2d(feature, conv.weight[:, :channels], conv.bias, padding=padding)
     weight = conv.weight[:, channels : channels + dim]
     if conv.kernel_size == (1, 1):
-        out = out + F.conv2d(prototype.to(feature.dtype), weight)
+        out += F.conv2d(prototype.to(feature.dtype), weight)
     else:
         small = F.conv2d(prototype.to(feature.dtype).expand(-1, -1, 3, 3), weight, padding=padding)
         rows, columns = (_edge_index(n, feature.device) for n in feature.shape[-2:])
-        out = out + small[:, :, rows][:, :, :, columns]
+        out += small[:, :, rows][:, :, :, columns]
     if prior is not None:
-        out = out + F.conv2d(prior.to(feature.dtype), conv.weight[:, channels + dim :], padding=padding)
+        out += F.conv2d(prior.to(feature.dtype), conv.weight[:, channels + dim :], padding=padding)
+    return out
+
+
+def conv_of_resized(conv: nn.Conv2d, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """Apply ``conv`` (1x1) to resize(X_1) (+) resize(X_2) (+) ..., without building the concatenation.
+
+    It is a sum with one term a feature, and a 1x1 convolution mixes channels where resizing mixes positions, so
+
+        conv(resize(X_1) (+) resize(X_2) (+) ...) = resize(W1 * X_1) + resize(W2 * X_2) + ...
+
+    Exact up to rounding; small features are convolved small, and only they are kept for the backward pass.
+
+    Args:
+        features: X_i, (N, C, *, *)
+    Returns:
+        (N, conv.out_channels, *size)
+    """
+    weights = conv.weight.chunk(len(features), 1)
+    out = resize(F.conv2d(features[0], weights[0], conv.bias), size)
+    for feature, weight in zip(features[1:], weights[1:], strict=True):
+        out += resize(F.conv2d(feature, weight), size)
     return out
 
 

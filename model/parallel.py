@@ -46,7 +46,7 @@ def gathered(x: Tensor) -> Tensor:
 
 
 class Dropout2d(nn.Module):
-    """nn.Dropout2d whose noise does not depend on the number of processes.
+    """nn.Dropout2d, in place, whose noise does not depend on the number of processes.
 
     All processes hold the same random state, draw the noise of the whole batch, and take their own images' part.
     """
@@ -60,7 +60,7 @@ class Dropout2d(nn.Module):
             return x
         images, start = len(x), rank() * len(x)
         kept = torch.empty(processes() * images, x.shape[1], 1, 1, device=x.device).bernoulli_(1 - self.p)
-        return x * (kept[start : start + images] / (1 - self.p)).to(x.dtype)
+        return x.mul_((kept[start : start + images] / (1 - self.p)).to(x.dtype))
 
 
 def log_mean(values: Tensor) -> Tensor:

@@ -17,7 +17,6 @@ The plain formulation is scripts/plain.py, in fp32. Pictures are generated at 50
 """
 
 import argparse
-import copy
 import ctypes
 import gc
 import multiprocessing
@@ -61,6 +60,7 @@ from util.engine import evaluate, forward
 from util.episodes import EpisodeList
 from util.errors import UserError, run_command
 from util.folds import novel_classes
+from util.memory import return_freed_memory
 from util.metrics import scores
 from util.record import environment, require_writable, write_json
 from util.synthetic import CLASS_NAMES, make_image
@@ -71,6 +71,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
 CPU = torch.device("cpu")
 TRAINING_IMAGES = 80
+MEMORY_STEPS = 8
+"""each on a batch of its own: what is kept of every size that occurs counts"""
 DIFFERENT_MASKS = 40
 """masks of --mode index that are drawn; the others are links to them"""
 
@@ -110,10 +112,9 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     config = make_config(args, overrides, root, images=TRAINING_IMAGES)
     hardware, plain_hardware = select_hardware(config), Hardware(select_hardware(config).device, torch.float32)
     batches = training_batches(config, count=2)
-    torch.manual_seed(0)
-    ours = build_model(config, "random")[0].to(hardware.device)
-    plain = copy.deepcopy(ours).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    equality = compare_outputs(config, ours, batches[0], hardware)
+    return_freed_memory()
+    ours, plain = (build(config, hardware, plain=name == "plain") for name in ("ours", "plain"))
+    equality = compare_outputs(config, plain, ours, batches[0], hardware)
 
     runs = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -134,6 +135,13 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     return result
 
 
+def build(config: Config, hardware: Hardware, *, plain: bool) -> NTRENet:
+    """Random weights, the same for both; plain as the lineage has it: batch norm on its own, channels first."""
+    torch.manual_seed(0)
+    model = build_model(config, "random", fold=not plain)[0].to(hardware.device)
+    return model.to(memory_format=torch.contiguous_format) if plain else model  # type: ignore[call-overload]
+
+
 def training_batches(config: Config, count: int) -> list[Episode]:
     loader = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=count)
     return list(loader)
@@ -147,9 +155,12 @@ def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool =
         batch = batch.to(hardware.device)
         output = plain_on(model, batch) if plain else forward(model, batch, hardware)
         loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id).total
-        optimizer.zero_grad(set_to_none=True)
+        if plain:
+            optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if not plain:
+            optimizer.zero_grad()
 
     return step
 
@@ -159,11 +170,12 @@ def plain_on(model: NTRENet, batch: Episode) -> Any:
 
 
 @torch.no_grad()
-def compare_outputs(config: Config, model: NTRENet, batch: Episode, hardware: Hardware) -> dict[str, float]:
+def compare_outputs(
+    config: Config, plain: NTRENet, ours: NTRENet, batch: Episode, hardware: Hardware
+) -> dict[str, float]:
     """Largest difference of the logits and of the loss between ours and the plain formulation, dropout off."""
-    model.eval()
     batch = batch.to(hardware.device)
-    outputs = plain_on(model, batch), forward(model, batch, hardware)
+    outputs = plain_on(plain.eval(), batch), forward(ours.eval(), batch, hardware)
     losses = [
         float(
             build_loss(config).to(hardware.device)(output, batch.query_mask, batch.support_masks, batch.class_id).total
@@ -180,7 +192,7 @@ def compare_outputs(config: Config, model: NTRENet, batch: Episode, hardware: Ha
 
 
 def peak_of_a_process(args: argparse.Namespace, overrides: list[str], name: str) -> float:
-    """MiB at the peak of two steps in a process of their own (on CUDA: of the allocator)."""
+    """MiB at the peak of ``MEMORY_STEPS`` steps in a process of their own (on CUDA: of the allocator)."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
         return pool.apply(_peak, (args, overrides, name))
@@ -192,11 +204,10 @@ def _peak(args: argparse.Namespace, overrides: list[str], name: str) -> float:
         hardware = select_hardware(config)
         if name == "plain":
             hardware = Hardware(hardware.device, torch.float32)
-        batches = training_batches(config, count=2)
-        model = build_model(config, "random")[0].to(hardware.device)
-        if name == "plain":
-            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-        step = step_of(config, model, hardware, plain=name == "plain")
+        else:
+            return_freed_memory()
+        batches = training_batches(config, count=MEMORY_STEPS)
+        step = step_of(config, build(config, hardware, plain=name == "plain"), hardware, plain=name == "plain")
         reset_peak(hardware.device)
         for batch in batches:
             step(batch)
@@ -231,10 +242,10 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
     index = build_index(config, "val")
     samplers = [build_eval_sampler(config, index, seed) for seed in range(args.seeds)]
     episodes = [sampler(number) for sampler in samplers for number in range(args.episodes)]
-    torch.manual_seed(0)
-    model = build_model(config, "random")[0].to(hardware.device).eval()
-    centre_predictions(model, config, EpisodeList(index, episodes), hardware)
+    ours, plain = (build(config, hardware, plain=name == "plain").eval() for name in ("ours", "plain"))
+    centre_predictions([ours, plain], config, EpisodeList(index, episodes), hardware)
 
+    return_freed_memory()
     chosen = np.linspace(0, len(episodes) - 1, min(args.plain_episodes, len(episodes))).astype(int).tolist()
     alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
     loader = build_eval_loader(alone, EpisodeList(index, episodes), chosen)
@@ -245,7 +256,7 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
     def some(count: int) -> None:
         for _ in range(count):
             seconds, table = timed(
-                lambda: plain_counts(model, next(batches).to(hardware.device), config), hardware.device
+                lambda: plain_counts(plain, next(batches).to(hardware.device), config), hardware.device
             )
             plain_times.append(seconds)
             plain_table.append(table)
@@ -253,7 +264,7 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
     some(len(chosen) // 2)  # half before ours and half after, lest the machine's mood count
     with tqdm(total=1, desc="ours", dynamic_ncols=True) as bar:
         ours_seconds, tables = timed(
-            lambda: evaluate(model, index, episodes, config=config, hardware=hardware, bar=bar), hardware.device
+            lambda: evaluate(ours, index, episodes, config=config, hardware=hardware, bar=bar), hardware.device
         )
     peak = read_peak(hardware.device)
     some(len(chosen) - len(chosen) // 2)
@@ -287,7 +298,7 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
 
 
 @torch.no_grad()
-def centre_predictions(model: NTRENet, config: Config, source: EpisodeList, hardware: Hardware) -> None:
+def centre_predictions(models: Sequence[NTRENet], config: Config, source: EpisodeList, hardware: Hardware) -> None:
     """Shift random weights' maps such that they say yes in some places: lest equality be that of empty predictions."""
     batch = next(iter(build_eval_loader(config, source, range(4)))).to(hardware.device)
     biases = {
@@ -296,7 +307,9 @@ def centre_predictions(model: NTRENet, config: Config, source: EpisodeList, hard
         "fem.classifier.3.bias": lambda output: output.feature_logits,
     }
     for name, logits in biases.items():
-        model.get_parameter(name).sub_(logits(forward(model, batch, hardware)).float().quantile(0.65))
+        shift = logits(forward(models[0], batch, hardware)).float().quantile(0.65)
+        for model in models:
+            model.get_parameter(name).sub_(shift)
 
 
 # ---------------------------------------------------------------- loader

@@ -83,9 +83,10 @@ def main() -> None:
 
     config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"
     config = load_config(ROOT / config_file, ALL_OFF)
-    model, weights = build_model(config, "random", deep_stem=deep_stem)
+    model, weights = build_model(config, "random", deep_stem=deep_stem, fold=False)
     converted = convert(published, model.state_dict(), f"{args.pfenet} looks like PFENet with {backbone}, but")
     model.load_state_dict(model.state_dict() | converted)
+    model.backbone.fold_batch_norm()
     state = {
         "config": config.model_dump(),
         "unknown": UNKNOWN,

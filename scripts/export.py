@@ -115,14 +115,13 @@ class FixedShots(nn.Module):
 
 def export(network: nn.Module, example: Episode) -> ExportedProgram:
     """The operations that ``example`` goes through, and the weights they read."""
-    network.eval()(*example)  # the backbone folds its batch norms the first time, which cannot be traced
-    program = torch.export.export(network, example)
+    program = torch.export.export(network.eval(), example)
     drop_what_is_not_read(program)
     return program
 
 
 def drop_what_is_not_read(program: ExportedProgram) -> None:
-    """torch.export keeps all weights of a module: the unfolded backbone too, and FEM's classifier of each scale."""
+    """torch.export keeps all weights of a module: also FEM's classifier of each scale."""
     signature = program.graph_signature
     weights = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     unread = [node for node in program.graph.find_nodes(op="placeholder") if node.name in weights and not node.users]

@@ -448,9 +448,16 @@ def test_the_record_of_a_run_names_versions_seed_and_hashes(run: Run, tiny: Path
 def test_the_backbone_in_the_checkpoint_is_the_one_in_the_weights_file(run: Run) -> None:
     record = json.loads((run.folder / "run.json").read_text())
     saved, state = torch.load(record["weights"]["source"], weights_only=True), load(run.folder / "last.pt")["model"]
-    assert torch.equal(state["backbone.stem.0.weight"], saved["_conv_stem.weight"])
-    assert torch.equal(state["backbone.stem.1.running_mean"], saved["_bn0.running_mean"])
-    assert torch.equal(state["backbone.stage4.2._project_conv.weight"], saved["_blocks.10._project_conv.weight"])
+    for ours, conv, norm in (
+        ("backbone.stem.0", "_conv_stem", "_bn0"),
+        ("backbone.stage4.2._project_conv", "_blocks.10._project_conv", "_blocks.10._bn2"),
+    ):
+        weight, bias, mean, variance = (
+            saved[f"{norm}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / (variance + 1e-3).sqrt()
+        torch.testing.assert_close(state[f"{ours}.weight"], saved[f"{conv}.weight"] * scale[:, None, None, None])
+        torch.testing.assert_close(state[f"{ours}.bias"], bias - mean * scale)
 
 
 def test_every_evaluation_leaves_one_json_line(run: Run, steps: int) -> None:

@@ -239,6 +239,26 @@ def test_stage_4_within_a_window_is_that_part_of_the_whole(name, window):
     assert (part - whole[:, :, rows, columns]).abs().max() < 1e-4 * whole.abs().max()
 
 
+@torch.no_grad()
+def test_windows_of_all_sizes_are_exact_and_meet_few_shapes():
+    torch.manual_seed(0)
+    backbone, _ = build_backbone("efficientnet_lite0", weights="random")
+    backbone.fold_batch_norm()
+    seen = set()
+    for place, block in enumerate(backbone.stage4):
+        block.register_forward_pre_hook(lambda _, args, place=place: seen.add((place, *args[0].shape[-2:])))
+    channels = backbone(torch.zeros(1, 3, 33, 33)).stage3.shape[1]
+    stage3 = torch.randn(1, channels, 24, 31)
+    whole = backbone.high(stage3)
+    seen.clear()
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        (top, bottom), (left, right) = (sorted(random.choice(n + 1, 2, replace=False).tolist()) for n in (24, 31))
+        part = backbone.high_within(stage3, slice(top, bottom), slice(left, right))
+        assert (part - whole[:, :, top:bottom, left:right]).abs().max() < 1e-4 * whole.abs().max()
+    assert len(seen) <= len(backbone.stage4) * 8 * 8
+
+
 def test_prior_finds_the_position_where_query_and_support_agree():
     query = torch.eye(4).T.reshape(1, 4, 2, 2)  # four orthogonal positions
     support = torch.zeros(1, 1, 4, 2, 2)
@@ -1248,6 +1268,8 @@ def test_folding_batch_norm_changes_features_by_rounding_only(name):
                 nn.init.uniform_(tensor, 0.5, 1.5)
     images = torch.randn(2, 3, 49, 65)
     middle, third, high = unfolded(backbone, images)
+    backbone.fold_batch_norm()
+    assert not [module for module in backbone.modules() if isinstance(module, nn.BatchNorm2d)]
     features = backbone(images)
     for got, expected in ((features.middle, middle), (features.stage3, third), (backbone.high(third), high)):
         assert expected.std() > 0
@@ -1255,25 +1277,29 @@ def test_folding_batch_norm_changes_features_by_rounding_only(name):
 
 
 @torch.no_grad()
-def test_the_folded_copy_follows_weights_that_are_loaded_or_changed_in_precision(lite0):
+def test_the_copy_of_a_lower_precision_follows_weights_that_are_loaded_or_folded(lite0):
     backbone, _ = build_backbone("efficientnet_lite0", weights="random")
     images = torch.randn(1, 3, 33, 33)
-    backbone(images)
-    backbone.load_state_dict(lite0[0].state_dict())
-    assert torch.allclose(backbone(images).middle, lite0[0](images).middle, atol=1e-5)
     outer = nn.Sequential(build_backbone("efficientnet_lite0", weights="random")[0])  # as a part of a model
-    outer(images)
-    outer.load_state_dict({f"0.{name}": value for name, value in lite0[0].state_dict().items()})
-    assert torch.allclose(outer[0](images).middle, lite0[0](images).middle, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16):
-        assert backbone(images).middle.dtype == torch.bfloat16
+        expected = lite0[0](images).middle
+        assert expected.dtype == torch.bfloat16
+        assert not torch.equal(backbone(images).middle, expected)
+        assert not torch.equal(outer[0](images).middle, expected)
+        backbone.load_state_dict(lite0[0].state_dict())
+        outer.load_state_dict({f"0.{name}": value for name, value in lite0[0].state_dict().items()})
+        assert torch.equal(backbone(images).middle, expected)
+        assert torch.equal(outer[0](images).middle, expected)
+        backbone.fold_batch_norm()
+        assert not torch.equal(backbone(images).middle, expected)  # rounded otherwise
     assert backbone(images).middle.dtype == torch.float32
 
 
 def test_a_copy_made_in_an_evaluation_serves_training():
     backbone, _ = build_backbone("efficientnet_lite0", weights="random")
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         backbone(torch.randn(1, 3, 33, 33))
     head = nn.Conv2d(backbone.middle_channels, 1, 1)
-    head(backbone(torch.randn(1, 3, 33, 33)).middle).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        head(backbone(torch.randn(1, 3, 33, 33)).middle).sum().backward()
     assert head.weight.grad.abs().sum() > 0

@@ -78,14 +78,19 @@ def _cpu_has_bf16() -> bool:
     return flags.exists() and bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text(encoding="utf-8")))
 
 
-def build_model(config: Config, weights: str | None = None, deep_stem: bool = False) -> tuple[NTRENet, WeightsInfo]:
+def build_model(
+    config: Config, weights: str | None = None, deep_stem: bool = False, *, fold: bool = True
+) -> tuple[NTRENet, WeightsInfo]:
     """The network of a config.
 
     Args:
         weights: instead of the config's; 'random' where a checkpoint fills them in.
         deep_stem: stem of a ResNet with random weights.
+        fold: the backbone's batch norms into its convolutions; not where published names are still to be loaded.
     """
     backbone, info = build_backbone(config.model.backbone, weights=weights or config.model.weights, deep_stem=deep_stem)
+    if fold:
+        backbone.fold_batch_norm()
     model = build_ntrenet(
         backbone,
         bgem=config.model.bgem,

@@ -92,10 +92,10 @@ def train(
                 f"the loss of step {training.step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
                 f" the state before it is in {path}; lower train.lr, set precision=fp32, or look at these files"
             )
-        optimizer.zero_grad(set_to_none=True)
         scaler.scale(losses.total).backward()
         scaler.step(optimizer)
         scaler.update()
+        optimizer.zero_grad(set_to_none=True)  # here, so that no forward pass finds the gradients of the step before
         training.sums = {name: training.sums[name] + value for name, value in terms.items()}
         training.step += 1
         on_step(training.step - 1, lr, terms)
