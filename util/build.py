@@ -3,7 +3,7 @@
 import os
 import re
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -188,8 +188,9 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
     dataset = EpisodeDataset(sampler, transform=transform)
-    numbers = np.arange(start, stop)[:, None] * batch + rank() * share + np.arange(share)
-    return _episode_loader(config, dataset, numbers.ravel().tolist(), share)
+    first = rank() * share
+    steps = (range(step * batch + first, step * batch + first + share) for step in range(start, stop))  # millions
+    return _episode_loader(config, dataset, steps)
 
 
 def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
@@ -207,7 +208,7 @@ def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int])
     """Whole episodes by number, as an evaluation sees them."""
     transform = partial(_fit, size=config.data.image_size)
     dataset = EpisodeDataset(sampler, transform=transform)
-    return _episode_loader(config, dataset, numbers, config.eval.batch_size)
+    return _episode_loader(config, dataset, batched(numbers, config.eval.batch_size))
 
 
 # the loader's transforms stand at module level so that workers can be started on every platform
@@ -228,10 +229,8 @@ def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: in
     return fit(image, mask, size)
 
 
-def _episode_loader(
-    config: Config, dataset: EpisodeDataset, numbers: Sequence[int], batch_size: int
-) -> DataLoader[Episode]:
-    return DataLoader(dataset, batch_size=batch_size, sampler=numbers, collate_fn=collate, **_machine(config))
+def _episode_loader(config: Config, dataset: EpisodeDataset, batches: Iterable[Sequence[int]]) -> DataLoader[Episode]:
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **_machine(config))
 
 
 def _ignore_interrupts(_: int) -> None:
