@@ -175,7 +175,7 @@ def build_eval_sampler(config: Config, index: ClassIndex, seed: int) -> EpisodeS
 def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> DataLoader[Episode]:
     """Batches of steps ``start`` to ``stop``; step s holds the episodes s * batch_size and on.
 
-    One loader serves all epochs, so that its workers start once. Of several processes, each gets a run of every
+    One loader, iterated once, serves all epochs, so that its workers start once. Of several processes, each gets a run of every
     batch, in the order of their ranks.
 
     Raises:
@@ -188,9 +188,8 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
     dataset = EpisodeDataset(sampler, transform=transform)
-    first = rank() * share
-    steps = (range(step * batch + first, step * batch + first + share) for step in range(start, stop))  # millions
-    return _episode_loader(config, dataset, steps)
+    firsts = (step * batch + rank() * share for step in range(start, stop))  # no list: a run has millions of episodes
+    return _episode_loader(config, dataset, (list(range(first, first + share)) for first in firsts))
 
 
 def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
@@ -208,7 +207,7 @@ def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int])
     """Whole episodes by number, as an evaluation sees them."""
     transform = partial(_fit, size=config.data.image_size)
     dataset = EpisodeDataset(sampler, transform=transform)
-    return _episode_loader(config, dataset, batched(numbers, config.eval.batch_size))
+    return _episode_loader(config, dataset, [list(part) for part in batched(numbers, config.eval.batch_size)])
 
 
 # the loader's transforms stand at module level so that workers can be started on every platform
@@ -229,7 +228,7 @@ def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: in
     return fit(image, mask, size)
 
 
-def _episode_loader(config: Config, dataset: EpisodeDataset, batches: Iterable[Sequence[int]]) -> DataLoader[Episode]:
+def _episode_loader(config: Config, dataset: EpisodeDataset, batches: Iterable[list[int]]) -> DataLoader[Episode]:
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **_machine(config))
 
 
