@@ -175,8 +175,8 @@ def build_eval_sampler(config: Config, index: ClassIndex, seed: int) -> EpisodeS
 def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> DataLoader[Episode]:
     """Batches of steps ``start`` to ``stop``; step s holds the episodes s * batch_size and on.
 
-    One loader, iterated once, serves all epochs, so that its workers start once. Of several processes, each gets a run of every
-    batch, in the order of their ranks.
+    One loader, iterated once, serves all epochs, so that its workers start once. Of several processes, each gets a
+    run of every batch, in the order of their ranks.
 
     Raises:
         UserError: the batch cannot be shared out evenly.
