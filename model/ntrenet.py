@@ -79,19 +79,13 @@ class Target(NamedTuple):
 
 
 def join_shots(targets: Sequence[Target]) -> Target:
-    """K one-shot targets of B = 1 as one K-shot target of B = 1."""
-    return Target(torch.stack([t.prototype for t in targets]).mean(0), _cat_high([t.high for t in targets], dim=1))
+    """K one-shot targets of B = 1 as one K-shot target of B = 1.
 
-
-def join_episodes(targets: Sequence[Target]) -> Target:
-    """B targets of the same K, each of B = 1, as one batch."""
-    return Target(torch.cat([t.prototype for t in targets]), _cat_high([t.high for t in targets], dim=0))
-
-
-def _cat_high(highs: Sequence[Tensor], dim: int) -> Tensor:
-    """Those with fewer positions get zeros, such as every position beside a target has."""
-    most = max(high.shape[2] for high in highs)
-    return torch.cat([F.pad(high, (0, 0, 0, most - high.shape[2])) for high in highs], dim)
+    Those with fewer positions get zeros, such as every position beside a target has.
+    """
+    most = max(t.high.shape[2] for t in targets)
+    high = torch.cat([F.pad(t.high, (0, 0, 0, most - t.high.shape[2])) for t in targets], 1)
+    return Target(torch.stack([t.prototype for t in targets]).mean(0), high)
 
 
 class NTRENet(nn.Module):
@@ -161,10 +155,14 @@ class NTRENet(nn.Module):
         x_s = self.reduce_support(features.middle)
         return Target(masked_average_pool(x_s, target), high), x_s
 
-    def segment(self, query: Query, target: Target, size: tuple[int, int]) -> NTRENetOutput:
-        """Segment queries of an image size (H, W). The record lacks what only training asks for."""
-        prior = prior_mask(query.high, target.high)
-        return self._eliminate_and_enrich(query.feature, target.prototype, prior, size, every_scale=False)
+    def segment(self, queries: Sequence[Query], targets: Sequence[Target], size: tuple[int, int]) -> NTRENetOutput:
+        """Segment queries of an image size (H, W), each for its target; all but the prior runs as one batch.
+
+        The record lacks what only training asks for.
+        """
+        prior = torch.cat([prior_mask(q.high, t.high) for q, t in zip(queries, targets, strict=True)])
+        x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([t.prototype for t in targets])
+        return self._eliminate_and_enrich(x_q, p_s, prior, size, every_scale=False)
 
     def _eliminate_and_enrich(
         self, x_q: Tensor, p_s: Tensor, prior: Tensor, size: tuple[int, int], *, every_scale: bool

@@ -110,7 +110,7 @@ class FixedShots(nn.Module):
         prototype = masked_average_pool(model.reduce_support(features.middle[1:]), target[1:]).mean(0, keepdim=True)
         searched = Query(model.reduce_query(features.middle[:1]), high[:1])
         shown = Target(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0))
-        return model.segment(searched, shown, (query.shape[-2], query.shape[-1])).logits.sigmoid()
+        return model.segment([searched], [shown], (query.shape[-2], query.shape[-1])).logits.sigmoid()
 
 
 def export(network: nn.Module, example: Episode) -> ExportedProgram:

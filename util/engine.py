@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from model.backbone import Features
 from model.losses import LossTerms
-from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_episodes, join_shots
+from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_shots
 from model.ops import resize
 from model.parallel import log_mean, processes, rank
 from util.build import Hardware, build_image_loader
@@ -221,10 +221,9 @@ def segment(
     """Run episodes whose images are encoded as one batch."""
     queries = [encoded[episode.query].query for episode in episodes]
     targets = [[encoded[place].target for place in episode.supports] for episode in episodes]
-    query = Query(*(torch.cat(parts) for parts in zip(*(q for q in queries if q is not None), strict=True)))
-    target = join_episodes([join_shots([t for t in shots if t is not None]) for shots in targets])
+    joined = [join_shots([t for t in shots if t is not None]) for shots in targets]
     with hardware.autocast():
-        return model.segment(query, target, (side, side))
+        return model.segment([q for q in queries if q is not None], joined, (side, side))
 
 
 def encoding_size(model: NTRENet, config: Config, hardware: Hardware) -> EncodingSize:

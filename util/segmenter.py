@@ -127,7 +127,7 @@ class NTRESegmenter:
         features, size = query if isinstance(query, EncodedQuery) else self.encode_query(query)
         side = self.config.data.image_size
         with self.hardware.autocast():
-            output = self.model.segment(features, target, (side, side))
+            output = self.model.segment([features], [target], (side, side))
         bg_logits = output.query_bg_logits
         probability = to_original(output.logits[0].float(), *size, "exact").sigmoid()[0].cpu().numpy()
         return Segmentation(
