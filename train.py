@@ -7,6 +7,7 @@ SIGTERM save first. torchrun --nproc_per_node=N train.py ... trains on N process
 
 import argparse
 import itertools
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -45,6 +46,8 @@ from util.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
+LOADER_IS_THE_LIMIT = 0.25
+"""share of an epoch's time spent waiting for images above which a line says so"""
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
@@ -108,7 +111,12 @@ def run(config: Config) -> None:
                 epoch = end // epoch_steps
                 bar.set_description(f"epoch {epoch}/{options.epochs}")
                 epoch_batches = itertools.islice(batches, end - training.step)
-                train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
+                waiting = train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
+                if first and waiting > LOADER_IS_THE_LIMIT:
+                    tqdm.write(
+                        f"epoch {epoch}: {waiting:.0%} of the time went to waiting for images: the loader is the limit,"
+                        f" not the model; raise workers (now {config.workers}, of {os.cpu_count()} cores)"
+                    )
                 improved = False
                 if epoch % config.eval.every == 0 or end == total_steps:
                     with stop.at_once():

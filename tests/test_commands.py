@@ -39,6 +39,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from util.build import build_eval_sampler, build_index, build_model, build_train_sampler
 from util.config import Config, load_config
+from util.dataset import Episode, EpisodeDataset
 from util.episodes import EpisodeSampler
 from util.errors import run_command
 from util.metrics import Scores
@@ -1422,3 +1423,24 @@ def test_panel_options_that_make_no_sense_are_refused(
     config: Path, mixed: Path, arguments: list[Any], words: list[str]
 ) -> None:
     refused(call(test_command, "--config", config, "--checkpoint", mixed, "--episodes", 2, *arguments), *words)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# whether the loader or the model is the limit
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_when_the_loader_is_the_limit(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read = EpisodeDataset.__getitem__
+
+    def slow(self: EpisodeDataset, number: int) -> Episode:
+        time.sleep(0.15)
+        return read(self, number)
+
+    monkeypatch.setattr(EpisodeDataset, "__getitem__", slow)
+    overrides = [f"run_dir={tmp_path}/run", "workers=0", "train.epochs=1", "eval.episodes=1"]
+    train.run(load_config(config, overrides))
+    said = re.findall(r"epoch 1: (\d+)% of the time went to waiting for images", capsys.readouterr().out)
+    assert 25 <= int(said[0]) <= 100

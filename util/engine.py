@@ -53,28 +53,31 @@ def train(
     stop: Interruption,
     bar: tqdm,
     on_step: Callable[[int, float, dict[str, float]], None],
-) -> None:
+) -> float:
     """Train on ``batches``, one step each.
-
-    The bar shows the share of time spent waiting for the loader: where it is large, the loader is the limit.
 
     Args:
         lr_at: learning rate of a step.
         on_step: called with (step, learning rate, loss terms) after each.
+    Returns:
+        the share of the time, after the first step, that went to waiting for the loader; the bar shows it
     Raises:
         UserError: a loss is not finite; names the step, every term and the files.
         Stopped: asked to, between two steps.
     """
     optimizer, scaler, device = training.optimizer, training.scaler, training.hardware.device
     training.model.train()
-    waited, began = 0.0, time.perf_counter()
+    share, waited, began = 0.0, 0.0, None
     ready = iter(batches)
     while True:
         asked = time.perf_counter()
         batch = next(ready, None)
-        waited += time.perf_counter() - asked
         if batch is None:
-            break
+            return share
+        if began is None:
+            began = time.perf_counter()  # the first batch has the loader's start in it
+        else:
+            waited += time.perf_counter() - asked
         lr = lr_at(training.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -99,13 +102,14 @@ def train(
         training.sums = {name: training.sums[name] + value for name, value in terms.items()}
         training.step += 1
         on_step(training.step - 1, lr, terms)
+        share = waited / (time.perf_counter() - began)
         bar.set_postfix(
             loss=f"{terms['total']:.3f}",
             final=f"{terms['final']:.3f}",
             bg=f"{terms['bg']:.3f}",
             pcl=f"{terms['pcl']:.2f}",
             lr=f"{lr:.4f}",
-            waiting=f"{waited / (time.perf_counter() - began):.0%}",
+            waiting=f"{share:.0%}",
             refresh=False,
         )
         bar.update()
