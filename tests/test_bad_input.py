@@ -421,6 +421,11 @@ def link_to_itself(path: Path) -> None:
     path.symlink_to(path)
 
 
+def as_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def missing(path: Path) -> None:
     path.unlink()
 
@@ -439,6 +444,7 @@ ANY_FILE: dict[str, tuple[str, Damage]] = {
     "is a folder": ("refused", as_folder),
     "is a link to nowhere": ("refused", link_to_nowhere),
     "is a link to itself": ("refused", link_to_itself),
+    "is a pipe": ("refused", as_pipe),
     "is missing": ("refused", missing),
     "is a web page": ("refused", becomes(lambda: b"<!DOCTYPE html><html><body>404: not found</body></html>\n")),
     "is zeros": ("refused", becomes(lambda: bytes(5000))),

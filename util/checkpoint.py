@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.weights import is_plain, load_data
 from util.config import Config, config_from_dict, flatten
 from util.errors import UserError
-from util.files import sync_folder, write_atomically
+from util.files import refuse_pipe, sync_folder, write_atomically
 
 FORMAT = 1
 
@@ -94,6 +94,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: missing, truncated or damaged, or not a checkpoint of this project.
     """
     try:
+        refuse_pipe(path)
         state = load_data(path)
     except FileNotFoundError:
         raise UserError(f"checkpoint {path} does not exist; train.py writes them as run_dir/best.pt") from None

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util.errors import UserError
+from util.files import refuse_pipe
 from util.images import image_size, read_mask
 
 
@@ -53,6 +54,7 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
         UserError: no such list, an empty one, or a line that is not two paths, or stands twice.
     """
     try:
+        refuse_pipe(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None

@@ -9,6 +9,7 @@ import numpy as np
 
 from util.class_index import ClassIndex
 from util.errors import UserError
+from util.files import refuse_pipe
 
 
 class EpisodeFiles(NamedTuple):
@@ -108,6 +109,7 @@ def read_episodes(
     """
     places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
     try:
+        refuse_pipe(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one") from None

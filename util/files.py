@@ -6,6 +6,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def refuse_pipe(path: Path) -> None:
+    """Raise OSError for a pipe or a device, which a reader would wait for."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError("it is a pipe or a device")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in its place, both forced to the disk.
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from util.errors import UserError
+from util.files import refuse_pipe
 
 MAX_PIXELS = 100_000_000
 """a picture with more is refused before it is decoded; those of PASCAL and COCO have less than a hundredth of it"""
@@ -60,6 +61,7 @@ def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: b
         Image.DecompressionBombError: too large.
         Exception: Pillow's readers raise many kinds for damaged files.
     """
+    refuse_pipe(path)
     image = Image.open(path, formats=formats)
     if image.width * image.height > limit:
         raise Image.DecompressionBombError(f"{image.width}x{image.height}, more than {limit / 1e6:.0f} megapixels")
