@@ -1273,6 +1273,12 @@ def test_tensors_alone_are_no_checkpoint(config: Path, tmp_path: Path) -> None:
     refused(call(test_command, "--config", config, "--checkpoint", path), path, "not a checkpoint of this project")
 
 
+def test_a_checkpoint_of_an_earlier_format_is_refused_as_such(run: Run, config: Path, tmp_path: Path) -> None:
+    path = tmp_path / "old.pt"
+    torch.save(load(run.folder / "best.pt") | {"format": 1}, path)
+    refused(call(test_command, "--config", config, "--checkpoint", path), path, "is of format 1", "check out")
+
+
 def test_a_checkpoint_that_lacks_an_entry_is_refused(run: Run, config: Path, tmp_path: Path) -> None:
     state, path = load(run.folder / "best.pt"), tmp_path / "part.pt"
     del state["model"]["fem.fuse.0.weight"]

@@ -12,7 +12,8 @@ from util.config import Config, config_from_dict, flatten
 from util.errors import UserError
 from util.files import refuse_pipe, sync_folder, write_atomically
 
-FORMAT = 1
+FORMAT: Literal[2] = 2
+"""counts the changes that earlier checkpoints do not survive; 2: batch norm folded into the backbone's convolutions"""
 
 FIXED_IN_TEST = (
     "data.dataset",
@@ -55,7 +56,7 @@ class _Contents(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    format: Literal[1]
+    format: Literal[2]
     config: dict[str, Any]
     weights: _Stem
     list_sha256: dict[str, str]
@@ -100,6 +101,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist; train.py writes them as run_dir/best.pt") from None
     except Exception as error:  # torch raises many kinds for damaged files, and for files with code in them
         raise UserError(f"checkpoint {path} is damaged or not a checkpoint; use another one") from error
+    if isinstance(state, dict) and type(found := state.get("format")) is int and found != FORMAT:
+        raise UserError(
+            f"checkpoint {path} is of format {found}, this version reads format {FORMAT}; check out the revision that"
+            " run.json beside it names, or train anew"
+        )
     try:
         _Contents.model_validate(state)
     except ValidationError as error:
