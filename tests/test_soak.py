@@ -97,14 +97,18 @@ def test_memory_processes_and_files_do_not_grow(tmp_path: Path) -> None:
     quarter = len(samples) // 4
     early, late = samples[quarter : 2 * quarter], samples[2 * quarter :]
 
-    def highest(part: list[Sample], name: str) -> int:
-        return int(max(getattr(one, name) for one in part))
+    def high(part: list[Sample], name: str) -> int:
+        """The 99th percentile: a second in which a checkpoint is written beside an evaluation is no growth."""
+        return sorted(getattr(one, name) for one in part)[len(part) * 99 // 100]
 
-    figures = {name: (highest(early, name), highest(late, name)) for name in Sample._fields}
+    figures = {name: (high(early, name), high(late, name)) for name in Sample._fields}
     print(f"\n{lines[-1]['step']} steps, {len(lines)} evaluations, {len(samples)} samples;", end=" ")
-    print("highest in the second quarter and after it: " + ", ".join(f"{k} {a} {b}" for k, (a, b) in figures.items()))
+    print(
+        "99th percentile in the second quarter and after it: "
+        + ", ".join(f"{k} {a} {b}" for k, (a, b) in figures.items())
+    )
     tenth = len(samples) // 10
-    print("memory by tenths, MiB:", *(highest(samples[n * tenth :][:tenth], "memory") >> 20 for n in range(10)))
-    assert highest(late, "memory") <= 1.02 * highest(early, "memory")
+    print("memory by tenths, MiB:", *(high(samples[n * tenth :][:tenth], "memory") >> 20 for n in range(10)))
+    assert high(late, "memory") <= 1.02 * high(early, "memory")
     for name in ("processes", "files", "threads"):
-        assert highest(late, name) <= highest(early, name), name
+        assert high(late, name) <= high(early, name), name
