@@ -172,6 +172,7 @@ def count_values(mask: np.ndarray) -> np.ndarray:
 def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
     """The counts, int64 of ``shape``; None where there is no cache, or an old or damaged one, or one that swells."""
     try:
+        refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:
             if sum(entry.file_size for entry in stored.zip.infolist()) > 8 * math.prod(shape) + 4096:
                 return None
