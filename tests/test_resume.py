@@ -85,11 +85,10 @@ def kill_and_resume(config: Path, run: Path, kills: int, seed: int) -> int:
     """Kill a run ``kills`` times, each at a random moment of its work, then let it finish; how often it was hit."""
     rng, hits = random.Random(seed), 0
     while hits < kills:
+        tensorboard = run / "tensorboard"
+        before = tensorboard.stat().st_mtime_ns if tensorboard.exists() else 0
         child = start(config, run, "resume=auto")
-        while child.poll() is None and not (run / "tensorboard").exists():
-            time.sleep(0.01)
-        events = (run / "tensorboard").stat().st_mtime_ns if (run / "tensorboard").exists() else 0
-        while child.poll() is None and (run / "tensorboard").stat().st_mtime_ns == events:
+        while child.poll() is None and not (tensorboard.exists() and tensorboard.stat().st_mtime_ns != before):
             time.sleep(0.01)  # until this start has opened its own events
         time.sleep(rng.random() * 1.5)
         if child.poll() is not None:
