@@ -50,23 +50,24 @@ def sample(pid: int) -> Sample | None:
 
 
 FREED = """
+import os
+
 import torch
 from tests.test_soak import sample
 from util.memory import return_freed_memory
 
 return_freed_memory()
 torch.empty(4 * 2**20)  # of 16 MiB: freed, it would teach malloc to keep what is smaller
-before = sample({pid}).memory
+before = sample(os.getpid()).memory
 tensors = [torch.ones(size * 2**18) for size in 20 * [6, 1]]
 del tensors[::2]  # what stays lies between
-print((sample({pid}).memory - before) / 2**20)
+print((sample(os.getpid()).memory - before) / 2**20)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
 def test_freed_tensors_go_back_to_the_system() -> None:
-    code = FREED.replace("{pid}", "__import__('os').getpid()")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", FREED], cwd=ROOT, capture_output=True, text=True, check=True)
     assert float(done.stdout) < 20 * 1 + 12  # MiB; 120 more were freed
 
 
@@ -98,13 +99,14 @@ def test_memory_processes_and_files_do_not_grow(tmp_path: Path) -> None:
     early, late = samples[quarter : 2 * quarter], samples[2 * quarter :]
 
     def high(part: list[Sample], name: str) -> int:
-        """The 99th percentile: a second in which a checkpoint is written beside an evaluation is no growth."""
-        return sorted(getattr(one, name) for one in part)[len(part) * 99 // 100]
+        """Highest; of memory the 99th percentile: one second in half an hour stood out by 12 %, and was no growth."""
+        values = sorted(getattr(one, name) for one in part)
+        return int(values[len(part) * 99 // 100] if name == "memory" else values[-1])
 
     figures = {name: (high(early, name), high(late, name)) for name in Sample._fields}
     print(f"\n{lines[-1]['step']} steps, {len(lines)} evaluations, {len(samples)} samples;", end=" ")
     print(
-        "99th percentile in the second quarter and after it: "
+        "highest (memory: 99th percentile) in the second quarter and after it: "
         + ", ".join(f"{k} {a} {b}" for k, (a, b) in figures.items())
     )
     tenth = len(samples) // 10
