@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.efficientnet_lite import EfficientNetLite0
 from model.ops import resize
+from model.parallel import log_mean
 from model.torchvision_compat import import_models
 from model.weights import WeightsInfo, imagenet_file, load_exactly, read_weights
 
@@ -40,11 +41,14 @@ class Backbone(nn.Module):
     weights are loaded or moved.
     """
 
-    def __init__(self, *, stages: list[nn.Module], middle_channels: int, middle_scale: float = 1.0) -> None:
+    middle_scale: Tensor
+    """() what middle features are multiplied by; 1 until :meth:`measure_scale`, which training calls once"""
+
+    def __init__(self, *, stages: list[nn.Module], middle_channels: int) -> None:
         super().__init__()
         self.stem, self.stage1, self.stage2, self.stage3, self.stage4 = stages
         self.middle_channels = middle_channels
-        self.middle_scale = middle_scale
+        self.register_buffer("middle_scale", torch.ones(()))
         self.requires_grad_(False)
         self.eval()
         self._lower: dict[torch.dtype, list[nn.Module]] = {}
@@ -85,8 +89,18 @@ class Backbone(nn.Module):
         second = stage2(stage1(stem(x)))
         third = stage3(second)
         second = resize(second, (third.shape[-2], third.shape[-1]))
-        middle = torch.cat([third, second], 1)
-        return Features(middle if self.middle_scale == 1 else middle * self.middle_scale, third)
+        return Features(torch.cat([third, second], 1) * self.middle_scale, third)
+
+    @torch.no_grad()
+    def measure_scale(self, images: Tensor) -> None:
+        """Set ``middle_scale`` so that the middle features of these images (N, 3, H, W) have a mean square of 1.
+
+        He's initialisation keeps that mean square through the head, whatever the backbone: one learning rate then fits
+        all of them. The scale is part of the checkpoint, and what was trained with it keeps it.
+        """
+        self.middle_scale.fill_(1)
+        mean_square = log_mean(self(images).middle.float().square().mean())
+        self.middle_scale.copy_(mean_square.clamp_min(1e-12).rsqrt())
 
     @torch.no_grad()
     def high(self, stage3: Tensor) -> Tensor:
@@ -177,10 +191,7 @@ def build_backbone(
         load_exactly(network, state, source=str(path), ignore=UNUSED)
         info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
     spec = BACKBONES[name]
-    backbone = Backbone(
-        stages=spec.stages(network), middle_channels=spec.middle_channels, middle_scale=spec.middle_scale
-    )
-    return backbone, info
+    return Backbone(stages=spec.stages(network), middle_channels=spec.middle_channels), info
 
 
 def _resnet(name: str, deep_stem: bool) -> nn.Module:
@@ -231,13 +242,11 @@ class _Spec(NamedTuple):
     """deep_stem -> network with the parameter names of its weights file"""
     stages: Callable[..., list[nn.Module]]
     middle_channels: int
-    middle_scale: float = 1.0
-    """brings middle features to about unit deviation, for which the head's learning rate is meant"""
 
 
 BACKBONES: dict[str, _Spec] = {
     "resnet50": _Spec(lambda deep: _resnet("resnet50", deep), _resnet_stages, 1024 + 512),
     "resnet101": _Spec(lambda deep: _resnet("resnet101", deep), _resnet_stages, 1024 + 512),
     "vgg16_bn": _Spec(_vgg16_bn, _vgg_stages, 512 + 256),
-    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40, 1 / 8),
+    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40),
 }

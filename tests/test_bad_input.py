@@ -116,7 +116,7 @@ def contents(**changes: Any) -> dict[str, Any]:
     """Of a checkpoint, but for its model a real one."""
     config = load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml")
     return {
-        "format": 2,
+        "format": 3,
         "config": config.model_dump(),
         "weights": {"source": "somewhere", "stem": "standard", "sha256": ""},
         "list_sha256": {"lists/train.txt": "0" * 64},
@@ -876,7 +876,7 @@ CHECKPOINTS: dict[str, Damage] = {
         f"has {what}": holds(lambda _, changes=changes: contents(**changes))  # type: ignore[misc]
         for what, changes in {
             "format 1": {"format": 1},
-            "text as format": {"format": "2"},
+            "text as format": {"format": "3"},
             "a tensor as format": {"format": torch.ones(3)},
             "a list as config": {"config": [1]},
             "an empty config": {"config": {}},

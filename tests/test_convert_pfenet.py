@@ -364,7 +364,7 @@ def test_code_in_a_file_is_not_run_and_the_remedy_is_named(form: str, tmp_path: 
 def test_text_and_an_absent_file_and_a_checkpoint_of_this_project_are_refused(tmp_path: Path) -> None:
     text, ours, out = tmp_path / "text.pth", tmp_path / "ours.pt", tmp_path / "out.pt"
     text.write_text("not a checkpoint\n")
-    torch.save({"format": 2, "config": {}, "model": {"fem.fuse.0.weight": torch.zeros(1)}}, ours)
+    torch.save({"format": 3, "config": {}, "model": {"fem.fuse.0.weight": torch.zeros(1)}}, ours)
     refused(call(convert_pfenet, text, out), text, "cannot be read")
     refused(call(convert_pfenet, ours, out), ours, "does not hold a state dict")
     refused(call(convert_pfenet, tmp_path / "none.pth", out), "none.pth does not exist")

@@ -12,8 +12,8 @@ from util.config import Config, config_from_dict, flatten
 from util.errors import UserError
 from util.files import refuse_pipe, sync_folder, write_atomically
 
-FORMAT: Literal[2] = 2
-"""counts the changes that earlier checkpoints do not survive; 2: batch norm folded into the backbone's convolutions"""
+FORMAT: Literal[3] = 3
+"""counts the changes that earlier checkpoints do not survive; 3: the scale of the middle features is measured and saved"""
 
 FIXED_IN_TEST = (
     "data.dataset",
@@ -56,7 +56,7 @@ class _Contents(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    format: Literal[2]
+    format: Literal[3]
     config: dict[str, Any]
     weights: _Stem
     list_sha256: dict[str, str]

@@ -82,6 +82,9 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = lr
         on_device = batch.to(device)
+        if training.step == 0:
+            with training.hardware.autocast():
+                training.model.backbone.measure_scale(normalize(on_device.query))
         output = forward(training.network, on_device, training.hardware)
         losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
         asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
