@@ -4,9 +4,14 @@ The module has no weights: it mines the region that is neither background nor ta
 FEM (eq. 9, ``fem.py``) takes that prototype in.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
 from model.ops import masked_average_pool
+
+Average = Literal["region", "image"]
+"""over which positions P_DO is the mean: those of Y_DO, as eq. 8 prints, or all, as the authors' code does"""
 
 
 def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
@@ -14,14 +19,19 @@ def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
     return (~(background | target)).float()
 
 
-def mine_distracting_objects(query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor) -> tuple[Tensor, Tensor]:
+def mine_distracting_objects(
+    query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor, average: Average
+) -> tuple[Tensor, Tensor]:
     """Mask and prototype of the query's distracting objects.
 
         Y_DO = 1 - (Y_BG or Y_ini)                                                                       (eq. 7)
-        P_DO = sum(X^q * Y_DO) / sum(Y_DO)                                                               (eq. 8)
+        P_DO = sum(X^q * Y_DO) / sum(Y_DO)          average="region"                                     (eq. 8)
+        P_DO = sum(X^q * Y_DO) / (h w)              average="image", the authors' code
 
-    Both maps are binarised at probability 0.5, which is logit 0, so no gradient flows through the mask. Eq. 8
-    divides by the area of the mask. An empty Y_DO gives a zero prototype.
+    Both maps are binarised at probability 0.5, which is logit 0, so no gradient flows through the mask. An empty
+    Y_DO gives a zero prototype. Eq. 8 gives a prototype of full length however few positions Y_DO has, be they
+    spurious; the mean over the whole image is shorter the smaller Y_DO is, so its length says how much of the
+    query is distracting.
 
     Args:
         query_feature: X^q, (B, C, h, w)
@@ -30,4 +40,5 @@ def mine_distracting_objects(query_feature: Tensor, bg_logits: Tensor, initial_l
         Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
     """
     mask = distracting_object_mask(bg_logits > 0, initial_logits > 0)
-    return mask, masked_average_pool(query_feature, mask)
+    prototype = masked_average_pool(query_feature, mask)
+    return mask, prototype if average == "region" else prototype * mask.mean((-2, -1), keepdim=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model.bgem import BGEM
-from model.doem import mine_distracting_objects
+from model.doem import Average, mine_distracting_objects
 from model.matching import FeatureMatching
 
 
@@ -25,12 +25,18 @@ class Eliminated(NamedTuple):
 
 
 class Elimination(nn.Module):
-    """Eq. 4 to 8."""
+    """Eq. 4 to 8.
 
-    def __init__(self, *, channels: int, prototype_channels: int) -> None:
+    Args:
+        deep: see :class:`model.matching.FeatureMatching`.
+        do_average: see :func:`model.doem.mine_distracting_objects`.
+    """
+
+    def __init__(self, *, channels: int, prototype_channels: int, deep: bool, do_average: Average) -> None:
         super().__init__()
         self.bgem = BGEM(channels=channels, prototype_channels=prototype_channels)
-        self.matching = FeatureMatching(channels=channels)
+        self.matching = FeatureMatching(channels=channels, deep=deep)
+        self.do_average: Average = do_average
 
     def forward(
         self, query_feature: Tensor, bg_prototype: Tensor, bg_logits: Tensor, support_prototype: Tensor, prior: Tensor
@@ -38,4 +44,5 @@ class Elimination(nn.Module):
         """X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w)."""
         feature = self.bgem(query_feature, bg_prototype)
         activated, initial = self.matching(feature, support_prototype, prior)
-        return Eliminated(activated, initial, *mine_distracting_objects(query_feature, bg_logits, initial))
+        mined = mine_distracting_objects(query_feature, bg_logits, initial, self.do_average)
+        return Eliminated(activated, initial, *mined)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.layers import classifier, conv_relu, refinement
 from model.ops import concat_conv, conv_of_resized, pool, resize
-from model.parallel import Dropout2d
 
 
 class FEMOutput(NamedTuple):
@@ -31,8 +31,8 @@ class FEMScale(nn.Module):
     def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
         super().__init__()
         self.merge = nn.Conv2d(2 * channels + with_prior, channels, 1, bias=False)
-        self.inter_scale = None if first else _conv_relu(2 * channels, channels, 1)
-        self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
+        self.inter_scale = None if first else conv_relu(2 * channels, channels, 1)
+        self.refine = refinement(channels)
         self.classifier = classifier(channels)
 
     def forward(self, pooled: Tensor, prototype: Tensor, prior: Tensor | None, finer: Tensor | None) -> Tensor:
@@ -56,11 +56,12 @@ class FEM(nn.Module):
     def __init__(self, *, channels: int, scales: Sequence[float], with_prior: bool) -> None:
         super().__init__()
         self.scale_sides = tuple(scales)
+        self.with_prior = with_prior
         self.scales = nn.ModuleList(
             FEMScale(channels=channels, with_prior=with_prior, first=i == 0) for i in range(len(scales))
         )
-        self.fuse = _conv_relu(channels * len(scales), channels, 1)
-        self.refine = nn.Sequential(*_conv_relu(channels, channels, 3), *_conv_relu(channels, channels, 3))
+        self.fuse = conv_relu(channels * len(scales), channels, 1)
+        self.refine = refinement(channels)
         self.classifier = classifier(channels)
 
     def forward(
@@ -95,20 +96,6 @@ class FEM(nn.Module):
         x = relu(conv_of_resized(conv, enriched, size))
         x = self.refine(x) + x
         return FEMOutput(self.classifier(x), tuple(scale_logits))
-
-
-def classifier(channels: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit.
-
-    Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
-    """
-    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-    return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
-
-
-def _conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
-    return nn.Sequential(conv, nn.ReLU(inplace=True))
 
 
 def _scale_size(side: float, size: tuple[int, int]) -> tuple[int, int]:

@@ -12,7 +12,7 @@ Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 6
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +20,16 @@ from torch import Tensor, nn
 
 from model.backbone import Backbone, Features
 from model.bgem import BGEM
-from model.bgmm import BGMM
+from model.bgmm import BGMM, DeepBGMM
+from model.doem import Average
 from model.elimination import Eliminated, Elimination
 from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, pool, resize
 from model.parallel import Dropout2d
 from model.prior import prior_mask, target_positions
+
+EliminationKind = Literal["single", "per_scale", "authors"]
 
 
 class NTRENetOutput(NamedTuple):
@@ -92,7 +95,8 @@ class NTRENet(nn.Module):
     """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
-    Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one, or one for each of FEM's scales (the authors' code).
+    Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one, which FEM follows with P_DO and, if it is built with a
+    prior, C_p; or with ``every_scale`` one for each of FEM's scales (the authors' code).
     """
 
     def __init__(
@@ -102,9 +106,10 @@ class NTRENet(nn.Module):
         reduce_query: nn.Module,
         reduce_support: nn.Module,
         fem: FEM,
-        bgmm: BGMM | None = None,
+        bgmm: BGMM | DeepBGMM | None = None,
         bgem: BGEM | None = None,
         eliminations: Sequence[Elimination] = (),
+        every_scale: bool = False,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -113,6 +118,7 @@ class NTRENet(nn.Module):
         self.bgmm = bgmm
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
+        self.every_scale = every_scale
         self.fem = fem
 
     def forward(self, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:
@@ -179,15 +185,17 @@ class NTRENet(nn.Module):
             out = self.fem(self.bgem(x_q, self.bgmm.prototype), p_s, prior, every_scale=every_scale)
         else:
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
-            once = len(self.eliminations) == 1
-            for eliminate, side in zip(self.eliminations, [full] if once else self.fem.sizes(full), strict=True):
+            sizes = self.fem.sizes(full) if self.every_scale else [full]
+            for eliminate, side in zip(self.eliminations, sizes, strict=True):
                 x, y_bg, c_p = pool(x_q, side), resize(bg, side), resize(prior, side)
                 eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p))
-            if once:
-                out = self.fem(eliminated[0].activated, eliminated[0].do_prototype, every_scale=every_scale)
-            else:
+            if self.every_scale:
                 inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
                 out = self.fem.enrich(inputs, full, every_scale=every_scale)
+            else:
+                (once,) = eliminated
+                seen = prior if self.fem.with_prior else None
+                out = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
 
         return NTRENetOutput(
             logits=resize(out.logits, size),
@@ -209,7 +217,9 @@ def build_ntrenet(
     *,
     bgem: bool = True,
     doem: bool = True,
-    per_scale: bool = False,
+    elimination: EliminationKind = "single",
+    do_average: Average = "image",
+    fem_prior: bool = True,
     channels: int = 256,
     prototype_channels: int = 640,
     fem_scales: Sequence[float] = (60, 30, 15, 8),
@@ -219,7 +229,10 @@ def build_ntrenet(
     Args:
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
-        per_scale: eliminate at each of FEM's scales, as the authors' code does, instead of once.
+        elimination: once (the paper), at each of FEM's scales, or at each with the authors' deeper BGMM and FM,
+            which with ``do_average`` "image" and ``prototype_channels`` 256 is their network.
+        do_average: see :func:`model.doem.mine_distracting_objects`.
+        fem_prior: FEM takes C_p beside P_DO where ``elimination`` is single; at each scale FM has just taken it.
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
@@ -227,14 +240,17 @@ def build_ntrenet(
     if doem and not bgem:
         raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
     sizes = {"channels": channels, "prototype_channels": prototype_channels}
+    deep, every_scale = elimination == "authors", elimination != "single"
+    count = 0 if not doem else len(fem_scales) if every_scale else 1
     network = NTRENet(
         backbone=backbone,
         reduce_query=_reduction(backbone.middle_channels, channels),
         reduce_support=_reduction(backbone.middle_channels, channels),
-        fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem),
-        bgmm=BGMM(**sizes) if bgem else None,
+        fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem or (fem_prior and not every_scale)),
+        bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
-        eliminations=[Elimination(**sizes) for _ in range(len(fem_scales) if per_scale else 1)] if doem else [],
+        eliminations=[Elimination(**sizes, deep=deep, do_average=do_average) for _ in range(count)],
+        every_scale=every_scale,
     )
     _initialise(network)
     return network
@@ -251,10 +267,9 @@ def _initialise(network: NTRENet) -> None:
     for module in (m for part in heads for m in part.modules()):
         if isinstance(module, nn.Conv2d) and module.out_channels > 1:  # the others give logits
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-    if network.eliminations:
-        merges = [part.conv for part in network.eliminations.modules() if isinstance(part, FeatureMatching)]
-    else:
-        merges = [part.merge for part in network.fem.modules() if isinstance(part, FEMScale)]
+    merges = [part.conv for part in network.eliminations.modules() if isinstance(part, FeatureMatching)]
+    if network.fem.with_prior:
+        merges += [part.merge for part in network.fem.modules() if isinstance(part, FEMScale)]
     for merge in merges:
         merge.weight[:, -1] *= merge.out_channels**0.5
 

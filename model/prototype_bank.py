@@ -13,6 +13,7 @@ class PrototypeBank(nn.Module):
         num_classes: class ids run from 1 to this.
         channels: C of a prototype.
         capacity: prototypes kept a class (the paper: 2000).
+        keep_empty: whether all-zero prototypes, those of an empty region, are stored too, as in the authors' code.
     """
 
     prototypes: Tensor
@@ -20,16 +21,16 @@ class PrototypeBank(nn.Module):
     stored: Tensor
     """(num_classes,) how many were ever stored; the next one goes to slot stored % capacity"""
 
-    def __init__(self, *, num_classes: int, channels: int, capacity: int = 2000) -> None:
+    def __init__(self, *, num_classes: int, channels: int, capacity: int = 2000, keep_empty: bool = False) -> None:
         super().__init__()
-        self.capacity = capacity
+        self.capacity, self.keep_empty = capacity, keep_empty
         self.register_buffer("prototypes", torch.zeros(num_classes, capacity, channels))
         self.register_buffer("stored", torch.zeros(num_classes, dtype=torch.long))
 
     @torch.no_grad()
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
-        """Store (N, C) prototypes, oldest first, each under its class id (N,); all-zero (empty) ones are left out."""
-        kept = prototypes.abs().amax(1) > 0
+        """Store (N, C) prototypes, oldest first, each under its class id (N,)."""
+        kept = (prototypes.abs().amax(1) > 0) | self.keep_empty
         prototypes, classes = prototypes[kept].to(self.prototypes.dtype), class_ids[kept] - 1
         same = classes[:, None] == classes[None, :]
         rank = same.tril(-1).sum(1)  # how many of the same class come before in this call

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.bgmm import DeepBGMM
 from model.elimination import Elimination
 from model.fem import FEM, FEMScale
 from model.ntrenet import NTRENet, NTRENetOutput
@@ -47,9 +48,10 @@ def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks
         bg_s = torch.stack(each, 1)
         if model.bgem is not None:
             feature_logits, scale_logits = fem(model.fem, concat(model.bgem.conv, x_q, p_bg).relu(), p_s, c_p)
-        elif len(model.eliminations) == 1:
+        elif not model.every_scale:
             eliminated = [elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p)]
-            feature_logits, scale_logits = fem(model.fem, eliminated[0][0], eliminated[0][3], None)
+            seen = c_p if model.fem.with_prior else None
+            feature_logits, scale_logits = fem(model.fem, eliminated[0][0], eliminated[0][3], seen)
         else:
             for part, side in zip(model.eliminations, sides, strict=True):
                 x = F.adaptive_avg_pool2d(x_q, side)
@@ -102,7 +104,14 @@ def concat(conv: nn.Conv2d, feature: Tensor, *others: Tensor) -> Tensor:
 def bgmm(model: NTRENet, x: Tensor) -> Tensor:
     """Eq. 1 and 2."""
     assert model.bgmm is not None
-    logits: Tensor = model.bgmm.classifier(concat(model.bgmm.conv, x, model.bgmm.prototype).relu())
+    part = model.bgmm
+    hidden = concat(part.conv, x, part.prototype)
+    if isinstance(part, DeepBGMM):
+        hidden = part.dropout(hidden.relu())
+        hidden = part.refine(hidden) + hidden
+    else:
+        hidden = hidden.relu()
+    logits: Tensor = part.classifier(hidden)
     return logits
 
 
@@ -113,9 +122,14 @@ def elimination(
     assert isinstance(part, Elimination)
     x_bg = concat(part.bgem.conv, x_q, p_bg).relu()
     x_act = concat(part.matching.conv, x_bg, p_s, c_p).relu()
+    if part.matching.refine is not None:
+        x_act = part.matching.refine(x_act) + x_act
     initial = part.matching.initial(x_act)
     do_mask = (~((bg > 0) | (initial > 0))).float()
-    return x_act, initial, do_mask, masked_average_pool(x_q, do_mask)
+    p_do = (x_q * do_mask).mean((2, 3), keepdim=True)
+    if part.do_average == "region":
+        p_do = masked_average_pool(x_q, do_mask)
+    return x_act, initial, do_mask, p_do
 
 
 def fem(part: FEM, x: Tensor, prototype: Tensor, c_p: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:

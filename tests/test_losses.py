@@ -10,11 +10,13 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
+from authors import authors_contrast
 from torch import nn
 
 from model.losses import (
     NTRELoss,
     background_mining_loss,
+    drawn,
     negative_prototypes,
     prototypical_contrastive_loss,
     target_loss,
@@ -202,11 +204,10 @@ def test_loss_of_half_precision_logits_is_computed_in_single_precision(loss):
 
 
 def contrastive_batch(dtype=torch.float):
-    """Four episodes: a full bank, a part of one, no bank, no query prototype."""
+    """Four episodes: a full bank, a part of one, no bank, and a full one again."""
     query, support = torch.randn(4, 5, dtype=dtype), torch.randn(4, 5, dtype=dtype)
     negatives, stored = torch.randn(4, 6, 5, dtype=dtype), torch.ones(4, 6, dtype=torch.bool)
     stored[1, 2:], stored[2] = False, False
-    query[3] = 0
     return query, support, negatives, stored
 
 
@@ -216,6 +217,13 @@ def test_contrastive_loss_equals_a_loop_over_episodes_and_the_bank():
     expected = naive_contrastive_loss(array(query), array(support), banks)
     loss = prototypical_contrastive_loss(query, support, negatives, stored)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_temperature_sharpens_the_contrast():
+    query, support = torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 3.0]])  # cosine: 1 / sqrt 2
+    negatives, stored = torch.tensor([[[0.0, 5.0], [1.0, 1.0]]]), torch.tensor([[True, True]])  # 0 and 1 / sqrt 2
+    loss = prototypical_contrastive_loss(query, support, negatives, stored, 0.1)
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-10 / math.sqrt(2))), abs=2e-6)
 
 
 def test_contrastive_loss_by_hand():
@@ -233,8 +241,9 @@ def test_contrastive_loss_has_the_gradient_of_finite_differences():
     )
 
 
-def test_an_episode_with_an_empty_bank_or_query_prototype_adds_nothing_and_no_gradient():
+def test_an_episode_with_an_empty_bank_adds_nothing_and_no_gradient():
     query, support, negatives, stored = contrastive_batch()
+    stored[3] = False
     query.requires_grad_(), support.requires_grad_()
     loss = prototypical_contrastive_loss(query, support, negatives, stored)
     loss.backward()
@@ -384,10 +393,58 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
         assert np.allclose(bank_content(bank, class_id), sorted(map(tuple, prototypes)), atol=1e-5)
 
 
+def test_the_authors_losses_equal_their_description():
+    """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL on the annotated regions."""
+    loss = NTRELoss(
+        bank=PrototypeBank(num_classes=4, channels=4, capacity=200, keep_empty=True),
+        initial=0.6,
+        bg_ignored=True,
+        pcl_regions="ground_truth",
+        pcl_drawn=100,
+    )
+    bank: dict[int, list] = {}
+    for _ in range(3):
+        output, query_masks, support_masks = random_output(shots=1)
+        coarser = torch.randn(3, 1, 2, 2, requires_grad=True)
+        output = output._replace(coarser_initial_logits=(coarser,))
+        support_masks[1] = 1  # no distracting object: an empty prototype, which is stored
+        class_ids = torch.tensor([2, 4, 2])
+        x_q, x_s = output.query_feature, output.support_features[:, 0]
+        bg_s, masks_s = output.support_bg_logits[:, 0], support_masks[:, 0]
+        pcl = authors_contrast(x_q, x_s, output.query_bg_logits, bg_s, query_masks, masks_s, class_ids, bank)
+        expected = torch.autograd.grad(pcl, (x_q, x_s))
+        terms = loss(output, query_masks, support_masks, class_ids)
+        got = torch.autograd.grad(terms.pcl, (x_q, output.support_features), retain_graph=True)
+        assert terms.pcl.item() == pytest.approx(pcl.item(), abs=1e-5)
+        assert torch.allclose(got[0], expected[0], atol=1e-4)
+        assert torch.allclose(got[1][:, 0], expected[1], atol=1e-4)
+
+    on_target = naive_background_mining_loss(
+        torch.cat([output.query_bg_logits, bg_s]), torch.cat([query_masks, masks_s]), 0.0
+    )
+    everywhere = naive_background_mining_loss(  # the second term of a mask without ignored pixels and target
+        torch.cat([output.query_bg_logits, bg_s]), torch.zeros_like(torch.cat([query_masks, masks_s])), 0.5
+    )
+    assert terms.bg.item() == pytest.approx(on_target + everywhere, rel=1e-5)
+    initial = [naive_target_loss(logits, query_masks) for logits in (output.initial_logits, coarser)]
+    assert terms.initial.item() == pytest.approx(sum(initial) / 2, rel=1e-5)
+    total = 0.6 * terms.initial + terms.final + 0.4 * terms.fem_aux + terms.bg + 0.01 * terms.pcl
+    assert terms.total.item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_drawing_keeps_a_random_part_of_what_is_stored():
+    stored = torch.rand(200, 10) < 0.6
+    chosen = drawn(stored, 4)
+    assert not (chosen & ~stored).any()
+    assert (chosen.sum(1) == stored.sum(1).clamp_max(4)).all()
+    share = chosen.sum(0) / stored.sum(0)
+    assert (share - share.mean()).abs().max() < 0.15  # no slot is preferred
+
+
 def test_weights_are_the_documented_ones_unless_given():
     defaults = {name: p.default for name, p in inspect.signature(NTRELoss).parameters.items() if name != "bank"}
-    documented = {"alpha": 0.5, "beta": 1.0, "lambda_bg": 1.0, "gamma": 0.01, "fem_aux": 0.4, "pcl_negatives": "do"}
-    assert defaults == documented
+    documented = {"alpha": 0.5, "beta": 1.0, "lambda_bg": 1.0, "gamma": 0.01, "initial": 1.0, "fem_aux": 0.4}
+    assert {name: defaults[name] for name in documented} == documented
     output, query_masks, support_masks = random_output()
     terms = NTRELoss(bank=make_bank())(output, query_masks, support_masks, torch.tensor([1, 2, 3]))
     total = terms.initial + terms.final + 0.4 * terms.fem_aux + terms.bg + 0.01 * terms.pcl

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from authors import authors_forward, authors_head, authors_to_our_names
 from pfenet import (
     NaiveResNet,
     NaiveVGG,
@@ -340,22 +341,25 @@ def test_feature_matching_activates_with_prototype_and_prior_and_predicts():
     assert np.abs(array(got_initial) - initial).max() < 1e-5
 
 
-def test_doem_pools_what_is_neither_background_nor_target():
+@pytest.mark.parametrize("average", ["region", "image"])
+def test_doem_pools_what_is_neither_background_nor_target(average):
     feature = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [[0.0, -3.0, 1.0], [5.0, 9.0, 100.0]]]])
     background = torch.tensor([[[[-1.0, -2.0, 3.0], [-0.1, 4.0, -9.0]]]])
     initial = torch.tensor([[[[-1.0, 5.0, 2.0], [-0.1, -4.0, -9.0]]]])
-    mask, prototype = mine_distracting_objects(feature, background, initial)
+    mask, prototype = mine_distracting_objects(feature, background, initial, average)
     # background holds positions 2 and 4, the target 1 and 2: 0, 3 and 5 are left, three of six
     assert mask.tolist() == [[[[1, 0, 0], [1, 0, 1]]]]
     assert prototype.shape == (1, 2, 1, 1)
-    assert prototype.flatten().tolist() == pytest.approx([(1 + 8 + 32) / 3, (0 + 5 + 100) / 3])
+    positions = {"region": 3, "image": 6}[average]
+    assert prototype.flatten().tolist() == pytest.approx([(1 + 8 + 32) / positions, (0 + 5 + 100) / positions])
 
 
-def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_gradients():
+@pytest.mark.parametrize("average", ["region", "image"])
+def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_gradients(average):
     feature = torch.randn(2, 3, 4, 4, requires_grad=True)
     background = torch.full((2, 1, 4, 4), -5.0)
     background[0] = 5.0  # the first episode is all background, the second has none
-    mask, prototype = mine_distracting_objects(feature, background, torch.full((2, 1, 4, 4), -5.0))
+    mask, prototype = mine_distracting_objects(feature, background, torch.full((2, 1, 4, 4), -5.0), average)
     prototype.sum().backward()
     assert mask.flatten(1).sum(1).tolist() == [0, 16]
     assert (prototype[0] == 0).all()
@@ -574,7 +578,7 @@ def test_efficientnet_features_equal_a_second_forward_written_from_the_weights_f
     assert stage2.shape[-2:] == ((size[0] + 7) // 8, (size[1] + 7) // 8)
     assert torch.allclose(got_stage2, stage2, atol=1e-3)
     assert torch.allclose(got.stage3, stage3, atol=1e-3)
-    assert torch.allclose(got.middle, torch.cat([stage3, stage2], 1) / 8, atol=1e-3)
+    assert torch.allclose(got.middle, torch.cat([stage3, stage2], 1), atol=5e-3)
     assert torch.allclose(got_high, stage4, atol=1e-3)
 
 
@@ -627,9 +631,16 @@ ROWS = {  # Table 3: bgem, doem, pcl
     "bgem": (True, False, False),
     "bgem+doem": (True, True, False),
     "bgem+doem+pcl": (True, True, True),
+    "printed": (True, True, True),
     "per scale": (True, True, True),
+    "authors": (True, True, True),
 }
-NETWORKS = ["pfenet", "bgem", "bgem+doem", "per scale"]
+KINDS = {
+    "printed": {"do_average": "region", "fem_prior": False},
+    "per scale": {"elimination": "per_scale"},
+    "authors": {"elimination": "authors"},
+}
+NETWORKS = ["pfenet", "bgem", "bgem+doem", *KINDS]
 
 
 def network(lite0, row="bgem+doem", *, as_built=False):
@@ -644,7 +655,7 @@ def network(lite0, row="bgem+doem", *, as_built=False):
         lite0[0],
         bgem=bgem,
         doem=doem,
-        per_scale=row == "per scale",
+        **KINDS.get(row, {}),
         channels=8,
         prototype_channels=12,
         fem_scales=(1, 0.5, 0.25),
@@ -655,7 +666,8 @@ def network(lite0, row="bgem+doem", *, as_built=False):
                 fan_in = parameter[0].numel() if parameter.dim() == 4 and parameter.shape[0] > 1 else 1
                 nn.init.normal_(parameter, std=math.sqrt(2 / fan_in) if fan_in > 1 else 0.5)
         with torch.no_grad():
-            balance(model.bgmm and model.bgmm.classifier.bias, model, "query_bg_logits")
+            if model.bgmm is not None:
+                balance(last_bias(model.bgmm.classifier), model, "query_bg_logits")
             for elimination in model.eliminations:
                 balance(elimination.matching.initial[-1].bias, model, "initial_logits")
             balance(model.fem.classifier[-1].bias, model, "feature_logits")
@@ -663,10 +675,13 @@ def network(lite0, row="bgem+doem", *, as_built=False):
     return model
 
 
+def last_bias(module):
+    return [part for part in module.modules() if isinstance(part, nn.Conv2d)][-1].bias
+
+
 def balance(bias, model, prediction):
     torch.manual_seed(4)
-    if bias is not None:
-        bias -= getattr(model(*episode(6, 1)), prediction).quantile(0.6)
+    bias -= getattr(model(*episode(6, 1)), prediction).quantile(0.6)
 
 
 def assert_same(got, expected, atol=1e-4):
@@ -684,22 +699,29 @@ def compare(got, expected, atol):
     assert got is None or torch.allclose(got, expected, atol=atol)
 
 
-def plain_elimination(w, name, x_q, p_bg, y_bg, p_s, prior):
-    """Eq. 4 to 8 with everything expanded and concatenated: X_act, logits of y_ini, Y_DO, P_DO."""
+def plain_elimination(w, name, x_q, p_bg, y_bg, p_s, prior, *, eq_8=False):
+    """Eq. 4 to 8 with everything expanded and concatenated: X_act, logits of y_ini, Y_DO, P_DO.
+
+    Args:
+        eq_8: P_DO as printed, divided by the area of Y_DO; else by that of the image.
+    """
     x_bg = conv2d(w, f"{name}.bgem.conv", torch.cat([x_q, expand_to(p_bg, x_q)], 1)).relu()  # eq. 4
     x_act = conv2d(w, f"{name}.matching.conv", torch.cat([x_bg, expand_to(p_s, x_q), prior], 1)).relu()  # eq. 5
     hidden = conv2d(w, f"{name}.matching.initial.0", x_act).relu()
     y_ini = conv2d(w, f"{name}.matching.initial.2", hidden)  # eq. 6
     y_do = 1 - ((y_bg.sigmoid() > 0.5) | (y_ini.sigmoid() > 0.5)).float()  # eq. 7
-    p_do = (x_q * y_do).sum((2, 3), keepdim=True) / y_do.sum((2, 3), keepdim=True).clamp_min(1e-6)  # eq. 8
+    p_do = (x_q * y_do).mean((2, 3), keepdim=True)
+    if eq_8:
+        p_do = (x_q * y_do).sum((2, 3), keepdim=True) / y_do.sum((2, 3), keepdim=True).clamp_min(1e-6)
     return x_act, y_ini, y_do, p_do
 
 
 @torch.no_grad()
-def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
-    scales = (1.0, 0.5, 0.25)
-    model = network(lite0)
-    head = pfenet_head(8, scales, with_prior=False)
+@pytest.mark.parametrize("row", ["bgem+doem", "printed"])
+def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0, row):
+    scales, printed = (1.0, 0.5, 0.25), row == "printed"
+    model = network(lite0, row)
+    head = pfenet_head(8, scales, with_prior=not printed)
     model.fem.load_state_dict(to_our_names(head))
     query, supports, masks = episode(2, 3)
     out = model(query, supports, masks)
@@ -715,8 +737,8 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0):
         return conv2d(w, "bgmm.classifier", hidden)
 
     y_bg = bgmm(x_q)
-    x_act, y_ini, y_do, p_do = plain_elimination(w, "eliminations.0", x_q, p_bg, y_bg, p_s, out.prior)
-    y, inner = pfenet_fem(head, x_act, p_do, None, scales)  # eq. 9
+    x_act, y_ini, y_do, p_do = plain_elimination(w, "eliminations.0", x_q, p_bg, y_bg, p_s, out.prior, eq_8=printed)
+    y, inner = pfenet_fem(head, x_act, p_do, None if printed else out.prior, scales)  # eq. 9
 
     assert 0 < y_do[0].mean() < 1
     assert 0 < y_do[1].mean() < 1
@@ -765,6 +787,30 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
     query_masks = (torch.rand(2, 65, 65) < 0.3).long()
     terms = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))(out, query_masks, masks, torch.tensor([1, 2]))
     assert terms.initial.item() == pytest.approx(sum(target_loss(y, query_masks).item() for y in initial) / 3, rel=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize("scales", [PASCAL_BINS, COCO_BINS])
+def test_authors_elimination_is_the_authors_network(lite0, scales, shots):
+    model = build_ntrenet(lite0[0], elimination="authors", channels=8, prototype_channels=8, fem_scales=scales).eval()
+    assert (model.bgmm.prototype == 0).all()
+    head = authors_head(8, scales)
+    ours = authors_to_our_names(head)
+    assert set(ours) == {n for n in model.state_dict() if not n.startswith(("backbone.", "reduce_"))}
+    model.load_state_dict(ours, strict=False)
+    out = model(*episode(2, shots, size=(129, 129)))
+    inputs = out.query_feature, out.support_features, out.support_prototype, out.prior
+    y, bg_q, bg_s, initial, inner = authors_forward(head, *inputs, scales)
+    assert difference(y).std() > 0.1
+    assert 0 < out.do_mask.mean() < 1
+    compare(out.feature_logits, difference(y), 1e-3)
+    compare(out.query_bg_logits, difference(bg_q), 1e-3)
+    compare(out.support_bg_logits, bg_s[:, :, 1:] - bg_s[:, :, :1], 1e-3)
+    for got, expected in zip((out.initial_logits, *out.coarser_initial_logits), initial, strict=True):
+        compare(got, difference(expected), 1e-3)
+    for got, expected in zip(out.scale_logits, inner, strict=True):
+        compare(got, difference(expected), 1e-3)
 
 
 def test_a_state_is_of_one_kind_of_elimination_only(lite0):
@@ -922,7 +968,7 @@ def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
         for n, v in out._asdict().items()
         if not n.endswith("r_initial_logits") and n != "scale_logits"
     } == shapes
-    coarser = [(2, 1, 4, 4), (2, 1, 2, 2)] if row == "per scale" else []
+    coarser = [(2, 1, 4, 4), (2, 1, 2, 2)] if row in ("per scale", "authors") else []
     assert [tuple(v.shape) for v in out.coarser_initial_logits] == coarser
     assert [tuple(v.shape) for v in out.scale_logits] == [(2, 1, 9, 9), (2, 1, 4, 4), (2, 1, 2, 2)]
     terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 3]))
@@ -997,7 +1043,7 @@ def test_dropout_acts_in_train_mode_only(lite0):
 def test_convolutions_before_a_relu_start_from_hes_initialisation_and_the_prior_weighs_as_much_as_a_feature(lite0, row):
     bgem, doem, _ = ROWS[row]
     sizes = {"channels": 64, "prototype_channels": 12, "fem_scales": (1, 0.5)}
-    model = build_ntrenet(lite0[0], bgem=bgem, doem=doem, per_scale=row == "per scale", **sizes)
+    model = build_ntrenet(lite0[0], bgem=bgem, doem=doem, **KINDS.get(row, {}), **sizes)
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not name.startswith("backbone.") and module.out_channels > 1:
             he = math.sqrt(2 / module.weight[0].numel())

@@ -95,7 +95,9 @@ def build_model(
         backbone,
         bgem=config.model.bgem,
         doem=config.model.doem,
-        per_scale=config.model.elimination == "per_scale",
+        elimination=config.model.elimination,
+        do_average=config.model.do_average,
+        fem_prior=config.model.fem_prior,
         channels=CHANNELS,
         prototype_channels=config.model.prototype_channels,
         fem_scales=config.model.fem_scales,
@@ -120,15 +122,25 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
 
 def build_loss(config: Config) -> NTRELoss:
     options = config.loss
-    bank = PrototypeBank(num_classes=len(config.data.classes), channels=CHANNELS, capacity=options.bank_size)
+    bank = PrototypeBank(
+        num_classes=len(config.data.classes),
+        channels=CHANNELS,
+        capacity=options.bank_size,
+        keep_empty=options.pcl_regions == "ground_truth",
+    )
     return NTRELoss(
         bank=bank if options.pcl else None,
         alpha=options.alpha,
         beta=options.beta,
         lambda_bg=options.lambda_bg,
         gamma=options.gamma,
+        initial=options.initial,
         fem_aux=options.fem_aux,
+        bg_ignored=options.bg_ignored,
         pcl_negatives=options.pcl_negatives,
+        pcl_regions=options.pcl_regions,
+        pcl_drawn=options.pcl_drawn,
+        pcl_temperature=options.pcl_temperature,
     )
 
 
@@ -186,7 +198,7 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
         raise UserError(f"train.batch_size {batch} is shared by {processes()} processes; make it a multiple of that")
     share = batch // processes()
     scale = (data.scale[0], data.scale[1])
-    transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation)
+    transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation, blur=data.blur)
     dataset = EpisodeDataset(sampler, transform=transform)
     firsts = (step * batch + rank() * share for step in range(start, stop))  # no list: a run has millions of episodes
     return _episode_loader(config, dataset, (list(range(first, first + share)) for first in firsts))
@@ -220,8 +232,9 @@ def _augment(
     size: int,
     scale: tuple[float, float],
     rotation: float,
+    blur: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    return augment(image, mask, size, rng, scale, rotation)
+    return augment(image, mask, size, rng, scale, rotation, blur)
 
 
 def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:

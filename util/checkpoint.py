@@ -13,7 +13,7 @@ from util.errors import UserError
 from util.files import refuse_pipe, sync_folder, write_atomically
 
 FORMAT: Literal[3] = 3
-"""counts the changes that earlier checkpoints do not survive; 3: the scale of the middle features is measured and saved"""
+"""counts the changes that earlier checkpoints do not survive; 3: the scale of the middle features is measured"""
 
 FIXED_IN_TEST = (
     "data.dataset",
@@ -26,6 +26,8 @@ FIXED_IN_TEST = (
     "model.bgem",
     "model.doem",
     "model.elimination",
+    "model.do_average",
+    "model.fem_prior",
     "model.prototype_channels",
     "model.fem_scales",
 )

@@ -55,6 +55,8 @@ class DataConfig(Section):
     """random scaling in training, from and to"""
     rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
     """random rotation in training, degrees either way, in half of the images"""
+    blur: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the lineage's code: 0.5)"""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -93,8 +95,12 @@ class ModelConfig(Section):
     """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
     doem: bool = True
     """match, mine and eliminate distracting objects (eq. 5-9); needs bgem"""
-    elimination: Literal["single", "per_scale"] = "single"
-    """eq. 4-8 once (the paper), or anew at each of FEM's scales (the authors' code)"""
+    elimination: Literal["single", "per_scale", "authors"] = "single"
+    """eq. 4-8 once (the paper), anew at each of FEM's scales, or that with the authors' deeper BGMM and FM"""
+    do_average: Literal["image", "region"] = "image"
+    """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
+    fem_prior: bool = True
+    """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
     fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
@@ -104,8 +110,8 @@ class ModelConfig(Section):
     def _check(self) -> "ModelConfig":
         if self.doem and not self.bgem:
             raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
-        if self.elimination == "per_scale" and not self.doem:
-            raise ValueError("elimination per_scale needs doem; set model.elimination=single")
+        if self.elimination != "single" and not self.doem:
+            raise ValueError(f"elimination {self.elimination} needs doem; set model.elimination=single")
         return self
 
 
@@ -118,12 +124,22 @@ class LossConfig(Section):
     """weight of L_BG (eq. 11)"""
     gamma: NonNegative = 0.01
     """weight of L_PCL (eq. 11)"""
+    initial: NonNegative = 1.0
+    """weight of y_ini's term of L_T (eq. 12; 0.6 in the authors' code)"""
     fem_aux: NonNegative = 0.4
     """weight of FEM's per-scale predictions"""
+    bg_ignored: bool = False
+    """ignored pixels count in the second term of L_BG, as in the authors' code"""
     pcl: bool = True
     """the contrastive loss (eq. 10); needs model.doem"""
     pcl_negatives: Literal["do", "bg", "non_target"] = "do"
     """what the bank stores (Table 4)"""
+    pcl_regions: Literal["predicted", "ground_truth"] = "predicted"
+    """where eq. 10 looks for the target in a query: in the prediction, or in its mask (the authors' code)"""
+    pcl_temperature: Positive = 1.0
+    """what the cosines of eq. 10 are divided by (1 as printed)"""
+    pcl_drawn: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """prototypes of the bank, drawn at random, that eq. 10 sums over (the authors' code: 1000); 0 for all"""
     bank_size: Count = 2000
     """prototypes kept a class"""
 

@@ -33,8 +33,11 @@ def augment(
     rng: np.random.Generator,
     scale: tuple[float, float],
     rotation: float,
+    blur: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Random scale, rotation (p 0.5), horizontal flip (p 0.5) and crop to (size, size), as one warp.
+
+    A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels.
 
     Empty places become the mean colour and 255. As in the lineage, a crop that keeps less than 85 % of the
     target (mask value 1) is drawn again, at most 30 times.
@@ -53,6 +56,8 @@ def augment(
         if (warped == 1).sum() >= 0.85 * target_pixels:
             break
     picture = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=MEAN_COLOUR)
+    if blur and rng.random() < blur:
+        picture = cv2.GaussianBlur(picture, (5, 5), 0)
     return picture, warped
 
 

@@ -1,0 +1,25 @@
+"""The stacks of layers that several boxes of the paper's figure are built from."""
+
+from torch import nn
+
+from model.parallel import Dropout2d
+
+
+def conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """A convolution without bias that keeps the size, and a ReLU."""
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.ReLU(inplace=True))
+
+
+def refinement(channels: int) -> nn.Sequential:
+    """Two 3x3 convolutions, each with a ReLU; their result is added to what they were given."""
+    return nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
+
+
+def classifier(channels: int) -> nn.Sequential:
+    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit.
+
+    Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
+    """
+    conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+    return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))
