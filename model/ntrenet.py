@@ -134,7 +134,7 @@ class NTRENet(nn.Module):
         searched = self.encode_query(query)
         x_q, p_s, prior = searched.feature, target.prototype, prior_mask(searched.high, target.high)
         del searched, target  # stage 4 is large and no longer needed
-        output = self._eliminate_and_enrich(x_q, p_s, prior, size, every_scale=True)
+        output = self.eliminate_and_enrich(x_q, p_s, prior, size, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
         return output._replace(support_features=x_s, support_bg_logits=bg_s)
 
@@ -168,12 +168,15 @@ class NTRENet(nn.Module):
         """
         prior = torch.cat([prior_mask(q.high, t.high) for q, t in zip(queries, targets, strict=True)])
         x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([t.prototype for t in targets])
-        return self._eliminate_and_enrich(x_q, p_s, prior, size, every_scale=False)
+        return self.eliminate_and_enrich(x_q, p_s, prior, size)
 
-    def _eliminate_and_enrich(
-        self, x_q: Tensor, p_s: Tensor, prior: Tensor, size: tuple[int, int], *, every_scale: bool
+    def eliminate_and_enrich(
+        self, x_q: Tensor, p_s: Tensor, prior: Tensor, size: tuple[int, int], *, every_scale: bool = False
     ) -> NTRENetOutput:
-        """The paper's figure 3 from the reduced features on; FEM's prediction at each scale only where asked for."""
+        """The paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
+
+        FEM's prediction at each scale is given only where it is asked for.
+        """
         full = (x_q.shape[-2], x_q.shape[-1])
         bg: Tensor | None = None
         eliminated: list[Eliminated] = []

@@ -172,11 +172,14 @@ def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
     )
 
 
-def build_eval_sampler(config: Config, index: ClassIndex, seed: int) -> EpisodeSampler:
+def build_eval_sampler(
+    config: Config, index: ClassIndex, seed: int, classes: tuple[int, ...] | None = None
+) -> EpisodeSampler:
+    """Evaluation episodes of the fold's novel classes, or of the ``classes`` given."""
     data = config.data
     return EpisodeSampler(
         index,
-        classes=novel_classes(data),
+        classes=classes or novel_classes(data),
         shots=data.shots,
         min_area=data.min_area,
         seed=seed,

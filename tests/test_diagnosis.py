@@ -1,0 +1,86 @@
+"""The diagnosis of a checkpoint: AUC against scikit-learn, thresholds against loops, the command against test.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from util.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
+from util.synthetic import generate
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
+
+
+def random_episodes(count: int = 12) -> tuple[list[list[np.ndarray]], Counts]:
+    """Logits of each region of each episode, and their counts; every third episode has no other objects."""
+    rng = np.random.default_rng(0)
+    logits = [
+        [rng.normal(centre, 3, int(rng.integers(20, 200)) if region != 1 or n % 3 else 0) for region, centre in means]
+        for n, means in enumerate([list(enumerate((0.5, 0.0, -3.0)))] * count)
+    ]
+    histogram = np.array([[np.bincount(np.digitize(x, EDGES), minlength=len(EDGES) + 1) for x in e] for e in logits])
+    return logits, Counts(histogram, np.full((count, 3), np.nan), np.arange(count) % 4 + 1)
+
+
+@pytest.mark.parametrize("region", [1, 2])
+def test_area_under_curve_is_the_mean_of_the_episodes_that_have_both(region: int) -> None:
+    logits, counts = random_episodes()
+    expected = [
+        roc_auc_score(np.repeat([1, 0], [len(e[0]), len(e[region])]), np.concatenate([e[0], e[region]]))
+        for e in logits
+        if len(e[region])
+    ]
+    assert area_under_curve(counts, region) == pytest.approx(np.mean(expected), abs=2e-3)  # the bins' width
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_thresholds_are_exact(threshold: float) -> None:
+    logits, counts = random_episodes()
+    cut = np.log(threshold / (1 - threshold))
+    ious = []
+    for class_id in (1, 2, 3, 4):
+        own = [e for e, c in zip(logits, counts.class_ids, strict=True) if c == class_id]
+        hit = sum((e[0] > cut).sum() for e in own)
+        union = sum(len(e[0]) + (e[1] > cut).sum() + (e[2] > cut).sum() for e in own)
+        ious.append(hit / union)
+    assert miou_by_threshold(counts, {c: str(c) for c in (1, 2, 3, 4)})[threshold] == pytest.approx(
+        np.mean(ious), rel=1e-9
+    )
+    shares = [np.mean(np.concatenate([e[r] for e in logits]) > cut) for r in range(3)]
+    assert predicted_share(counts, threshold) == pytest.approx(shares, rel=1e-9)
+
+
+def run(*arguments: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp_path: Path) -> None:
+    generate(tmp_path / "data", train=40, val=60, seed=0)
+    lists = tmp_path / "data" / "lists"
+    options = [
+        *(f"data.root={tmp_path / 'data'}", f"data.train_list={lists / 'train.txt'}"),
+        *(f"data.val_list={lists / 'val.txt'}", f"run_dir={tmp_path / 'run'}", "data.image_size=65"),
+        *("data.min_area=256", "eval.episodes=10", "workers=0", "device=cpu", "train.epochs=1", "train.batch_size=8"),
+    ]
+    run("train.py", "--config", CONFIG, *options)
+    checkpoint = ["--config", CONFIG, "--checkpoint", tmp_path / "run" / "best.pt", *options]
+    run("test.py", *checkpoint, "--out", tmp_path / "results.json")
+    shown = run("scripts/diagnose.py", *checkpoint, "--out", tmp_path / "diagnosis.json")
+    found = json.loads((tmp_path / "diagnosis.json").read_text())
+    scored = json.loads((tmp_path / "results.json").read_text())
+    assert found["novel"]["miou"]["0.5"] == pytest.approx(scored["miou"]["mean"], abs=0.1)
+    assert set(found["base"]) == set(found["novel"])
+    for kind in ("novel", "base"):
+        assert 0 <= found[kind]["auc"]["other objects"] <= 100
+        assert set(found[kind]["miou_with_the_target_as_distractor"]) == {str(t) for t in THRESHOLDS}
+    assert "AUC, target against other objects" in shown

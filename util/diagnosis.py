@@ -1,0 +1,141 @@
+"""Why a checkpoint scores as it does: where it predicts, on novel and on base classes, and what a threshold is worth.
+
+A query's pixels are of three regions: the target, other objects (of any other class), and the background. For each
+episode the logits of every region are counted in bins; everything below follows from these counts.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from model.ntrenet import NTRENet, NTRENetOutput
+from model.ops import IGNORE, masked_average_pool, resize
+from util.build import Hardware, build_eval_loader
+from util.class_index import ClassIndex
+from util.config import Config
+from util.engine import forward
+from util.episodes import EpisodeFiles, EpisodeList
+from util.images import read_mask
+from util.metrics import scores
+from util.transforms import to_original
+
+REGIONS = ("target", "other objects", "background")
+THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+EDGES = np.unique([*np.linspace(-15, 15, 601), *(np.log(t / (1 - t)) for t in THRESHOLDS)])
+"""of the bins of logits; every threshold is an edge"""
+
+
+class Counts(NamedTuple):
+    """Of N episodes."""
+
+    histogram: np.ndarray
+    """(N, 3, bins) pixels of each region whose logit falls into each bin, the outermost bins open"""
+    distracting: np.ndarray
+    """(N, 3) share of each region that Y_DO covers; NaN where the region is empty or there is no Y_DO"""
+    class_ids: np.ndarray
+    """(N,)"""
+
+
+@torch.inference_mode()
+def count(
+    model: NTRENet,
+    index: ClassIndex,
+    episodes: Sequence[EpisodeFiles],
+    *,
+    config: Config,
+    hardware: Hardware,
+    target_as_distractor: bool = False,
+) -> Counts:
+    """Run the episodes at their queries' own sizes, by the rules of test.py.
+
+    Args:
+        target_as_distractor: FEM is given the target's own prototype, from the ground truth, as P_DO. A network that
+            reads P_DO then loses the target.
+    """
+    model.eval()
+    histogram = np.zeros((len(episodes), len(REGIONS), len(EDGES) + 1), np.int64)
+    distracting = np.full((len(episodes), len(REGIONS)), np.nan)
+    loader = build_eval_loader(config, EpisodeList(index, episodes), range(len(episodes)))
+    done = 0
+    with tqdm(total=len(episodes), unit="episode", leave=False, dynamic_ncols=True) as bar:
+        for batch in loader:
+            on_device = batch.to(hardware.device)
+            output = forward(model, on_device, hardware)
+            if target_as_distractor:
+                output = _with_target_as_distractor(model, output, on_device.query_mask, config.data.image_size)
+            for place in range(len(batch.names)):
+                episode = episodes[done]
+                regions = _regions(read_mask(index.items[episode.query].mask), episode.class_id)
+                height, width = regions.shape[1:]
+                logits = to_original(output.logits[place].float(), height, width, config.eval.geometry)[0]
+                bins = np.digitize(logits.cpu().numpy(), EDGES)
+                for r, region in enumerate(regions):
+                    histogram[done, r] = np.bincount(bins[region], minlength=len(EDGES) + 1)
+                if output.do_mask is not None:
+                    side = (config.data.image_size, config.data.image_size)
+                    do_mask = resize(output.do_mask[place : place + 1].float(), side)[0]
+                    covered = (to_original(do_mask, height, width, config.eval.geometry)[0] > 0.5).cpu().numpy()
+                    distracting[done] = [covered[r].mean() if r.any() else np.nan for r in regions]
+                done += 1
+            bar.update(len(batch.names))
+    return Counts(histogram, distracting, np.array([episode.class_id for episode in episodes]))
+
+
+def _regions(classes: np.ndarray, class_id: int) -> np.ndarray:
+    """A mask of class ids (H, W) -> booleans (3, H, W) in the order of :data:`REGIONS`; 255 is in none."""
+    target, background = classes == class_id, classes == 0
+    return np.stack([target, ~target & ~background & (classes != IGNORE), background])
+
+
+def _with_target_as_distractor(
+    model: NTRENet, output: NTRENetOutput, query_masks: Tensor, image_size: int
+) -> NTRENetOutput:
+    """The prediction once more, with the target's mean of X^q in the place of P_DO."""
+    x_q = output.query_feature
+    target = resize((query_masks == 1).float().unsqueeze(1), (x_q.shape[-2], x_q.shape[-1]))
+    prototype = masked_average_pool(x_q, target)
+    if model.every_scale or not len(model.eliminations):
+        raise ValueError("only a network that eliminates distracting objects once takes another prototype for theirs")
+    if model.eliminations[0].do_average == "image":
+        prototype = prototype * target.mean((-2, -1), keepdim=True)
+    hook = model.fem.register_forward_pre_hook(lambda _, args: (args[0], prototype.to(args[1].dtype), *args[2:]))
+    try:
+        return model.eliminate_and_enrich(x_q, output.support_prototype, output.prior, (image_size, image_size))
+    finally:
+        hook.remove()
+
+
+def miou_by_threshold(counts: Counts, classes: dict[int, str]) -> dict[float, float]:
+    """mIoU in [0, 1] over ``classes`` (ids and names), by the rules of test.py, cut at each of :data:`THRESHOLDS`."""
+    found = {}
+    for threshold in THRESHOLDS:
+        above = np.searchsorted(EDGES, np.log(threshold / (1 - threshold))) + 1
+        positive, pixels = counts.histogram[:, :, above:].sum(2), counts.histogram.sum(2)  # (N, 3)
+        tp, fp = positive[:, 0], positive[:, 1:].sum(1)
+        table = np.stack([pixels[:, 1:].sum(1) - fp, fp, pixels[:, 0] - tp, tp], 1)
+        found[threshold] = scores(table, counts.class_ids, classes).miou
+    return found
+
+
+def predicted_share(counts: Counts, threshold: float = 0.5) -> np.ndarray:
+    """Share of each region's pixels, over all episodes, that is predicted as target: (3,), NaN where there are none."""
+    above = np.searchsorted(EDGES, np.log(threshold / (1 - threshold))) + 1
+    pixels = counts.histogram.sum(0)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(pixels[:, above:].sum(1) / pixels.sum(1))
+
+
+def area_under_curve(counts: Counts, region: int) -> float:
+    """How well logits tell the target from a region: the chance that a target pixel's is larger, mean over episodes.
+
+    0.5 is chance. Equal bins count one half. Episodes that lack one of the two are left out; NaN if all do.
+    """
+    target, other = counts.histogram[:, 0], counts.histogram[:, region]
+    both = (target.sum(1) > 0) & (other.sum(1) > 0)
+    below = np.cumsum(other, 1) - other / 2
+    areas = (target * below).sum(1)[both] / (target.sum(1) * other.sum(1))[both]
+    return float(areas.mean()) if both.any() else float("nan")
