@@ -3,12 +3,14 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from util.build import select_hardware
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import load_config
 from util.segmenter import NTRESegmenter
 from util.training import start_or_resume
+from util.transforms import normalize
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 65
@@ -36,7 +38,7 @@ def scene(seed: int, height: int = 48, width: int = 60) -> tuple[np.ndarray, np.
 
 
 def write_checkpoint(path: Path, *overrides: str) -> Path:
-    """As train.py writes it before its first step, but half of a scene's pixels are predicted instead of nearly none.
+    """As train.py's first step finds it, but half of a scene's pixels are predicted instead of nearly none.
 
     The head has random weights; the backbone's come with the pip package.
     """
@@ -44,7 +46,9 @@ def write_checkpoint(path: Path, *overrides: str) -> Path:
         ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml",
         [*SMALL, *overrides, f"run_dir={path.parent}"],
     )
-    start_or_resume(config, select_hardware(config), {}).save_best()
+    training = start_or_resume(config, select_hardware(config), {})
+    training.model.backbone.measure_scale(normalize(torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None]))
+    training.save_best()
     (path.parent / "best.pt").replace(path)
     probability = np.median(NTRESegmenter.from_checkpoint(path).segment(*scene(0), scene(1)[0]).probability)
     state = load_checkpoint(path)
