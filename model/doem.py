@@ -6,6 +6,7 @@ FEM (eq. 9, ``fem.py``) takes that prototype in.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from model.ops import masked_average_pool
@@ -20,7 +21,7 @@ def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
 
 
 def mine_distracting_objects(
-    query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor, average: Average
+    query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor, average: Average, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mask and prototype of the query's distracting objects.
 
@@ -36,9 +37,13 @@ def mine_distracting_objects(
     Args:
         query_feature: X^q, (B, C, h, w)
         bg_logits, initial_logits: of y_BG and y_ini, (B, 1, h, w)
+        known: probability of what is distracting for another reason (model/base_learner.py), (B, 1, h, w); it joins
+            Y_DO where it is above 0.5
     Returns:
         Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
     """
     mask = distracting_object_mask(bg_logits > 0, initial_logits > 0)
+    if known is not None:
+        mask = torch.maximum(mask, (known > 0.5).to(mask.dtype))
     prototype = masked_average_pool(query_feature, mask)
     return mask, prototype if average == "region" else prototype * mask.mean((-2, -1), keepdim=True)

@@ -39,10 +39,19 @@ class Elimination(nn.Module):
         self.do_average: Average = do_average
 
     def forward(
-        self, query_feature: Tensor, bg_prototype: Tensor, bg_logits: Tensor, support_prototype: Tensor, prior: Tensor
+        self,
+        query_feature: Tensor,
+        bg_prototype: Tensor,
+        bg_logits: Tensor,
+        support_prototype: Tensor,
+        prior: Tensor,
+        known: Tensor | None = None,
     ) -> Eliminated:
-        """X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w)."""
+        """X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w).
+
+        ``known`` (B, 1, h, w) is the probability of what is known to be distracting.
+        """
         feature = self.bgem(query_feature, bg_prototype)
         activated, initial = self.matching(feature, support_prototype, prior)
-        mined = mine_distracting_objects(query_feature, bg_logits, initial, self.do_average)
+        mined = mine_distracting_objects(query_feature, bg_logits, initial, self.do_average, known)
         return Eliminated(activated, initial, *mined)

@@ -5,6 +5,7 @@ Shapes: B batch, K shots, C channels, (H, W) mask side, (h, w) feature side. Mas
 -log(sigmoid(x)) = softplus(-x) and -log(1 - sigmoid(x)) = softplus(x).
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -78,6 +79,19 @@ def prototypical_contrastive_loss(
     return mean_over_batch(torch.where(stored.any(1), denominator - positive, 0).sum(), len(query))
 
 
+def base_loss(logits: Tensor, labels: Tensor, background: float = 0.3) -> Tensor:
+    """Cross-entropy of the base learner, in which a position of background weighs ``background``, others 1.
+
+    Args:
+        logits: (B, n + 1, h, w)
+        labels: (B, H, W), 0 background, 1 ... n base classes, 255 ignored; read at the nearest pixel
+    """
+    labels = F.interpolate(labels.unsqueeze(1).float(), size=logits.shape[-2:], mode="nearest").squeeze(1).long()
+    weight = torch.where(labels == 0, background, 1.0).masked_fill(labels == IGNORE, 0)
+    each = F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction="none")
+    return mean_over_batch((each * weight).sum(), weight.sum())
+
+
 class LossTerms(NamedTuple):
     """Scalars. ``total`` is what is minimised; the others are its terms before their weights, 0 where switched off."""
 
@@ -87,6 +101,7 @@ class LossTerms(NamedTuple):
     fem_aux: Tensor
     bg: Tensor
     pcl: Tensor
+    base: Tensor
 
 
 class NTRELoss(nn.Module):
@@ -94,6 +109,7 @@ class NTRELoss(nn.Module):
 
         L_T = initial BCE(y_ini, M) + BCE(y, M)                                                         (eq. 12)
         L   = beta L_T + lambda L_BG + gamma L_PCL  (+ beta fem_aux mean over FEM's scales of BCE)      (eq. 11)
+              (+ base cross-entropy of the base learner)
 
     The terms follow the output: without y_BG or y_ini (the ablations) theirs are 0; where y_ini is predicted at
     several scales, its term is their mean.
@@ -112,7 +128,12 @@ class NTRELoss(nn.Module):
             are resized by nearest neighbour for query and support, 255 is not target, and empty prototypes count.
         pcl_drawn: how many prototypes of the bank, drawn at random, eq. 10 sums over; 0 for all.
         pcl_temperature: what the cosines of eq. 10 are divided by.
+        base: weight of the base learner's cross-entropy.
+        base_ids: class ids of the base learner's classes, in its order.
     """
+
+    base_labels: Tensor
+    """(256,) from a class id to the base learner's label: 0 for background and novel classes, 255 for 255"""
 
     def __init__(
         self,
@@ -129,6 +150,8 @@ class NTRELoss(nn.Module):
         pcl_regions: Regions = "predicted",
         pcl_drawn: int = 0,
         pcl_temperature: float = 1.0,
+        base: float = 3.0,
+        base_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.bank = bank
@@ -136,10 +159,19 @@ class NTRELoss(nn.Module):
         self.initial, self.fem_aux, self.bg_ignored = initial, fem_aux, bg_ignored
         self.pcl_negatives: Negatives = pcl_negatives
         self.pcl_regions: Regions = pcl_regions
-        self.pcl_drawn, self.pcl_temperature = pcl_drawn, pcl_temperature
+        self.pcl_drawn, self.pcl_temperature, self.base = pcl_drawn, pcl_temperature, base
+        labels = torch.zeros(256, dtype=torch.long)
+        labels[IGNORE] = IGNORE
+        labels[list(base_ids)] = torch.arange(1, len(base_ids) + 1)
+        self.register_buffer("base_labels", labels, persistent=False)
 
     def forward(
-        self, output: NTRENetOutput, query_masks: Tensor, support_masks: Tensor, class_ids: Tensor
+        self,
+        output: NTRENetOutput,
+        query_masks: Tensor,
+        support_masks: Tensor,
+        class_ids: Tensor,
+        query_classes: Tensor | None = None,
     ) -> LossTerms:
         """Loss of one batch; stores its negative prototypes in the bank first, then takes eq. 10.
 
@@ -148,6 +180,7 @@ class NTRELoss(nn.Module):
             query_masks: (B, H, W)
             support_masks: (B, K, H, W)
             class_ids: (B,), from 1
+            query_classes: (B, H, W), class ids of the query's pixels; a base learner needs them
         """
         final = target_loss(output.feature_logits, query_masks)
         fem_aux = torch.stack([target_loss(logits, query_masks) for logits in output.scale_logits]).mean()
@@ -163,8 +196,13 @@ class NTRELoss(nn.Module):
             bg = background_mining_loss(logits.flatten(0, 1), masks.flatten(0, 1), self.alpha, ignored=self.bg_ignored)
         pcl = zero if self.bank is None else self._contrast(self.bank, output, query_masks, support_masks, class_ids)
         target = self.initial * initial + final + self.fem_aux * fem_aux
-        total = self.beta * target + self.lambda_bg * bg + self.gamma * pcl
-        return LossTerms(total, final, initial, fem_aux, bg, pcl)
+        base = zero
+        if output.base_logits is not None:
+            if query_classes is None:
+                raise ValueError("a base learner needs the classes of the query's pixels")
+            base = base_loss(output.base_logits, self.base_labels[query_classes.long()])
+        total = self.beta * target + self.lambda_bg * bg + self.gamma * pcl + self.base * base
+        return LossTerms(total, final, initial, fem_aux, bg, pcl, base)
 
     def _contrast(
         self, bank: PrototypeBank, output: NTRENetOutput, query_masks: Tensor, support_masks: Tensor, class_ids: Tensor

@@ -6,6 +6,7 @@
     X_BG, P^s, C_p --FM--> X_act, y_ini     (eq. 5-6)       matching.py
     y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)       doem.py         BGEM, FM, DOEM together: elimination.py
     X_act, P_DO --FEM--> y                  (eq. 9)         fem.py
+    base learner, an option beyond the paper: what is of base classes counts as distracting        base_learner.py
 
 Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 640 prototype channels,
 (H, W) image, (h, w) features.
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import Backbone, Features
+from model.base_learner import BaseLearner, base_elsewhere, base_posterior
 from model.bgem import BGEM
 from model.bgmm import BGMM, DeepBGMM
 from model.doem import Average
@@ -61,6 +63,8 @@ class NTRENetOutput(NamedTuple):
     """Y_DO^q, 0 and 1, sized like ``initial_logits``; None without DOEM"""
     do_prototype: Tensor | None = None
     """P_DO^q, (B, C, 1, 1), zero where Y_DO is empty; None without DOEM"""
+    base_logits: Tensor | None = None
+    """of background and n base classes in the query, (B, n + 1, h, w); from ``forward`` only, with a base learner"""
 
 
 class Query(NamedTuple):
@@ -70,6 +74,8 @@ class Query(NamedTuple):
     """X^q, (B, C, h, w)"""
     high: Tensor
     """stage 4, (B, C4, h, w)"""
+    base: Tensor
+    """probabilities of the n base classes, (B, n, h, w); n is 0 without a base learner"""
 
 
 class Target(NamedTuple):
@@ -79,6 +85,8 @@ class Target(NamedTuple):
     """P^s, (B, C, 1, 1)"""
     high: Tensor
     """stage 4 where a support shows the target, (B, K, n, C4)"""
+    base: Tensor
+    """mean probabilities of the base classes over the target, (B, n)"""
 
 
 def join_shots(targets: Sequence[Target]) -> Target:
@@ -88,7 +96,8 @@ def join_shots(targets: Sequence[Target]) -> Target:
     """
     most = max(t.high.shape[2] for t in targets)
     high = torch.cat([F.pad(t.high, (0, 0, 0, most - t.high.shape[2])) for t in targets], 1)
-    return Target(torch.stack([t.prototype for t in targets]).mean(0), high)
+    prototype, base = torch.stack([t.prototype for t in targets]), torch.stack([t.base for t in targets])
+    return Target(prototype.mean(0), high, base.mean(0))
 
 
 class NTRENet(nn.Module):
@@ -110,6 +119,7 @@ class NTRENet(nn.Module):
         bgem: BGEM | None = None,
         eliminations: Sequence[Elimination] = (),
         every_scale: bool = False,
+        base_learner: BaseLearner | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -119,6 +129,7 @@ class NTRENet(nn.Module):
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
         self.every_scale = every_scale
+        self.base_learner = base_learner
         self.fem = fem
 
     def forward(self, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:
@@ -131,12 +142,15 @@ class NTRENet(nn.Module):
         """
         size = (query.shape[-2], query.shape[-1])
         target, x_s = self.encode_supports(supports, support_masks)
-        searched = self.encode_query(query)
+        features = self.backbone(query)
+        base_logits = None if self.base_learner is None else self.base_learner(features.middle)
+        searched = self.read_query(features, base_logits)
         x_q, p_s, prior = searched.feature, target.prototype, prior_mask(searched.high, target.high)
-        del searched, target  # stage 4 is large and no longer needed
-        output = self.eliminate_and_enrich(x_q, p_s, prior, size, every_scale=True)
+        base = self._base_elsewhere(searched.base, target.base)
+        del features, searched, target  # stage 4 is large and no longer needed
+        output = self.eliminate_and_enrich(x_q, p_s, prior, size, base=base, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
-        return output._replace(support_features=x_s, support_bg_logits=bg_s)
+        return output._replace(support_features=x_s, support_bg_logits=bg_s, base_logits=base_logits)
 
     def encode_query(self, query: Tensor) -> Query:
         """(B, 3, H, W) -> what is read from it once, whatever the target."""
@@ -148,18 +162,25 @@ class NTRENet(nn.Module):
         each, x_s = self.read_targets(self.backbone(supports.flatten(0, 1)), support_masks.flatten(0, 1))
         prototype = each.prototype.unflatten(0, batch_and_shots).mean(1)
         high = each.high.squeeze(1).unflatten(0, batch_and_shots)
-        return Target(prototype, high), x_s.unflatten(0, batch_and_shots)
+        base = each.base.unflatten(0, batch_and_shots).mean(1)
+        return Target(prototype, high, base), x_s.unflatten(0, batch_and_shots)
 
-    def read_query(self, features: Features) -> Query:
-        """What a query gives, from its backbone features."""
-        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3))
+    def read_query(self, features: Features, base_logits: Tensor | None = None) -> Query:
+        """What a query gives, from its backbone features and, where they are known already, its base logits."""
+        base = self.read_base(features.middle) if base_logits is None else base_posterior(base_logits)
+        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3), base)
+
+    def read_base(self, middle: Tensor) -> Tensor:
+        """Middle features (N, C_middle, h, w) -> probabilities of the n base classes (N, n, h, w)."""
+        return middle[:, :0] if self.base_learner is None else base_posterior(self.base_learner(middle))
 
     def read_targets(self, features: Features, masks: Tensor) -> tuple[Target, Tensor]:
         """N images and their masks (N, H, W) as N one-shot targets, and X^s (N, C, h, w)."""
         target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
         high = target_positions(self.backbone, features.stage3, target).unsqueeze(1)
         x_s = self.reduce_support(features.middle)
-        return Target(masked_average_pool(x_s, target), high), x_s
+        base = masked_average_pool(self.read_base(features.middle), target).flatten(1)
+        return Target(masked_average_pool(x_s, target), high, base), x_s
 
     def segment(self, queries: Sequence[Query], targets: Sequence[Target], size: tuple[int, int]) -> NTRENetOutput:
         """Segment queries of an image size (H, W), each for its target; all but the prior runs as one batch.
@@ -168,14 +189,27 @@ class NTRENet(nn.Module):
         """
         prior = torch.cat([prior_mask(q.high, t.high) for q, t in zip(queries, targets, strict=True)])
         x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([t.prototype for t in targets])
-        return self.eliminate_and_enrich(x_q, p_s, prior, size)
+        base = self._base_elsewhere(torch.cat([q.base for q in queries]), torch.cat([t.base for t in targets]))
+        return self.eliminate_and_enrich(x_q, p_s, prior, size, base=base)
+
+    def _base_elsewhere(self, query: Tensor, target: Tensor) -> Tensor | None:
+        return None if self.base_learner is None else base_elsewhere(query, target)
 
     def eliminate_and_enrich(
-        self, x_q: Tensor, p_s: Tensor, prior: Tensor, size: tuple[int, int], *, every_scale: bool = False
+        self,
+        x_q: Tensor,
+        p_s: Tensor,
+        prior: Tensor,
+        size: tuple[int, int],
+        *,
+        base: Tensor | None = None,
+        every_scale: bool = False,
     ) -> NTRENetOutput:
         """The paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
 
-        FEM's prediction at each scale is given only where it is asked for.
+        Args:
+            base: (B, 1, h, w) of :func:`model.base_learner.base_elsewhere`; FEM then takes it in the place of C_p.
+            every_scale: give FEM's prediction at each scale as well.
         """
         full = (x_q.shape[-2], x_q.shape[-1])
         bg: Tensor | None = None
@@ -191,13 +225,14 @@ class NTRENet(nn.Module):
             sizes = self.fem.sizes(full) if self.every_scale else [full]
             for eliminate, side in zip(self.eliminations, sizes, strict=True):
                 x, y_bg, c_p = pool(x_q, side), resize(bg, side), resize(prior, side)
-                eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p))
+                known = None if base is None else resize(base, side)
+                eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p, known))
             if self.every_scale:
                 inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
                 out = self.fem.enrich(inputs, full, every_scale=every_scale)
             else:
                 (once,) = eliminated
-                seen = prior if self.fem.with_prior else None
+                seen = (prior if base is None else base) if self.fem.with_prior else None
                 out = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
 
         return NTRENetOutput(
@@ -223,6 +258,7 @@ def build_ntrenet(
     elimination: EliminationKind = "single",
     do_average: Average = "image",
     fem_prior: bool = True,
+    base_classes: int = 0,
     channels: int = 256,
     prototype_channels: int = 640,
     fem_scales: Sequence[float] = (60, 30, 15, 8),
@@ -236,24 +272,30 @@ def build_ntrenet(
             which with ``do_average`` "image" and ``prototype_channels`` 256 is their network.
         do_average: see :func:`model.doem.mine_distracting_objects`.
         fem_prior: FEM takes C_p beside P_DO where ``elimination`` is single; at each scale FM has just taken it.
+        base_classes: of the base learner, see :mod:`model.base_learner`; 0 for none.
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
     """
     if doem and not bgem:
         raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
+    if base_classes and not doem:
+        raise ValueError("a base learner needs doem: it says which objects are distracting")
     sizes = {"channels": channels, "prototype_channels": prototype_channels}
     deep, every_scale = elimination == "authors", elimination != "single"
     count = 0 if not doem else len(fem_scales) if every_scale else 1
+    middle = backbone.middle_channels
+    learner = BaseLearner(middle_channels=middle, base_classes=base_classes) if base_classes else None
     network = NTRENet(
         backbone=backbone,
-        reduce_query=_reduction(backbone.middle_channels, channels),
-        reduce_support=_reduction(backbone.middle_channels, channels),
+        reduce_query=_reduction(middle, channels),
+        reduce_support=_reduction(middle, channels),
         fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem or (fem_prior and not every_scale)),
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[Elimination(**sizes, deep=deep, do_average=do_average) for _ in range(count)],
         every_scale=every_scale,
+        base_learner=learner,
     )
     _initialise(network)
     return network

@@ -154,7 +154,7 @@ def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool =
     def step(batch: Episode) -> None:
         batch = batch.to(hardware.device)
         output = plain_on(model, batch) if plain else forward(model, batch, hardware)
-        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id).total
+        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes).total
         if plain:
             optimizer.zero_grad()
         loss.backward()

@@ -108,8 +108,10 @@ class FixedShots(nn.Module):
         target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
         high = model.backbone.high(features.stage3 * target) * target
         prototype = masked_average_pool(model.reduce_support(features.middle[1:]), target[1:]).mean(0, keepdim=True)
-        searched = Query(model.reduce_query(features.middle[:1]), high[:1])
-        shown = Target(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0))
+        base = model.read_base(features.middle)
+        searched = Query(model.reduce_query(features.middle[:1]), high[:1], base[:1])
+        of_target = masked_average_pool(base[1:], target[1:]).flatten(1).mean(0, keepdim=True)
+        shown = Target(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0), of_target)
         return model.segment([searched], [shown], (query.shape[-2], query.shape[-1])).logits.sigmoid()
 
 

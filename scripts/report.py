@@ -245,7 +245,7 @@ def ablations(
             blocks.append(f"**{title}:** not run.")
         if is_paper:
             blocks.append(paper["figure6"]["text"])
-        if "per_scale" in variants:
+        if (variants & set(tables.ELIMINATIONS)) - {"full"}:
             blocks.append(tables.elimination(f"Elimination: {setting}", groups, setting))
     return blocks
 

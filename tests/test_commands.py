@@ -51,7 +51,7 @@ TRAIN_IMAGES, VAL_IMAGES = 24, 32  # 3 and 4 images of each of the 20 classes
 BATCH, EPOCHS, LR, WARMUP, MIN_AREA = 2, 2, 0.03, 4, 256
 NOVEL = ["striped_star", "dotted_ring", "brick_arrow", "checked_heart", "cracked_leaf"]
 """classes 1 to 5: fold 0 of a contiguous scheme"""
-LOSSES = ("total", "final", "initial", "fem_aux", "bg", "pcl")
+LOSSES = ("total", "final", "initial", "fem_aux", "bg", "pcl", "base")
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -501,7 +501,7 @@ def test_tensorboard_holds_every_loss_term_and_the_learning_rate_of_every_step(r
     for name in LOSSES:
         assert [step for step, _ in recorded[f"loss/{name}"]] == list(range(steps))
         assert all(math.isfinite(value) for _, value in recorded[f"loss/{name}"])
-    total, final, initial, aux, bg, pcl = ([value for _, value in recorded[f"loss/{name}"]] for name in LOSSES)
+    total, final, initial, aux, bg, pcl, _ = ([value for _, value in recorded[f"loss/{name}"]] for name in LOSSES)
     assert all(max(values) > 0 for values in (final, initial, aux, bg, pcl))
     weighted = [i + f + 0.4 * a + b + 0.01 * p for f, i, a, b, p in zip(final, initial, aux, bg, pcl, strict=True)]
     assert total == pytest.approx(weighted, rel=1e-5)  # eq. 11 with beta = lambda = 1, gamma = 0.01
@@ -908,10 +908,16 @@ def test_the_picture_of_an_evaluation_opens(tested: tuple[Result, dict[str, Any]
     [
         (["loss.pcl=false"], {"bgmm", "eliminations"}, {"initial", "bg"}),
         (["model.elimination=per_scale"], {"bgmm", "eliminations"}, {"initial", "bg", "pcl"}),
+        (["model.elimination=authors"], {"bgmm", "eliminations"}, {"initial", "bg", "pcl"}),
+        (
+            ["model.base_learner=true"],
+            {"bgmm", "eliminations", "base_learner"},
+            {"initial", "bg", "pcl", "base"},
+        ),
         (["loss.pcl=false", "model.doem=false"], {"bgmm", "bgem"}, {"bg"}),
         (["loss.pcl=false", "model.doem=false", "model.bgem=false"], set(), set()),
     ],
-    ids=["bgem and doem", "per scale", "bgem", "neither"],
+    ids=["bgem and doem", "per scale", "authors", "base learner", "bgem", "neither"],
 )
 def test_an_ablation_trains_and_evaluates_with_its_parts_and_losses_alone(
     config: Path, tmp_path: Path, overrides: list[str], parts: set[str], terms: set[str]
@@ -926,7 +932,7 @@ def test_an_ablation_trains_and_evaluates_with_its_parts_and_losses_alone(
     } == parts
     assert (state["criterion"] == {}) == ("pcl" not in terms)
     recorded = scalars(folder)
-    for name in ("initial", "bg", "pcl"):
+    for name in ("initial", "bg", "pcl", "base"):
         values = [value for _, value in recorded[f"loss/{name}"]]
         assert any(values) == (name in terms)
     (line,) = json_lines(folder / "metrics.jsonl")

@@ -162,6 +162,7 @@ OTHER_VALUES = {
     "model.elimination": "per_scale",
     "model.do_average": "region",
     "model.fem_prior": False,
+    "model.base_learner": True,
     "model.prototype_channels": 12,
     "model.fem_scales": [1.0, 0.5],
     "loss.alpha": 0.25,
@@ -176,6 +177,7 @@ OTHER_VALUES = {
     "loss.pcl_regions": "ground_truth",
     "loss.pcl_temperature": 0.5,
     "loss.pcl_drawn": 9,
+    "loss.base": 0.75,
     "loss.bank_size": 3,
     "train.epochs": 4,
     "train.batch_size": 5,
@@ -598,6 +600,7 @@ ABLATIONS = {
     "negatives_bg": {"loss.pcl_negatives": "bg"},
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
     "per_scale": {"model.elimination": "per_scale"},
+    "base_learner": {"model.base_learner": True},
     "printed": {"model.do_average": "region", "model.fem_prior": False},
     "authors": {
         "data.blur": 0.5,

@@ -99,6 +99,7 @@ def test_an_onnx_file_gives_the_networks_probability(checkpoint, tmp_path, monke
         ["model.bgem=false", "model.doem=false", "loss.pcl=false"],
         ["model.doem=false", "loss.pcl=false"],
         ["model.elimination=per_scale"],
+        ["model.base_learner=true"],
     ],
 )
 def test_keeping_all_positions_changes_no_ablation(variant: list[str], tmp_path: Path) -> None:

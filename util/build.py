@@ -98,6 +98,7 @@ def build_model(
         elimination=config.model.elimination,
         do_average=config.model.do_average,
         fem_prior=config.model.fem_prior,
+        base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
         channels=CHANNELS,
         prototype_channels=config.model.prototype_channels,
         fem_scales=config.model.fem_scales,
@@ -141,6 +142,8 @@ def build_loss(config: Config) -> NTRELoss:
         pcl_regions=options.pcl_regions,
         pcl_drawn=options.pcl_drawn,
         pcl_temperature=options.pcl_temperature,
+        base=options.base,
+        base_ids=base_classes(config.data),
     )
 
 

@@ -101,6 +101,8 @@ class ModelConfig(Section):
     """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
     fem_prior: bool = True
     """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
+    base_learner: bool = False
+    """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
     fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
@@ -112,6 +114,8 @@ class ModelConfig(Section):
             raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
         if self.elimination != "single" and not self.doem:
             raise ValueError(f"elimination {self.elimination} needs doem; set model.elimination=single")
+        if self.base_learner and not self.doem:
+            raise ValueError("base_learner needs doem; set model.base_learner=false")
         return self
 
 
@@ -140,6 +144,8 @@ class LossConfig(Section):
     """what the cosines of eq. 10 are divided by (1 as printed)"""
     pcl_drawn: Annotated[int, Field(ge=0, le=10**9)] = 0
     """prototypes of the bank, drawn at random, that eq. 10 sums over (the authors' code: 1000); 0 for all"""
+    base: NonNegative = 3.0
+    """weight of the base learner's cross-entropy (model.base_learner)"""
     bank_size: Count = 2000
     """prototypes kept a class"""
 

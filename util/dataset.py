@@ -32,6 +32,8 @@ class Episode(NamedTuple):
     """(K, 3, S, S), uint8 RGB"""
     support_masks: Tensor
     """(K, S, S), uint8, likewise"""
+    query_classes: Tensor
+    """(S, S), uint8: class ids of the query's pixels, 0 background, 255 ignored"""
     class_id: Tensor
     """(), int64, from 1"""
     truths: list[Tensor]
@@ -46,6 +48,7 @@ class Episode(NamedTuple):
             change(self.query_mask),
             change(self.supports),
             change(self.support_masks),
+            change(self.query_classes),
             change(self.class_id),
             [change(truth) for truth in self.truths],
             self.names,
@@ -72,7 +75,7 @@ class EpisodeDataset(Dataset[Episode]):
     def __getitem__(self, number: int) -> Episode:
         files = self.sampler(number)
         items = [self.sampler.index.items[i] for i in (files.query, *files.supports)]
-        pairs = [read_pair(item, files.class_id) for item in items]
+        pairs = [_read_swapped(item, files.class_id) for item in items]
         images, masks = zip(
             *(
                 self.transform(image, mask, np.random.default_rng([self.sampler.seed, 2, number, place]))
@@ -81,14 +84,15 @@ class EpisodeDataset(Dataset[Episode]):
             strict=True,
         )
         image_tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
-        mask_tensor = torch.from_numpy(np.stack(masks))
+        mask_tensor = torch.from_numpy(np.stack([_target_of(mask) for mask in masks]))
         return Episode(
             query=image_tensor[0],
             query_mask=mask_tensor[0],
             supports=image_tensor[1:],
             support_masks=mask_tensor[1:],
+            query_classes=torch.from_numpy(_swapped(masks[0], files.class_id)),
             class_id=torch.tensor(files.class_id),
-            truths=[torch.from_numpy(pairs[0][1])],
+            truths=[torch.from_numpy(_target_of(pairs[0][1]))],
             names=[f"query {items[0].image}, supports {', '.join(str(item.image) for item in items[1:])}"],
         )
 
@@ -137,10 +141,27 @@ def collate_images(images: list[ImageBatch]) -> ImageBatch:
 
 def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
     """An image and its mask of one class: 1 target, 0 other, 255 ignored."""
+    image, classes = _read_swapped(item, class_id)
+    return image, _target_of(classes)
+
+
+def _read_swapped(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """An image and its class ids, of which 1 and ``class_id`` have changed places: 1 is the target for transforms."""
     image, mask = read_image(item.image), read_mask(item.mask)
     if image.shape[:2] != mask.shape:
         raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
-    return image, np.where(mask == IGNORE, IGNORE, mask == class_id).astype(np.uint8)
+    return image, _swapped(mask, class_id)
+
+
+def _swapped(classes: np.ndarray, class_id: int) -> np.ndarray:
+    exchange = np.arange(256, dtype=np.uint8)
+    exchange[[1, class_id]] = class_id, 1
+    return exchange[classes]
+
+
+def _target_of(swapped: np.ndarray) -> np.ndarray:
+    """Swapped class ids -> 1 target, 0 other, 255 ignored."""
+    return np.where(swapped == IGNORE, IGNORE, swapped == 1).astype(np.uint8)
 
 
 def collate(episodes: list[Episode]) -> Episode:
@@ -150,6 +171,7 @@ def collate(episodes: list[Episode]) -> Episode:
         query_mask=torch.stack([episode.query_mask for episode in episodes]),
         supports=torch.stack([episode.supports for episode in episodes]),
         support_masks=torch.stack([episode.support_masks for episode in episodes]),
+        query_classes=torch.stack([episode.query_classes for episode in episodes]),
         class_id=torch.stack([episode.class_id for episode in episodes]),
         truths=[truth for episode in episodes for truth in episode.truths],
         names=[name for episode in episodes for name in episode.names],

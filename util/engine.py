@@ -86,7 +86,9 @@ def train(
             with training.hardware.autocast():
                 training.model.backbone.measure_scale(normalize(on_device.query))
         output = forward(training.network, on_device, training.hardware)
-        losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
+        losses = training.criterion(
+            output, on_device.query_mask, on_device.support_masks, on_device.class_id, on_device.query_classes
+        )
         asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
         values = torch.stack([*(term.detach() for term in losses), asked_to_stop])
         *means, signal_number = log_mean(values).tolist()  # the step's only synchronisation
@@ -213,8 +215,8 @@ def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -
             row = torch.arange(1, target.high.shape[2] + 1, device=images.device)
             last = ((target.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
             target_of = {
-                n: Target(prototype[None], high[None, :, : rows + 1].clone())
-                for n, rows, prototype, high in zip(targets, last, *target, strict=True)
+                n: Target(prototype[None], high[None, :, : rows + 1].clone(), base[None])
+                for n, rows, prototype, high, base in zip(targets, last, *target, strict=True)
             }
     return {
         place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), target_of.get(n))
@@ -239,4 +241,5 @@ def encoding_size(model: NTRENet, config: Config, hardware: Hardware) -> Encodin
     with hardware.autocast():
         query = model.encode_query(empty)
     high = query.high.numel() * query.high.element_size()
-    return EncodingSize(query=high + query.feature.numel() * query.feature.element_size(), whole=high)
+    others = sum(part.numel() * part.element_size() for part in (query.feature, query.base))
+    return EncodingSize(query=high + others, whole=high)

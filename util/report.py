@@ -31,6 +31,14 @@ LADDER = {
 """Table 3: variant, what it adds, and whether BGEM, DOEM and PCL are on"""
 NEGATIVES = {"negatives_non_target": "non-target", "negatives_bg": "BG", "full": "DO"}
 """Table 4, from worst to best in the paper"""
+ELIMINATIONS = {
+    "full": "once (single)",
+    "printed": "once, eq. 8 and 9 as printed (printed)",
+    "per_scale": "at each FEM scale (per_scale)",
+    "authors": "the authors' code (authors)",
+    "base_learner": "once, with a base learner (base_learner)",
+}
+"""forms of the full network beside the default"""
 CHANNELS = 640
 """D of the full network"""
 NOT_RUN, NO_MEAN = "not run", "-"
@@ -40,6 +48,7 @@ ROUNDING = 0.1
 MAY_DIFFER = {
     *("data.root", "data.train_list", "data.val_list", "data.fold", "data.shots"),
     *("model.backbone", "model.bgem", "model.doem", "model.prototype_channels", "model.elimination"),
+    *("model.do_average", "model.fem_prior", "model.base_learner"),
     *("loss.pcl", "loss.pcl_negatives", "eval.episodes", "eval.batch_size", "eval.every", "eval.geometry"),
     *("seed", "run_dir", "resume", "device", "precision", "workers"),
 }
@@ -57,7 +66,10 @@ class Switches(Part):
     bgem: bool
     doem: bool
     prototype_channels: int
-    elimination: Literal["single", "per_scale"] = "single"
+    elimination: Literal["single", "per_scale", "authors"] = "single"
+    do_average: Literal["image", "region"] = "region"
+    fem_prior: bool = False
+    base_learner: bool = False
 
 
 class Loss(Part):
@@ -236,14 +248,21 @@ class Order(NamedTuple):
 
 
 def variant_of(config: RunConfig) -> str:
-    """full, pfenet, bgem, bgem_doem, negatives_*, channels_*, per_scale; 'other' for what no table shows."""
+    """A row of LADDER, NEGATIVES or ELIMINATIONS, or channels_*; 'other' for what no table shows."""
     model, loss = config.model, config.loss
     switches = (model.bgem, model.doem, loss.pcl)
     step = next((name for name, (_, *on) in LADDER.items() if switches == tuple(on)), "other")
     if step == "pfenet":
         return step
-    departures = [f"channels_{model.prototype_channels}"] if model.prototype_channels != CHANNELS else []
-    departures += ["per_scale"] if model.elimination == "per_scale" else []
+    channels = 256 if model.elimination == "authors" else CHANNELS
+    departures = [f"channels_{model.prototype_channels}"] if model.prototype_channels != channels else []
+    if model.elimination == "single" and model.doem:
+        departures += {("image", True): [], ("region", False): ["printed"]}.get(
+            (model.do_average, model.fem_prior), ["other"]
+        )
+    elif model.elimination != "single":
+        departures += [model.elimination] if model.do_average == "image" else ["other"]
+    departures += ["base_learner"] if model.base_learner else []
     departures += [f"negatives_{loss.pcl_negatives}"] if loss.pcl and loss.pcl_negatives != "do" else []
     if not departures:
         return step
@@ -480,8 +499,8 @@ def channels(title: str, groups: Groups, setting: Setting, paper: list[float | N
 
 
 def elimination(title: str, groups: Groups, setting: Setting) -> Table:
-    variants = {"full": "once (single)", "per_scale": "at each FEM scale (per_scale)"}
-    lines = [Line([name, "ours"], group=groups.get((setting, v), {})) for v, name in variants.items()]
+    shown = {v: groups[setting, v] for v in ELIMINATIONS if v == "full" or groups.get((setting, v))}
+    lines = [Line([ELIMINATIONS[v], "ours"], group=group) for v, group in shown.items()]
     return make_table(title, ["Elimination", "From"], lines, folds_of(groups, setting.dataset), "precision", bold=True)
 
 
