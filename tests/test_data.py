@@ -1182,12 +1182,12 @@ def config_of(root: Path, *overrides: str) -> Config:
 def joined(batches: Iterable[Episode]) -> Episode:
     """One batch of all episodes."""
     batches = list(batches)
-    tensors = [torch.cat([batch[field] for batch in batches]) for field in range(5)]
+    tensors = [torch.cat([batch[field] for batch in batches]) for field in range(6)]
     return Episode(*tensors, [t for b in batches for t in b.truths], [n for b in batches for n in b.names])
 
 
 def assert_same(a: Episode, b: Episode) -> None:
-    for name, first, second in zip(Episode._fields[:5], a[:5], b[:5], strict=True):
+    for name, first, second in zip(Episode._fields[:6], a[:6], b[:6], strict=True):
         assert first.dtype == second.dtype, name
         assert torch.equal(first, second), name
     assert len(a.truths) == len(b.truths)
