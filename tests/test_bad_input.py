@@ -248,7 +248,7 @@ def written(kind: str, path: Path, world: Path) -> Any:
             )
         return counts
     if kind == "episodes":
-        names = [line.split()[0] for line in (world / "train.txt").read_text().splitlines()]
+        names = (world / "train.txt").read_text().splitlines()
         records = [json.loads(line) for line in text.splitlines()]
         return [[names.index(r["query"]), tuple(names.index(s) for s in r["supports"]), r["class_id"]] for r in records]
     return {
@@ -735,13 +735,13 @@ EPISODES: dict[str, tuple[str, Damage]] = {
             "NaN as class": {"class_id": float("nan")},
             "a base class": {"class_id": 1},
             "no supports": {"supports": []},
-            "two supports": {"supports": ["ü1.jpg", "ü5.jpg"]},
-            "itself as support": {"query": "ü1.jpg", "supports": ["ü1.jpg"]},
-            "text as supports": {"supports": "ü1.jpg"},
+            "two supports": {"supports": ["ü1.jpg ü1.png", "ü5.jpg ü5.png"]},
+            "itself as support": {"query": "ü1.jpg ü1.png", "supports": ["ü1.jpg ü1.png"]},
+            "text as supports": {"supports": "ü1.jpg ü1.png"},
             "a number as support": {"supports": [1]},
             "keys as query": {"query": {"a": 1}},
             "a foreign image": {"query": "other.jpg"},
-            "a path that leads elsewhere": {"query": "../ü1.jpg"},
+            "a path that leads elsewhere": {"query": "../ü1.jpg ü1.png"},
             "the hash of another list": {"list_sha256": "0" * 64},
             "a number as hash": {"list_sha256": 0},
         }.items()

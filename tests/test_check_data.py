@@ -151,12 +151,34 @@ def test_episodes_come_back_from_a_file_as_they_were(sampler, tmp_path) -> None:
     assert back == [episodes(n) for n in range(25)]
 
 
+def test_episodes_of_a_photo_with_several_masks_come_back_too(data, tmp_path) -> None:
+    """78 of 1000 episodes of such a list once had the query as their support, and the file was then refused."""
+    root, overrides = data
+    lines = []
+    for name in sorted(path.stem for path in (root / "SegmentationClassAug").glob("val_*.png")):
+        mask = np.array(Image.open(root / f"SegmentationClassAug/{name}.png"))
+        for c in np.setdiff1d(mask, [0, 255]).tolist():
+            own = f"SegmentationClassAug/{name}_{c}.png"
+            Image.fromarray(np.where(np.isin(mask, [c, 255]), mask, 0)).save(root / own)
+            lines.append(f"JPEGImages/{name}.jpg {own}\n")
+    (root / "lists/val.txt").write_text("".join(lines))
+    config = load_config(CONFIG, overrides)
+    episodes = build_eval_sampler(config, build_index(config, "val"), 0)
+    path = tmp_path / "e.jsonl"
+    write_episodes(path, episodes, 1000, root=Path(config.data.root), class_names=config.data.classes)
+    assert recorded(config, path) == [episodes(n) for n in range(1000)]
+    written = [json.loads(line) for line in path.read_text().splitlines()]
+    for episode in written[:50]:
+        for line_ in (episode["query"], *episode["supports"]):
+            assert episode["class_id"] in np.unique(Image.open(root / line_.split()[1]))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
         ("list_sha256", "0" * 64, "made for a list"),
-        ("query", "JPEGImages/other.jpg", "JPEGImages/other.jpg is not in"),
-        ("supports", ["JPEGImages/val_00001.jpg"], "1 supports"),
+        ("query", "JPEGImages/other.jpg", "JPEGImages/other.jpg is no line of"),
+        ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
         ("class_id", 20, "not novel"),
     ],
 )

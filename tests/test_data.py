@@ -125,11 +125,18 @@ def test_a_line_that_is_not_two_paths_is_refused_with_its_number(line: str, tmp_
     assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("again", ["a.jpg a.png", "/a.jpg  a.png"])
+@pytest.mark.parametrize("again", ["a.jpg a.png", "/a.jpg  a.png", "i/../a.jpg ./a.png"])
 def test_a_line_that_stands_twice_is_refused_with_both_numbers(again: str, tmp_path: Path) -> None:
     path = write_list(tmp_path / "l.txt", f"x.jpg x.png\na.jpg a.png\n\nb.jpg b.png\n{again}\n".encode())
     with pytest.raises(UserError, match=r"line 5: the same as line 2"):
         read_list(path, tmp_path)
+
+
+def test_one_photo_named_in_two_ways_is_one_photo(tmp_path: Path) -> None:
+    lines = b"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\ni/b.jpg m/d.png\n"
+    path = write_list(tmp_path / "l.txt", lines)
+    index = ClassIndex(read_list(path, tmp_path), np.zeros((4, 2), np.int64), path, "")
+    assert index.photos.tolist() == [0, 0, 0, 3]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n"])
@@ -816,6 +823,26 @@ def test_a_class_that_occurs_nowhere_is_refused_by_name() -> None:
     pixels = np.zeros((30, 9), int)
     with pytest.raises(UserError, match="'class5' has 0 images"):
         sampler_of(index_of(pixels), classes=(5,), shots=1)
+
+
+def test_a_photo_with_a_mask_a_line_is_never_its_own_support() -> None:
+    """Photos 0 ... 19 have a line for class 2 and one for class 3, which has a second mask of photos 0 ... 4."""
+    pixels = np.zeros((45, 9), int)
+    pixels[:20, 2] = pixels[20:, 3] = MIN_AREA
+    photo_of = [*range(20), *range(20), *range(5)]
+    items = tuple(Item(Path(f"{photo}.jpg"), Path(f"{line}.png")) for line, photo in enumerate(photo_of))
+    sampler = sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(2, 3), shots=4)
+    episodes = [sampler(number) for number in range(2000)]
+    assert all(len({photo_of[place] for place in (query, *supports)}) == 5 for query, supports, _ in episodes)
+    assert {episode.query for episode in episodes} == set(range(45))
+    chosen = Counter(place for episode in episodes if episode.class_id == 3 for place in episode.supports)
+    assert chosen.keys() == set(range(20, 45))
+    assert all(abs(chosen[n] + chosen.get(n + 20, 0) - sum(chosen.values()) / 20) < 85 for n in range(20, 40))
+    with pytest.raises(UserError, match="'class3' has 20 images"):
+        sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(3,), shots=20)
+    pixels[30, 7] = 1
+    avoiding = sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(2, 3), avoid=(7,))
+    assert {avoiding(number).query for number in range(500)} == set(range(45)) - {10, 30}
 
 
 # ---------------------------------------------------------------- geometry of evaluation

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -26,7 +26,7 @@ from util.images import image_size, read_mask
 
 
 class Item(NamedTuple):
-    """One line of a list."""
+    """One line of a list. A photo may have several, with a mask each."""
 
     image: Path
     mask: Path
@@ -42,8 +42,14 @@ class ClassIndex:
     list_path: Path
     list_sha256: str
 
+    @cached_property
+    def photos(self) -> np.ndarray:
+        """(lines,): the first line with the same image, which is what makes two lines one photo"""
+        first: dict[Path, int] = {}
+        return np.array([first.setdefault(item.image, place) for place, item in enumerate(self.items)])
+
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
-        """Indices of the images that hold at least ``min_area`` pixels of the class, ascending."""
+        """Places of the lines whose masks hold at least ``min_area`` pixels of the class, ascending."""
         return np.flatnonzero(self.pixels[:, class_id] >= min_area)
 
 
@@ -69,7 +75,7 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
             raise UserError(
                 f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'"
             )
-        item = Item(root / parts[0].lstrip("/"), root / parts[1].lstrip("/"))
+        item = Item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
         if item in items:
             raise UserError(f"list {path} line {number}: the same as line {items[item]}; remove one of them")
         items[item] = number
