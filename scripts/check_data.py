@@ -64,25 +64,23 @@ def check_list(config: Config, list_path: str) -> dict[str, Any]:
             "problems": [str(error)],
         }
     checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {list_path}")
-    good = [(counts, ignored) for counts, ignored, problem in checked if problem is None]
-    pixels = np.array([counts for counts, _ in good], np.int64).reshape(len(good), num_classes + 1)
-    ignored = sum(ignored for _, ignored in good)
+    good = [counts for counts, problem in checked if problem is None]
+    counts = np.array(good, np.int64).reshape(len(good), num_classes + 2)
     return {
-        "pixels": pixels,
+        "pixels": counts[:, :-1],
         "lines": len(items),
-        "ignored": ignored / max(int(pixels.sum()) + ignored, 1),
-        "problems": [problem for _, _, problem in checked if problem is not None],
+        "ignored": int(counts[:, -1].sum()) / max(int(counts.sum()), 1),
+        "problems": [problem for _, problem in checked if problem is not None],
     }
 
 
-def check_item(item: Item, num_classes: int) -> tuple[np.ndarray | None, int, str | None]:
-    """Decode an image and its mask: counts of each class, pixels of value 255, and the problem if there is one."""
+def check_item(item: Item, num_classes: int) -> tuple[np.ndarray | None, str | None]:
+    """Decode an image and its mask: the counts of :func:`count_pixels`, or the problem if there is one."""
     try:
-        height, width, _ = read_image(item.image).shape
-        counts = count_pixels(item, num_classes)
+        read_image(item.image)
+        return count_pixels(item, num_classes), None
     except UserError as error:
-        return None, 0, str(error)
-    return counts, height * width - int(counts.sum()), None
+        return None, str(error)
 
 
 def check_fold(config: Config, fold: int, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:

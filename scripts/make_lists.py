@@ -115,12 +115,12 @@ def count_classes(items: list[Item]) -> np.ndarray:
         UserError: after all files were opened, with every file that is wrong.
     """
     checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
-    problems = [problem for _, _, problem in checked if problem is not None]
+    problems = [problem for _, problem in checked if problem is not None]
     if problems:
         for problem in problems[1:]:
             print(f"also: {problem}", file=sys.stderr)
         raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
-    return np.array([counts for counts, _, _ in checked])
+    return np.array([counts for counts, _ in checked])[:, : LARGEST_ID + 1]
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:

@@ -135,7 +135,7 @@ def test_a_line_that_stands_twice_is_refused_with_both_numbers(again: str, tmp_p
 def test_one_photo_named_in_two_ways_is_one_photo(tmp_path: Path) -> None:
     lines = b"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\ni/b.jpg m/d.png\n"
     path = write_list(tmp_path / "l.txt", lines)
-    index = ClassIndex(read_list(path, tmp_path), np.zeros((4, 2), np.int64), path, "")
+    index = ClassIndex(read_list(path, tmp_path), np.zeros((4, 2), int), path, "", np.zeros(4, int))
     assert index.photos.tolist() == [0, 0, 0, 3]
 
 
@@ -395,6 +395,7 @@ def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], tmp
     index = load(path)
     np.testing.assert_array_equal(index.pixels, counted(masks, 6))
     assert index.pixels.shape == (12, 7)
+    assert index.ignored.tolist() == [int((mask == 255).sum()) for mask in masks]
     assert index.items == read_list(path, tmp_path)
     assert index.list_path == path
     assert index.list_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -499,7 +500,7 @@ def test_another_number_of_classes_is_noticed(masks: list[np.ndarray], tmp_path:
         lambda data: data[:100],
         lambda data: data[: len(data) // 2],
         lambda data: data[:-1],
-        lambda data: data.replace(b"pixels", b"pixelz"),
+        lambda data: data.replace(b"counts", b"countz"),
         lambda data: bytes(len(data)),
     ],
     ids=["empty", "one byte", "text", "100 bytes", "half", "last byte lost", "array renamed", "zeros"],
@@ -671,7 +672,7 @@ def random_index(images: int = 60, num_classes: int = 8, seed: int = 0) -> Class
 
 def index_of(pixels: np.ndarray) -> ClassIndex:
     items = tuple(Item(Path(f"{number}.jpg"), Path(f"{number}.png")) for number in range(len(pixels)))
-    return ClassIndex(items, np.asarray(pixels), Path("some/list.txt"), "")
+    return ClassIndex(items, np.asarray(pixels), Path("some/list.txt"), "", np.zeros(len(pixels), int))
 
 
 def sampler_of(index: ClassIndex, **changes: object) -> EpisodeSampler:
@@ -831,7 +832,9 @@ def test_a_photo_with_a_mask_a_line_is_never_its_own_support() -> None:
     pixels[:20, 2] = pixels[20:, 3] = MIN_AREA
     photo_of = [*range(20), *range(20), *range(5)]
     items = tuple(Item(Path(f"{photo}.jpg"), Path(f"{line}.png")) for line, photo in enumerate(photo_of))
-    sampler = sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(2, 3), shots=4)
+    sampler = sampler_of(
+        ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(2, 3), shots=4
+    )
     episodes = [sampler(number) for number in range(2000)]
     assert all(len({photo_of[place] for place in (query, *supports)}) == 5 for query, supports, _ in episodes)
     assert {episode.query for episode in episodes} == set(range(45))
@@ -839,9 +842,13 @@ def test_a_photo_with_a_mask_a_line_is_never_its_own_support() -> None:
     assert chosen.keys() == set(range(20, 45))
     assert all(abs(chosen[n] + chosen.get(n + 20, 0) - sum(chosen.values()) / 20) < 85 for n in range(20, 40))
     with pytest.raises(UserError, match="'class3' has 20 images"):
-        sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(3,), shots=20)
+        sampler_of(
+            ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(3,), shots=20
+        )
     pixels[30, 7] = 1
-    avoiding = sampler_of(ClassIndex(items, pixels, Path("some/list.txt"), ""), classes=(2, 3), avoid=(7,))
+    avoiding = sampler_of(
+        ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(2, 3), avoid=(7,)
+    )
     assert {avoiding(number).query for number in range(500)} == set(range(45)) - {10, 30}
 
 
@@ -1489,7 +1496,7 @@ def test_a_damaged_image_is_reported_in_one_line_that_names_it(workers: int, tmp
 def some_index(areas: np.ndarray) -> ClassIndex:
     """Images of 1000 pixels; ``areas`` (images, classes) of them are of a class."""
     items = tuple(Item(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(len(areas)))
-    return ClassIndex(items, np.column_stack([1000 - areas.sum(1), areas]), Path("l.txt"), "")
+    return ClassIndex(items, np.column_stack([1000 - areas.sum(1), areas]), Path("l.txt"), "", 0 * areas[:, 0])
 
 
 def random_episodes(rng: np.random.Generator, images: int, shots: int, count: int) -> list[EpisodeFiles]:

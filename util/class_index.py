@@ -20,6 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from model.ops import IGNORE
 from util.errors import UserError
 from util.files import refuse_pipe
 from util.images import image_size, read_mask
@@ -41,6 +42,8 @@ class ClassIndex:
     """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
     list_path: Path
     list_sha256: str
+    ignored: np.ndarray
+    """(images,), int64: pixels of value 255"""
 
     @cached_property
     def photos(self) -> np.ndarray:
@@ -92,18 +95,18 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
     """
     items = read_list(list_path, root)
     list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
-    key = hashlib.sha256(f"2 {list_sha256} {num_classes}".encode())
+    key = hashlib.sha256(f"3 {list_sha256} {num_classes}".encode())
     for item in items:
         _stat("image", item.image, list_path)
         stat = _stat("mask", item.mask, list_path)
         key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
     cache = list_path.with_name(list_path.name + ".index.npz")
-    pixels = _read_cache(cache, key.hexdigest(), (len(items), num_classes + 1))
-    if pixels is None:
+    counts = _read_cache(cache, key.hexdigest(), (len(items), num_classes + 2))
+    if counts is None:
         count = partial(count_pixels, num_classes=num_classes)
-        pixels = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
-        _write_cache(cache, key.hexdigest(), pixels)
-    return ClassIndex(items, pixels, list_path, list_sha256)
+        counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
+        _write_cache(cache, key.hexdigest(), counts)
+    return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
 
 
 def _stat(kind: str, path: Path, list_path: Path) -> os.stat_result:
@@ -145,7 +148,7 @@ def _advance(bar: tqdm, result: T) -> T:
 
 
 def count_pixels(item: Item, num_classes: int) -> np.ndarray:
-    """Pixels of each value 0 ... num_classes in one mask, (num_classes + 1,), int64."""
+    """Pixels of each value 0 ... num_classes in one mask, and of 255, (num_classes + 2,), int64."""
     mask = read_mask(item.mask)
     if image_size(item.image) != mask.shape:
         height, width = image_size(item.image)
@@ -154,13 +157,13 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
             " they must be the same size"
         )
     counts = count_values(mask)
-    strange = np.flatnonzero(counts[num_classes + 1 : 255])
+    strange = np.flatnonzero(counts[num_classes + 1 : IGNORE])
     if len(strange):
         raise UserError(
             f"mask {item.mask} holds the value {strange[0] + num_classes + 1}, but data.classes names {num_classes}"
             " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
         )
-    return counts[: num_classes + 1]
+    return counts[[*range(num_classes + 1), IGNORE]]
 
 
 def count_values(mask: np.ndarray) -> np.ndarray:
@@ -182,17 +185,17 @@ def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | No
         with np.load(path, allow_pickle=False) as stored:
             if sum(entry.file_size for entry in stored.zip.infolist()) > 8 * math.prod(shape) + 4096:
                 return None
-            pixels = stored["pixels"] if str(stored["key"]) == key else None
-            return pixels if pixels is not None and (pixels.shape, pixels.dtype) == (shape, np.int64) else None
+            counts = stored["counts"] if str(stored["key"]) == key else None
+            return counts if counts is not None and (counts.shape, counts.dtype) == (shape, np.int64) else None
     except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file, and it can always be built anew
         return None
 
 
-def _write_cache(path: Path, key: str, pixels: np.ndarray) -> None:
+def _write_cache(path: Path, key: str, counts: np.ndarray) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            np.savez_compressed(file, key=np.array(key), pixels=pixels)
+            np.savez_compressed(file, key=np.array(key), counts=counts)
         temporary.replace(path)
     except OSError as error:
         tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
