@@ -40,6 +40,7 @@ from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
 from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
+from util.published import is_benchmark, overlap, title_of
 from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
 from util.training import LAST, Training, start_or_resume
 from util.visualize import draw_rows, episode_rows
@@ -70,6 +71,9 @@ def run(config: Config) -> None:
     return_freed_memory()
     with first_process_first():
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
+    shared = overlap(train_index.items, val_index.items)
+    if shared and is_benchmark(config.data.dataset):
+        raise UserError(shared)
     train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
     lists = {str(index.list_path): index.list_sha256 for index in (train_index, val_index)}
@@ -82,6 +86,10 @@ def run(config: Config) -> None:
     run_dir, first = Path(config.run_dir), rank() == 0
     if first:
         open_run(training, lists)
+        for index in (train_index, val_index):
+            print(f"list {index.list_path}, {len(index.items)} lines: {title_of(index.items)}")
+        if shared:
+            print(f"warning: {shared}")
         announce(training, len(train_sampler), len(val_sampler), total_steps)
         if any(train_sampler.left_out.values()):
             left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())

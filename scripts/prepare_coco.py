@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.errors import UserError, run_command
+from util.errors import UserError, first_of, run_command
 from util.files import write_atomically
 from util.images import read_mask
 from util.synthetic import voc_palette
@@ -159,10 +159,9 @@ def choose(jobs: list[Job], split: str, path: Path, folder: Path, limit: int | N
             raise UserError(f"{folder} holds none of the images of {path}; unpack {folder.name}.zip")
         return [job for job in jobs if job.name in present][:limit]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
             f"{folder}: expected {len(jobs)} annotated images, found {len(jobs) - len(missing)};"
-            f" missing: {', '.join(missing[:5])}{more}; unpack {folder.name}.zip again, or give --limit"
+            f" missing: {first_of(missing, separator=', ')}; unpack {folder.name}.zip again, or give --limit"
             f" {len(jobs)} to prepare those that are there"
         )
     return jobs

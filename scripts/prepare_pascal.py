@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.class_index import load_class_index, read_list
 from util.download import download
-from util.errors import UserError, run_command
+from util.errors import UserError, first_of, run_command
 from util.images import compare_checksums, read_image, read_mask
 from util.published import LISTS, published
 from util.synthetic import voc_palette
@@ -214,7 +214,9 @@ def prepare(sources: Sources, out: Path, list_folder: Path, titles: list[str]) -
             absent += [] if there else [target.stem]
         if absent:
             where = " and ".join(str(source.path) for source, _ in candidates)
-            raise UserError(f"{where} lack the {kind} of {some(absent)}; not whole, fetch or unpack them again")
+            raise UserError(
+                f"{where} lack the {kind} of {first_of(absent, separator=', ')}; not whole, fetch or unpack them again"
+            )
 
     for folder in {file.target.parent for file in files} | {list_folder}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -248,11 +250,6 @@ def fetched(kind: str, out: Path) -> Path:
         except UserError as error:
             problem = error
     raise problem
-
-
-def some(words: Collection[str]) -> str:
-    """The first few of many, and how many more."""
-    return ", ".join(sorted(words)[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
 
 
 def build(files: list[File]) -> int:

@@ -542,6 +542,10 @@ def test_the_screen_says_device_selection_rule_classes_and_weights(run: Run, ste
     assert record["weights"]["source"] in out and record["weights"]["sha256"][:16] in out
     assert "fold 0 of 4" in out
     assert str(run.folder) in out
+    lists = record["list_sha256"]
+    assert len(lists) == 2
+    for path in lists:
+        assert f"list {path}, {len(Path(path).read_text().splitlines())} lines: unknown" in out
     assert f"step {steps}: mIoU" in out and f"step {EPOCHS * steps}: mIoU" in out
 
 
@@ -1207,8 +1211,23 @@ def test_a_picture_that_changed_its_size_after_the_index_was_built_is_refused(
     assert (root / "lists/train.txt.index.npz").exists()
     for path in (root / "JPEGImages").glob("train_*.jpg"):
         _halve_picture(path)
-    line = refused(call(train, "--config", config, *overrides), "not the same size")
+    line = refused(call(train, "--config", config, *overrides), "must be the same size")
     assert re.search(rf"{root}/JPEGImages/(train_\d+)\.jpg .*{root}/SegmentationClassAug/\1\.png", line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_that_share_photos_are_refused_on_a_benchmark_and_warned_of_elsewhere(
+    tiny: Path, config: Path, tmp_path: Path
+) -> None:
+    root, overrides = damaged(tiny, tmp_path)
+    first = (root / "lists/train.txt").read_text().splitlines()[0]
+    with (root / "lists/val.txt").open("a") as file:
+        file.write(f"{first}\n")
+    words = f"1 photos stand in the training and in the validation list ({root}/{first.split()[0]})"
+    refused(call(train, "--config", config, *overrides, "data.dataset=COCO-20i"), words)
+    assert not (tmp_path / "run").exists()
+    elsewhere = call(train, "--config", config, *overrides, "train.lr=1e30")
+    assert f"warning: {words}" in elsewhere.out and "not finite" in elsewhere.err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_terms_and_files(

@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from model.ops import IGNORE
-from util.errors import UserError
+from util.errors import UserError, first_of
 from util.files import refuse_pipe
-from util.images import image_size, read_mask
+from util.images import hint_at, image_size, read_mask
 
 
 class Item(NamedTuple):
@@ -60,7 +60,19 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
     """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
 
     Raises:
-        UserError: no such list, an empty one, or a line that is not two paths, or stands twice.
+        UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
+    """
+    items, problems = parse_list(path, root)
+    if problems:
+        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
+    return items
+
+
+def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
+    """The items of a list, and what is wrong with its other lines.
+
+    Raises:
+        UserError: no such list, or an empty one.
     """
     try:
         refuse_pipe(path)
@@ -70,21 +82,18 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
+    problems = []
     for number, line in enumerate(lines, 1):
         parts = line.split()
-        if not parts:
-            continue
-        if len(parts) != 2 or "\0" in line:
-            raise UserError(
-                f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'"
-            )
-        item = Item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
-        if item in items:
-            raise UserError(f"list {path} line {number}: the same as line {items[item]}; remove one of them")
-        items[item] = number
-    if not items:
+        if len(parts) == 2 and "\0" not in line:
+            item = Item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
+            if items.setdefault(item, number) != number:
+                problems.append(f"line {number}: the same as line {items[item]}")
+        elif parts:
+            problems.append(f"line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
+    if not items and not problems:
         raise UserError(f"list {path} holds no lines")
-    return tuple(items)
+    return tuple(items), problems
 
 
 def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress: bool = True) -> ClassIndex:
@@ -94,27 +103,50 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
     """
     items = read_list(list_path, root)
-    list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
-    key = hashlib.sha256(f"3 {list_sha256} {num_classes}".encode())
-    for item in items:
-        _stat("image", item.image, list_path)
-        stat = _stat("mask", item.mask, list_path)
-        key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
-    cache = list_path.with_name(list_path.name + ".index.npz")
-    counts = _read_cache(cache, key.hexdigest(), (len(items), num_classes + 2))
+    require_root(root)
+    list_sha256 = hash_list(list_path)
+    key = index_key(items, list_path, num_classes)
+    counts = _read_cache(list_path, key, (len(items), num_classes + 2))
     if counts is None:
         count = partial(count_pixels, num_classes=num_classes)
         counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
-        _write_cache(cache, key.hexdigest(), counts)
+        write_cache(list_path, key, counts)
     return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
 
 
-def _stat(kind: str, path: Path, list_path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except (OSError, ValueError) as error:
-        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error})"
-        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}") from None
+def hash_list(list_path: Path) -> str:
+    """SHA-256 of a list, by which episodes and checkpoints know it."""
+    return hashlib.sha256(list_path.read_bytes()).hexdigest()
+
+
+def require_root(root: Path) -> None:
+    """Raise a UserError where data.root is no folder, which is not each file's fault."""
+    if not root.is_dir():
+        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
+
+
+def index_key(items: Sequence[Item], list_path: Path, num_classes: int) -> str:
+    """What an index depends on: the list, the number of classes, and size and time of every file.
+
+    Raises:
+        UserError: files that do not exist; names the first and how many there are.
+    """
+    key = hashlib.sha256(f"3 {hash_list(list_path)} {num_classes}".encode())
+    missing: list[tuple[str, Path, Exception]] = []
+    for item in items:
+        for kind, path in (("image", item.image), ("mask", item.mask)):
+            try:
+                stat = path.stat()
+                key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
+            except (OSError, ValueError) as error:
+                missing.append((kind, path, error))
+    if missing:
+        kind, path, reason = missing[0]
+        gone = isinstance(reason, FileNotFoundError)
+        problem = f"does not exist{hint_at(path)}" if gone else f"cannot be reached ({reason})"
+        more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
+        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}{more}")
+    return key.hexdigest()
 
 
 T = TypeVar("T")
@@ -178,8 +210,13 @@ def count_values(mask: np.ndarray) -> np.ndarray:
     return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
 
 
-def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+def _cache_of(list_path: Path) -> Path:
+    return list_path.with_name(list_path.name + ".index.npz")
+
+
+def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
     """The counts, int64 of ``shape``; None where there is no cache, or an old or damaged one, or one that swells."""
+    path = _cache_of(list_path)
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:
@@ -191,7 +228,9 @@ def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | No
         return None
 
 
-def _write_cache(path: Path, key: str, counts: np.ndarray) -> None:
+def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
+    """Keep the counts (lines, num_classes + 2) of a list's masks for :func:`load_class_index`."""
+    path = _cache_of(list_path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

@@ -30,6 +30,16 @@ class Episodes(Protocol):
     def __call__(self, number: int) -> EpisodeFiles: ...
 
 
+def find_supports(
+    index: ClassIndex, classes: Sequence[int], min_area: int, avoid: Sequence[int] = ()
+) -> dict[int, np.ndarray]:
+    """Places in the list, by class, where the class has ``min_area`` pixels and the photo none of ``avoid``."""
+    avoided = index.photos[index.pixels[:, list(avoid)].sum(1) > 0]
+    allowed = ~np.isin(index.photos, avoided)
+    qualifying = {c: index.qualifying(c, min_area) for c in classes}
+    return {c: places[allowed[places]] for c, places in qualifying.items()}
+
+
 class EpisodeSampler:
     """Draws episode number n, the same for any number of workers, any batch size, any machine.
 
@@ -60,12 +70,9 @@ class EpisodeSampler:
         avoid: tuple[int, ...] = (),
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
-        avoided = index.photos[index.pixels[:, list(avoid)].sum(1) > 0]
-        allowed = ~np.isin(index.photos, avoided)
-        qualifying = {c: index.qualifying(c, min_area) for c in classes}
-        self.supports_of = {c: places[allowed[places]] for c, places in qualifying.items()}
+        self.supports_of = find_supports(index, classes, min_area, avoid)
         self.photos_of = {c: np.unique(index.photos[places]) for c, places in self.supports_of.items()}
-        self.left_out = {c: len(qualifying[c]) - len(self.supports_of[c]) for c in classes}
+        self.left_out = {c: len(index.qualifying(c, min_area)) - len(self.supports_of[c]) for c in classes}
         for c, photos in self.photos_of.items():
             if len(photos) < shots + 1:
                 raise UserError(
