@@ -7,10 +7,11 @@ be wrong, 0 otherwise; a warning does not change it. The class index of a sound 
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +30,9 @@ from util.class_index import (
 )
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.episodes import find_supports
-from util.errors import UserError, run_command
+from util.errors import UserError, first_of, run_command
 from util.folds import base_classes, novel_classes
-from util.images import read_image
+from util.images import orientation, read_image
 from util.published import is_benchmark, overlap, published, title_of
 from util.record import require_writable, write_json
 
@@ -100,22 +101,46 @@ def check_list(config: Config, path: str) -> Split:
         key = None  # every file that is missing is named below
     problems = [f"list {path} {problem}" for problem in problems]
     checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {path}")
-    problems += [problem for _, problem in checked if problem is not None]
-    good = [(item, counts) for item, (counts, _) in zip(items, checked, strict=True) if counts is not None]
+    problems += [found.problem for found in checked if found.problem is not None]
+    good = [(item, found.counts) for item, found in zip(items, checked, strict=True) if found.counts is not None]
     counts = np.array([counts for _, counts in good], np.int64).reshape(len(good), num_classes + 2)
     if key is not None and not problems:
         write_cache(list_path, key, counts)
     index = ClassIndex(tuple(item for item, _ in good), counts[:, :-1], list_path, sha256, counts[:, -1])
-    return Split(index, len(items), problems)
+    return Split(index, len(items), problems, turned_warning(items, checked))
 
 
-def check_item(item: Item, num_classes: int) -> tuple[np.ndarray | None, str | None]:
-    """Decode an image and its mask: the counts of :func:`count_pixels`, or the problem if there is one."""
+class Checked(NamedTuple):
+    """What was found of an image and its mask."""
+
+    counts: np.ndarray | None
+    """of :func:`count_pixels`"""
+    problem: str | None
+    turned: bool
+    """viewers turn the image by its EXIF orientation, and the mask's size does not tell whether it was turned too"""
+
+
+def check_item(item: Item, num_classes: int) -> Checked:
+    """Decode an image and its mask."""
     try:
-        read_image(item.image)
-        return count_pixels(item, num_classes), None
+        height, width, _ = read_image(item.image).shape
+        turned = orientation(item.image)
+        counts = count_pixels(item, num_classes)
+        return Checked(counts, None, turned in (2, 3, 4) or (turned > 4 and height == width))
     except UserError as error:
-        return None, str(error)
+        return Checked(None, str(error), False)
+
+
+def turned_warning(items: Sequence[Item], checked: Sequence[Checked]) -> list[str]:
+    """A hint, where images are turned on screen."""
+    turned = [str(item.image) for item, found in zip(items, checked, strict=True) if found.turned]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} images are turned on screen by their EXIF orientation ({first_of(turned, separator=', ')});"
+        " masks must lie on the pixels as stored: where they were drawn on the picture as seen, store that, by"
+        " mogrify -auto-orient"
+    ]
 
 
 def compare(config: Config, name: str, split: Split) -> None:

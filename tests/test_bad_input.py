@@ -932,21 +932,21 @@ def stored_cache(**arrays: Any) -> Damage:
 
     def damage(path: Path) -> None:
         with np.load(path) as stored:
-            held = {"key": stored["key"], "pixels": stored["pixels"]} | arrays
+            held = {"key": stored["key"], "counts": stored["counts"]} | arrays
         np.savez_compressed(path, **{key: value for key, value in held.items() if value is not None})
 
     return damage
 
 
 CACHES: dict[str, Damage] = {
-    "of counts of another shape": stored_cache(pixels=np.zeros((3, 2), np.int64)),
-    "of counts for fewer images": stored_cache(pixels=np.zeros((7, 5), np.int64)),
-    "of one number": stored_cache(pixels=np.array(5)),
-    "of fractions": stored_cache(pixels=np.zeros((8, 5))),
-    "of text": stored_cache(pixels=np.full((8, 5), "many")),
-    "of objects": stored_cache(pixels=np.array([[Trap(Path("exploded"))]], object)),
-    "that swells": stored_cache(pixels=np.zeros((8, 5, 50_000), np.int64)),
-    "without counts": stored_cache(pixels=None),
+    "of counts of another shape": stored_cache(counts=np.zeros((3, 2), np.int64)),
+    "of counts for fewer images": stored_cache(counts=np.zeros((7, 6), np.int64)),
+    "of one number": stored_cache(counts=np.array(5)),
+    "of fractions": stored_cache(counts=np.zeros((8, 6))),
+    "of text": stored_cache(counts=np.full((8, 6), "many")),
+    "of objects": stored_cache(counts=np.array([[Trap(Path("exploded"))]], object)),
+    "that swells": stored_cache(counts=np.zeros((8, 6, 50_000), np.int64)),
+    "without counts": stored_cache(counts=None),
     "without a key": stored_cache(key=None),
     "with a number as key": stored_cache(key=np.array(3)),
 }

@@ -256,6 +256,49 @@ def test_the_index_of_a_sound_list_is_left_behind_and_believed(data, monkeypatch
         np.testing.assert_array_equal(index.ignored, anew.ignored)
 
 
+# ---------------------------------------------------------------- pictures that viewers turn
+
+
+def turn(path: Path, orientation: int) -> None:
+    """Store a picture turned, with the EXIF orientation by which it is seen as before."""
+    undo = {3: Image.Transpose.ROTATE_180, 6: Image.Transpose.ROTATE_90, 2: Image.Transpose.FLIP_LEFT_RIGHT}
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.open(path).transpose(undo[orientation]).save(path, exif=exif)
+
+
+def test_a_mask_of_the_picture_as_seen_is_refused_with_the_orientation_named(pascal, monkeypatch) -> None:
+    root, overrides = pascal
+    turn(root / "JPEGImages/2000_000003.jpg", 6)
+    code, report = check(monkeypatch, root, overrides)
+    (problem,) = report["problems"]["train"]
+    assert code == 1 and "2000_000003.jpg is 20x30" in problem and "its EXIF orientation turns the image" in problem
+    Image.new("RGB", (20, 30)).save(root / "JPEGImages/2000_000003.jpg")
+    _, report = check(monkeypatch, root, overrides)
+    assert "EXIF" not in report["problems"]["train"][0]
+
+
+@pytest.mark.parametrize(("orientation", "square"), [(3, False), (2, False), (6, True)])
+def test_a_turned_picture_whose_size_says_nothing_is_hinted_at(pascal, monkeypatch, orientation, square) -> None:
+    root, overrides = pascal
+    path = root / "JPEGImages/2000_000003.jpg"
+    if square:
+        write(root, path.stem, np.pad(np.full((20, 20), 1, np.uint8), ((0, 0), (0, 0))))
+        Image.new("RGB", (20, 20)).save(path)
+    turn(path, orientation)
+    code, report = check(monkeypatch, root, overrides)
+    assert code == 0
+    assert [w for w in report["warnings"] if f"1 images are turned on screen by their EXIF orientation ({path})" in w]
+
+
+def test_a_mask_of_the_pixels_as_stored_is_not_hinted_at(pascal, monkeypatch) -> None:
+    root, overrides = pascal
+    path = root / "JPEGImages/2000_000003.jpg"
+    Image.new("RGB", (20, 30)).save(path)
+    turn(path, 6)
+    assert check(monkeypatch, root, overrides)[1]["warnings"] == []
+
+
 # ---------------------------------------------------------------- messages
 
 

@@ -461,6 +461,14 @@ def test_a_mask_that_changed_at_the_same_size_is_noticed_by_its_time(tmp_path: P
     np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
 
 
+def test_an_image_that_changed_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "images/7.png")
+    with pytest.raises(UserError, match=r"images/7\.png is 50x40 but mask"):
+        load(path)
+
+
 def test_a_changed_list_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
     path = write_tree(tmp_path, masks)
     load(path)
@@ -555,10 +563,12 @@ def test_a_cache_whose_writing_is_interrupted_is_not_put_in_its_place(
 
 
 def test_a_cache_that_cannot_be_put_in_its_place_is_done_without(
-    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tree(tmp_path, masks)
     (tmp_path / "train.txt.index.npz").mkdir()
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
     out = capfd.readouterr()
     assert "not cached" in out.out + out.err
@@ -585,9 +595,49 @@ def test_a_folder_that_cannot_be_written_is_done_without_a_cache(
 
     monkeypatch.setattr(Path, "open", open_)
     monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
         np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_users_cache(
+    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    path = write_tree(root, masks)
+    path.with_name("train.txt.index.npz").mkdir()  # nothing can be put there, not even by root
+    other = write_tree(tmp_path / "other", masks[::-1])
+    other.with_name("train.txt.index.npz").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    load(path)
+    load(other)
+    assert len(list(cache.rglob("*.npz"))) == len(list(cache.rglob("*.*"))) == 2
+    with monkeypatch.context() as patch:
+        forbid_counting(patch)
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+        np.testing.assert_array_equal(load(other).pixels, counted(masks[::-1], 6))
+        patch.chdir(root)
+        np.testing.assert_array_equal(
+            load_class_index(Path("train.txt"), Path(), 6, progress=False).pixels, counted(masks, 6)
+        )
+    masks[4][:] = 0
+    Image.fromarray(masks[4]).save(root / "masks/4.png")
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+@pytest.mark.parametrize("home", ["relative", ""])
+def test_a_cache_folder_that_is_no_absolute_path_is_not_used(
+    home: str, masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tree(tmp_path, masks)
+    path.with_name("train.txt.index.npz").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda name: name)  # as without a HOME
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_an_image_and_a_mask_of_different_sizes_are_refused_by_both_names(

@@ -1,7 +1,8 @@
 """List files, and the index of which classes stand in which image with how many pixels.
 
-The index is built once from all masks and cached beside the list (``train.txt.index.npz``). Its key covers the
-list, the number of classes, and size and time of every mask, so that a changed mask is noticed.
+The index is built once from all masks and cached beside the list (``train.txt.index.npz``), or in the user's folder for
+caches where that cannot be written. Its key covers the list, the number of classes, and size and time of every image
+and mask, so that a changed file is noticed.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from model.ops import IGNORE
 from util.errors import UserError, first_of
 from util.files import refuse_pipe
-from util.images import hint_at, image_size, read_mask
+from util.images import hint_at, image_size, orientation, read_mask
 
 
 class Item(NamedTuple):
@@ -184,9 +185,15 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
     mask = read_mask(item.mask)
     if image_size(item.image) != mask.shape:
         height, width = image_size(item.image)
+        turned = mask.shape == (width, height) and orientation(item.image) >= 5
         raise UserError(
             f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
             " they must be the same size"
+            + (
+                "; its EXIF orientation turns the image on screen: store it so, by mogrify -auto-orient"
+                if turned
+                else ""
+            )
         )
     counts = count_values(mask)
     strange = np.flatnonzero(counts[num_classes + 1 : IGNORE])
@@ -196,6 +203,9 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
             " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
         )
     return counts[[*range(num_classes + 1), IGNORE]]
+
+
+TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
 
 
 def count_values(mask: np.ndarray) -> np.ndarray:
@@ -210,13 +220,22 @@ def count_values(mask: np.ndarray) -> np.ndarray:
     return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
 
 
-def _cache_of(list_path: Path) -> Path:
-    return list_path.with_name(list_path.name + ".index.npz")
+def _caches_of(list_path: Path) -> list[Path]:
+    """Beside the list, and where that cannot be written in the user's own folder for caches."""
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
+    name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
+    beside, other = list_path.with_name(f"{list_path.name}.index.npz"), Path(own, "ntrenet", f"{name}.index.npz")
+    return [beside, other] if other.is_absolute() else [beside]
 
 
 def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """The counts, int64 of ``shape``; None where there is no cache, or an old or damaged one, or one that swells."""
-    path = _cache_of(list_path)
+    """The counts, int64 of ``shape``; None where they are in no cache."""
+    found = (_read(path, key, shape) for path in _caches_of(list_path))
+    return next((counts for counts in found if counts is not None), None)
+
+
+def _read(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The same of one cache; None where it is not there, old or damaged, or swells."""
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:
@@ -230,13 +249,17 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
 
 def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts (lines, num_classes + 2) of a list's masks for :func:`load_class_index`."""
-    path = _cache_of(list_path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, key=np.array(key), counts=counts)
-        temporary.replace(path)
-    except OSError as error:
-        tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    reasons = []
+    for path in _caches_of(list_path):
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                np.savez_compressed(file, key=np.array(key), counts=counts)
+            temporary.replace(path)
+            return
+        except OSError as error:
+            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")

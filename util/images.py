@@ -3,13 +3,14 @@
 Pillow reads both: OpenCV decodes palette masks wrongly, and returns part of a truncated JPEG without a word.
 """
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from util.errors import UserError
 from util.files import refuse_pipe
@@ -49,6 +50,14 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture from its header alone."""
     with _opened("image", path, tuple(FORMATS), decoded=False) as image:
         return image.height, image.width
+
+
+def orientation(path: Path) -> int:
+    """EXIF's, 1 to 8, by which viewers turn a picture; 1, as stored, where it says nothing that can be read."""
+    with contextlib.suppress(UserError), _opened("image", path, tuple(FORMATS), decoded=False) as image:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return 1
 
 
 def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: bool = True) -> ImageFile.ImageFile:
