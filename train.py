@@ -1,8 +1,9 @@
 """Train one fold: python train.py --config configs/pascal/resnet50_fold0_1shot.yaml [ABLATION.yaml] [key=value ...]
 
 Writes into run_dir: config.yaml, run.json (environment, hashes, starts), metrics.jsonl (a line an evaluation), last.pt
-and the checkpoint before it, best.pt and TensorBoard events. resume=auto continues exactly where it stood; Ctrl-C and
-SIGTERM save first. torchrun --nproc_per_node=N train.py ... trains on N processes, with the same result.
+and the checkpoint before it, best.pt and TensorBoard events. resume=auto continues exactly where it stood; Ctrl-C,
+SIGTERM and a closed terminal save first. torchrun --nproc_per_node=N train.py ... trains on N processes, with the same
+result.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import itertools
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from util.errors import UserError, run_command
 from util.files import write_atomically
 from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
+from util.loading import LoadingError, batches_of
 from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
 from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
@@ -77,7 +79,7 @@ def run(config: Config) -> None:
     epoch_steps = max(1, len(train_sampler) // config.train.batch_size)
     total_steps = epoch_steps * config.train.epochs
     episodes = [val_sampler(number) for number in range(config.eval.episodes)]
-    batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
+    batches = batches_of(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
 
     run_dir, first = Path(config.run_dir), rank() == 0
     if first:
@@ -87,7 +89,7 @@ def run(config: Config) -> None:
             left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
             print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
 
-    options, before = config.train, training.seconds
+    options, before, began_at = config.train, training.seconds, training.step
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     began = saved = time.monotonic()
     with (
@@ -119,8 +121,7 @@ def run(config: Config) -> None:
                     )
                 improved = False
                 if epoch % config.eval.every == 0 or end == total_steps:
-                    with stop.at_once():
-                        miou = validate(training, val_index, episodes, writer, epoch_steps)
+                    miou = validate(training, val_index, episodes, writer, epoch_steps, stop)
                     improved = miou > training.best_miou
                     training.best_miou = max(training.best_miou, miou)
                 training.sums = dict.fromkeys(training.sums, 0.0)
@@ -133,9 +134,15 @@ def run(config: Config) -> None:
         except Stopped as stopped:
             training.save_last()
             if first:
-                bar.close()
-                print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
+                with suppress(OSError):  # the terminal may be gone
+                    bar.close()
+                    print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
             sys.exit(stopped.exit_code)
+        except LoadingError as error:
+            if not first or training.step == began_at:
+                raise
+            training.save_last()
+            raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
     if first:
         close_run(training)
 
@@ -216,6 +223,7 @@ def validate(
     episodes: list[EpisodeFiles],
     writer: SummaryWriter | None,
     epoch_steps: int,
+    stop: Interruption,
 ) -> float:
     """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
 
@@ -226,9 +234,9 @@ def validate(
     config, step, hardware = training.config, training.step, training.hardware
     bar = tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True, disable=writer is None)
     with bar:
-        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar)["network"]
+        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=stop)
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    found = scores(counts, np.array([episode.class_id for episode in episodes]), names)
+    found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if writer is not None:
         tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
         for name in ("miou", "fb_iou", "precision"):
