@@ -36,7 +36,7 @@ from util.distributed import first_process_first, joined_processes
 from util.engine import evaluate, learning_rate, train
 from util.episodes import EpisodeFiles, EpisodeList
 from util.errors import UserError, run_command
-from util.files import write_atomically
+from util.files import held_alone, write_atomically
 from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
 from util.loading import LoadingError, batches_of
@@ -63,7 +63,7 @@ def main() -> None:
     add_config_argument(parser)
     args, overrides = parse_arguments(parser)
     config = load_config(args.config, overrides)
-    with joined_processes():
+    with joined_processes(), held_alone(Path(config.run_dir)) if rank() == 0 else nullcontext():
         run(config)
 
 
@@ -150,12 +150,8 @@ def run(config: Config) -> None:
 def open_run(training: Training, lists: dict[str, str]) -> None:
     """config.yaml and run.json; what an interrupted run wrote after its last checkpoint goes."""
     config, run_dir = training.config, Path(training.config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-        write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written ({error}); set run_dir=... to another folder") from error
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
     path = run_dir / "run.json"
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -645,7 +645,7 @@ def recovered(config: Path) -> Recovered:
     hashes: list[str] = []
 
     def full(file: int) -> None:
-        if (folder / "last.pt.new.tmp").exists() and (folder / "last.pt").exists():
+        if (folder / "last.pt.tmp").exists() and (folder / "last.pt").exists():
             hashes.append(sha256(folder / "last.pt"))
             raise OSError(28, "No space left on device")
         fsync(file)
@@ -663,7 +663,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recovered: Recovered) -> None:
     refused(recovered.failure, recovered.folder / "last.pt", "No space left", "free some space", "run_dir")
     before, after = recovered.hashes
     assert before == after
-    assert not any(name.endswith((".tmp", ".new")) for name in recovered.names)
+    assert not any(name.endswith(".tmp") for name in recovered.names)
 
 
 def test_a_run_resumed_after_a_full_disk_ends_where_it_would_have_ended(recovered: Recovered, run: Run) -> None:

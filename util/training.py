@@ -1,6 +1,7 @@
 """A run in progress: what training moves forward, and what a checkpoint must hold to continue it exactly."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from util.distributed import first_process_first
 from util.errors import UserError
 from util.record import code_sha256
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
 
 @dataclass
@@ -188,4 +189,7 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
             f"the code (train.py, model/ or util/) has changed since checkpoint {path} was written; check out the"
             " revision that run.json beside it names, or set resume_changed_code=true to go on with this one"
         )
+    if path == previous and config.resume == "auto" and rank() == 0:
+        with suppress(FileNotFoundError):
+            last.replace(last.with_name(DAMAGED))  # the next save would make it the one before, in place of a good one
     return checkpoint, path
