@@ -42,6 +42,7 @@ from util.interruption import Interruption, Stopped
 from util.loading import LoadingError, batches_of
 from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
+from util.progress import progress
 from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
 from util.training import LAST, Training, start_or_resume
 from util.visualize import draw_rows, episode_rows
@@ -94,7 +95,7 @@ def run(config: Config) -> None:
     began = saved = time.monotonic()
     with (
         SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) if first else nullcontext() as writer,
-        tqdm(total=total_steps, initial=training.step, unit="step", dynamic_ncols=True, disable=not first) as bar,
+        progress(total=total_steps, initial=training.step, unit="step", disable=not first) as bar,
         Interruption() as stop,
     ):
 
@@ -111,7 +112,7 @@ def run(config: Config) -> None:
             while training.finished_step < total_steps:
                 end = training.finished_step + epoch_steps
                 epoch = end // epoch_steps
-                bar.set_description(f"epoch {epoch}/{options.epochs}")
+                bar.set_description(f"epoch {epoch}/{options.epochs}", refresh=False)
                 epoch_batches = itertools.islice(batches, end - training.step)
                 waiting = train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
                 if first and waiting > LOADER_IS_THE_LIMIT:
@@ -228,7 +229,7 @@ def validate(
         epoch_steps: that the training's sums of losses are over.
     """
     config, step, hardware = training.config, training.step, training.hardware
-    bar = tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True, disable=writer is None)
+    bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=writer is None)
     with bar:
         counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=stop)
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}

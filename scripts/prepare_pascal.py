@@ -30,13 +30,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.download import download
 from util.errors import UserError, run_command
 from util.images import compare_checksums, read_image, read_mask
+from util.progress import progress
 from util.synthetic import voc_palette
 
 EXPECTED: dict[str, tuple[int, str | None]] = {
@@ -311,10 +311,10 @@ def build(files: list[File]) -> int:
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             checks = pool.map(is_good, there, chunksize=32)
-            checked = tqdm(checks, "checking what is there", len(there), unit="file", disable=not there)
+            checked = progress(checks, "checking what is there", len(there), unit="file", disable=not there)
             good = {path for path, fine in zip(there, checked, strict=True) if fine}
             todo = [file for file in files if file.target not in good]
-            with tqdm(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
+            with progress(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
                 for source in dict.fromkeys(file.source for file in todo):
                     targets = {file.name: file.target for file in todo if file.source == source}
                     if source.folder:

@@ -1412,8 +1412,11 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
     assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
     assert single[0] == 7 * (TILE + GAP) + GAP
-    without = succeeded(call(test_command, *command, "--save-panels", 1))
+    without = succeeded(call(test_command, *command, "--seeds", 0, 1, "--save-panels", 1))
     assert "panels" in without.out
+    assert "18/18" in without.err and "/19" not in without.err  # episodes of both seeds, and no images among them
+    assert max(int(name.stem.rsplit("episode")[-1]) for name in folder.glob("*episode*")) < 9  # of the first seed
+    assert len(list(folder.iterdir())) == 4
     assert Image.open(next(folder.glob("best_1_*"))).width == 7 * (TILE + GAP) + GAP - (TILE + GAP)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from util.errors import UserError
 from util.files import refuse_pipe
 from util.images import image_size, read_mask
+from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
@@ -120,7 +121,7 @@ def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: st
     Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
     nothing to start; a list too short to be worth it stays in this process.
     """
-    bar = tqdm(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
+    bar = progress_bar(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
     if len(items) < WORTH_PROCESSES:
         with bar:
             return [_advance(bar, function(item)) for item in items]

@@ -193,7 +193,7 @@ def evaluate(
                 table = next(iter(counts.values()))[seen].cpu().numpy()
                 class_ids = np.array([episodes[number].class_id for number in seen])
                 names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
-                bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}")
+                bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}", refresh=False)
 
     for steps in run_rounds():
         done += steps
