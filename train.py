@@ -75,16 +75,17 @@ def run(config: Config) -> None:
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
     train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
-    lists = {str(index.list_path): index.list_sha256 for index in (train_index, val_index)}
-    training = start_or_resume(config, hardware, lists)
+    indices = {"train": train_index, "val": val_index}
+    training = start_or_resume(config, hardware, {name: index.list_sha256 for name, index in indices.items()})
     epoch_steps = max(1, len(train_sampler) // config.train.batch_size)
     total_steps = epoch_steps * config.train.epochs
+    training.require_place(epoch_steps, total_steps)
     episodes = [val_sampler(number) for number in range(config.eval.episodes)]
     batches = batches_of(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
 
     run_dir, first = Path(config.run_dir), rank() == 0
     if first:
-        open_run(training, lists)
+        open_run(training, {str(index.list_path): index.list_sha256 for index in indices.values()})
         announce(training, len(train_sampler), len(val_sampler), total_steps)
         if any(train_sampler.left_out.values()):
             left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
@@ -99,14 +100,19 @@ def run(config: Config) -> None:
         Interruption() as stop,
     ):
 
-        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
+        def save() -> None:
             nonlocal saved
+            if writer is not None:
+                writer.flush()  # what the checkpoint has behind it; what comes after it is purged when it is resumed
+            training.save_last()
+            saved = time.monotonic()
+
+        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
             training.seconds = before + time.monotonic() - began
             if writer is not None:
-                write_losses(writer, step, lr, terms)
+                write_losses(writer, step + 1, lr, terms)
             if time.monotonic() - saved >= 60 * options.checkpoint_minutes and (step + 1) % epoch_steps:
-                training.save_last()
-                saved = time.monotonic()
+                save()
 
         try:
             while training.finished_step < total_steps:
@@ -130,10 +136,9 @@ def run(config: Config) -> None:
                 training.seconds = before + time.monotonic() - began
                 if improved if config.eval.select == "miou" else end == total_steps:
                     training.save_best()
-                training.save_last()
-                saved = time.monotonic()
+                save()
         except Stopped as stopped:
-            training.save_last()
+            save()
             if first:
                 with suppress(OSError):  # the terminal may be gone
                     bar.close()
@@ -142,7 +147,7 @@ def run(config: Config) -> None:
         except LoadingError as error:
             if not first or training.step == began_at:
                 raise
-            training.save_last()
+            save()
             raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
     if first:
         close_run(training)
@@ -209,6 +214,7 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
 
 
 def write_losses(writer: SummaryWriter, step: int, lr: float, terms: dict[str, float]) -> None:
+    """At the number of steps done, as the validation's scores, so that no event of a resumed run stands twice."""
     for name, value in terms.items():
         writer.add_scalar(f"loss/{name}", value, step)
     writer.add_scalar("lr", lr, step)

@@ -37,6 +37,8 @@ FREE_IN_RESUME = (
     "device",
     "workers",
     "data.root",
+    "data.train_list",
+    "data.val_list",
     "eval.every",
     "eval.batch_size",
     "eval.cache_gib",

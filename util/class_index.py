@@ -4,7 +4,6 @@ The index is built once from all masks and cached beside the list (``train.txt.i
 list, the number of classes, and size and time of every mask, so that a changed mask is noticed.
 """
 
-import contextlib
 import hashlib
 import math
 import multiprocessing
@@ -21,7 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from util.errors import UserError
-from util.files import refuse_pipe
+from util.files import refuse_pipe, write_atomically
 from util.images import image_size, read_mask
 from util.progress import progress as progress_bar
 
@@ -42,6 +41,7 @@ class ClassIndex:
     """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
     list_path: Path
     list_sha256: str
+    """of its lines 'image mask', each with a line end: the same wherever the data lies, and whatever ends its lines"""
 
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
         """Indices of the images that hold at least ``min_area`` pixels of the class, ascending."""
@@ -86,7 +86,8 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
     """
     items = read_list(list_path, root)
-    list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
+    lines = (" ".join(_in_list(path, root) for path in item) for item in items)
+    list_sha256 = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
     key = hashlib.sha256(f"2 {list_sha256} {num_classes}".encode())
     for item in items:
         _stat("image", item.image, list_path)
@@ -99,6 +100,10 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
         pixels = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
         _write_cache(cache, key.hexdigest(), pixels)
     return ClassIndex(items, pixels, list_path, list_sha256)
+
+
+def _in_list(path: Path, root: Path) -> str:
+    return (path.relative_to(root) if path.is_relative_to(root) else path).as_posix()
 
 
 def _stat(kind: str, path: Path, list_path: Path) -> os.stat_result:
@@ -184,12 +189,7 @@ def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | No
 
 
 def _write_cache(path: Path, key: str, pixels: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, key=np.array(key), pixels=pixels)
-        temporary.replace(path)
+        write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), pixels=pixels))
     except OSError as error:
         tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Files that are whole whenever the machine stops, and folders that one process writes at a time."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -30,17 +31,37 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: P
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        if keep is not None and path.exists():
-            _name_also(path, keep)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        with _opened_alone(temporary) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if keep is not None and path.exists():
+                    _name_also(path, keep)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
-    sync_folder(path.parent)
+
+
+def _opened_alone(path: Path) -> BinaryIO:
+    """An empty file to write. Another process that writes the same is waited for; what a dead one left is taken over.
+
+    A file of one name, so that processes that are killed leave one at most.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate(0)
+                return file
+        file.close()  # the other process has put it in its place
 
 
 def _name_also(path: Path, other: Path) -> None:
@@ -64,7 +85,7 @@ def held_alone(folder: Path) -> Iterator[None]:
         UserError: another process holds it, which is named; or it cannot be written.
     """
     lock = FileLock(folder / "lock")
-    place = Path(lock.lock_file)
+    place, new = Path(lock.lock_file), not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
@@ -84,8 +105,9 @@ def held_alone(folder: Path) -> Iterator[None]:
         if native:
             place.unlink(missing_ok=True)
         lock.release()
-        with suppress(OSError):
-            folder.rmdir()  # where nothing was written into it
+        if new:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written into it
 
 
 def sync_folder(folder: Path) -> None:
