@@ -91,12 +91,12 @@ def check_list(config: Config, path: str) -> Split:
     nothing = np.zeros((0, num_classes + 2), np.int64)
     try:
         items, problems = parse_list(list_path, root)
-        sha256 = hash_list(list_path)
+        sha256 = hash_list(items, root)
         require_root(root)
     except UserError as error:
         return Split(ClassIndex((), nothing[:, :-1], list_path, "", nothing[:, -1]), problems=[str(error)])
     try:
-        key = index_key(items, list_path, num_classes)
+        key = index_key(items, list_path, sha256, num_classes)
     except UserError:
         key = None  # every file that is missing is named below
     problems = [f"list {path} {problem}" for problem in problems]

@@ -35,13 +35,13 @@ import numpy as np
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.errors import UserError, first_of, run_command
 from util.files import write_atomically
 from util.images import read_mask
+from util.progress import progress
 from util.synthetic import voc_palette
 
 EXPECTED = {"train": 82081, "val": 40137}
@@ -249,7 +249,7 @@ def make_masks(jobs: list[Job], split: str, path: Path, folder: Path) -> Done:
         if len(jobs) >= POOL_FROM:  # Ctrl-C is for this process alone, which then cancels the rest
             pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             done = stack.enter_context(pool).map(make, jobs, chunksize=16)
-        bar = tqdm(done, total=len(jobs), desc=f"{split} masks", unit="mask", dynamic_ncols=True)
+        bar = progress(done, total=len(jobs), desc=f"{split} masks", unit="mask")
         return Done(*np.sum(list(bar), axis=0).tolist())
 
 

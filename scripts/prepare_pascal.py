@@ -31,7 +31,6 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -39,6 +38,7 @@ from util.class_index import load_class_index, read_list
 from util.download import download
 from util.errors import UserError, first_of, run_command
 from util.images import compare_checksums, read_image, read_mask
+from util.progress import progress
 from util.published import LISTS, published
 from util.synthetic import voc_palette
 
@@ -259,10 +259,10 @@ def build(files: list[File]) -> int:
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             checks = pool.map(is_good, there, chunksize=32)
-            checked = tqdm(checks, "checking what is there", len(there), unit="file", disable=not there)
+            checked = progress(checks, "checking what is there", len(there), unit="file", disable=not there)
             good = {path for path, fine in zip(there, checked, strict=True) if fine}
             todo = [file for file in files if file.target not in good]
-            with tqdm(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
+            with progress(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
                 for source in dict.fromkeys(file.source for file in todo):
                     targets = {file.name: file.target for file in todo if file.source == source}
                     if source.folder:

@@ -179,6 +179,7 @@ def test_published_lists_are_named_whatever_their_order_and_line_ends(pascal, mo
     (root / "train.txt").write_bytes("\r\n".join(f"/{line}" for line in reversed(lines)).encode())
     code, report = check(monkeypatch, root, overrides)
     assert code == 0 and report["warnings"] == []
+    (root / "train.txt").write_text("".join(f"{line}\n" for line in reversed(lines)))
     for split in ("train", "val"):
         about = report["lists"][split]
         assert (about["title"], about["lines"]) == (f"the tiny {split}", 12)

@@ -25,6 +25,7 @@ from util.config import Config, DataConfig, load_config
 from util.dataset import Episode, collate, read_pair
 from util.episodes import EpisodeFiles, EpisodeSampler
 from util.errors import UserError
+from util.files import write_atomically
 from util.folds import base_classes, novel_classes
 from util.images import image_size, read_image, read_mask
 from util.rounds import EncodingSize, plan_rounds
@@ -581,19 +582,19 @@ def test_a_folder_that_cannot_be_written_is_done_without_a_cache(
 ) -> None:
     """Under EROFS, a read-only mount, Linux refuses to unlink even a file that is not there."""
     path = write_tree(tmp_path, masks)
-    path_open, path_unlink = Path.open, Path.unlink
+    os_open, path_unlink = os.open, Path.unlink
 
-    def open_(self: Path, mode: str = "r", *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
-        if tmp_path in self.parents and set(mode) & set("wax+"):
-            raise OSError(reason, os.strerror(reason), str(self))
-        return path_open(self, mode, *args, **kwargs)
+    def open_(file: str, flags: int, *args: int, **kwargs: int) -> int:
+        if tmp_path in Path(file).parents and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(reason, os.strerror(reason), str(file))
+        return os_open(file, flags, *args, **kwargs)
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
         if tmp_path in self.parents and reason == errno.EROFS:
             raise OSError(reason, os.strerror(reason), str(self))
         path_unlink(self, missing_ok)
 
-    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "open", open_)
     monkeypatch.setattr(Path, "unlink", unlink)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
@@ -638,6 +639,46 @@ def test_a_cache_folder_that_is_no_absolute_path_is_not_used(
     before = sorted(tmp_path.rglob("*"))
     np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_index_killed_while_it_is_written_leaves_no_files_once_it_is_there(
+    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tree(tmp_path, masks)
+    before = set(tmp_path.iterdir())
+
+    def die(file: BinaryIO, **_: object) -> None:
+        file.write(bytes(10_000))
+        file.flush()
+        os._exit(9)
+
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(np, "savez_compressed", die)
+            load(path)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    load(path)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "train.txt.index.npz"}
+    assert np.load(tmp_path / "train.txt.index.npz")["counts"].shape == (len(masks), 8)
+
+
+def test_processes_that_write_one_file_at_a_time_disturb_neither_it_nor_each_other(tmp_path: Path) -> None:
+    children = []
+    for child in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for _ in range(50):
+                    write_atomically(tmp_path / "file", lambda file, n=child: file.write(bytes([n]) * (1000 + n)))  # type: ignore[misc]
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0, 0]
+    (only,) = tmp_path.iterdir()
+    data = only.read_bytes()
+    assert data == data[:1] * (1000 + data[0])
 
 
 def test_an_image_and_a_mask_of_different_sizes_are_refused_by_both_names(

@@ -5,7 +5,6 @@ caches where that cannot be written. Its key covers the list, the number of clas
 and mask, so that a changed file is noticed.
 """
 
-import contextlib
 import hashlib
 import math
 import multiprocessing
@@ -23,8 +22,9 @@ from tqdm import tqdm
 
 from model.ops import IGNORE
 from util.errors import UserError, first_of
-from util.files import refuse_pipe
+from util.files import refuse_pipe, write_atomically
 from util.images import hint_at, image_size, orientation, read_mask
+from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
@@ -43,6 +43,7 @@ class ClassIndex:
     """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
     list_path: Path
     list_sha256: str
+    """of its lines 'image mask', each with a line end: the same wherever the data lies, and whatever ends its lines"""
     ignored: np.ndarray
     """(images,), int64: pixels of value 255"""
 
@@ -105,8 +106,8 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
     """
     items = read_list(list_path, root)
     require_root(root)
-    list_sha256 = hash_list(list_path)
-    key = index_key(items, list_path, num_classes)
+    list_sha256 = hash_list(items, root)
+    key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
     if counts is None:
         count = partial(count_pixels, num_classes=num_classes)
@@ -115,9 +116,14 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
     return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
 
 
-def hash_list(list_path: Path) -> str:
-    """SHA-256 of a list, by which episodes and checkpoints know it."""
-    return hashlib.sha256(list_path.read_bytes()).hexdigest()
+def line_of(item: Item, root: Path) -> str:
+    """A line as a list has it, 'image mask', which names it wherever the data lies."""
+    return " ".join(path.relative_to(root).as_posix() for path in item)
+
+
+def hash_list(items: Sequence[Item], root: Path) -> str:
+    """SHA-256 of a list's lines, by which episodes and checkpoints know it."""
+    return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
 def require_root(root: Path) -> None:
@@ -126,13 +132,13 @@ def require_root(root: Path) -> None:
         raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
 
 
-def index_key(items: Sequence[Item], list_path: Path, num_classes: int) -> str:
+def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
     """What an index depends on: the list, the number of classes, and size and time of every file.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.
     """
-    key = hashlib.sha256(f"3 {hash_list(list_path)} {num_classes}".encode())
+    key = hashlib.sha256(f"3 {list_sha256} {num_classes}".encode())
     missing: list[tuple[str, Path, Exception]] = []
     for item in items:
         for kind, path in (("image", item.image), ("mask", item.mask)):
@@ -162,7 +168,7 @@ def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: st
     Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
     nothing to start; a list too short to be worth it stays in this process.
     """
-    bar = tqdm(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
+    bar = progress_bar(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
     if len(items) < WORTH_PROCESSES:
         with bar:
             return [_advance(bar, function(item)) for item in items]
@@ -251,15 +257,10 @@ def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts (lines, num_classes + 2) of a list's masks for :func:`load_class_index`."""
     reasons = []
     for path in _caches_of(list_path):
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                np.savez_compressed(file, key=np.array(key), counts=counts)
-            temporary.replace(path)
+            write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
         except OSError as error:
             reasons.append(f"{path.parent} cannot be written ({error.strerror})")
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
     tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from util.class_index import ClassIndex, Item
+from util.class_index import ClassIndex, line_of
 from util.errors import UserError
 from util.files import refuse_pipe
 
@@ -119,7 +119,7 @@ def read_episodes(
     Raises:
         UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
     """
-    places = {_line_of(item, root): place for place, item in enumerate(index.items)}
+    places = {line_of(item, root): place for place, item in enumerate(index.items)}
     try:
         refuse_pipe(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -141,7 +141,7 @@ def read_episodes(
 
 def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
     """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
-    lines = [_line_of(item, root) for item in sampler.index.items]
+    lines = [line_of(item, root) for item in sampler.index.items]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             episode = sampler(number)
@@ -153,11 +153,6 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
                 "list_sha256": sampler.index.list_sha256,
             }
             file.write(json.dumps(record) + "\n")
-
-
-def _line_of(item: Item, root: Path) -> str:
-    """A line as the list has it."""
-    return " ".join(path.relative_to(root).as_posix() for path in item)
 
 
 def _read_episode(
