@@ -9,7 +9,7 @@ from pathlib import Path
 from util.errors import UserError
 from util.segmenter import NTRESegmenter
 
-dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm"]
+dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
 
 
 def ntrenet_resnet50(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> NTRESegmenter:

@@ -28,7 +28,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from model.weights import sha256_of
 from util.errors import UserError, run_command
@@ -44,6 +43,7 @@ from util.predictions import (
     settle,
     write_outputs,
 )
+from util.progress import progress
 from util.queries import find_queries, find_truths, intersection_over_union, read_ahead
 from util.record import require_writable, write_json
 from util.segmenter import NTRESegmenter
@@ -82,7 +82,7 @@ def main() -> None:
     to_read = [query for query in queries if truths or query.name not in finished]  # the finished are scored as well
     scores: dict[str, float] = {}
     failed = 0
-    with tqdm(total=len(to_read), unit="picture", dynamic_ncols=True, disable=not to_read) as bar:
+    with progress(total=len(to_read), unit="picture", disable=not to_read) as bar:
         for query, reading in read_ahead(to_read):
             try:
                 picture = reading.result()

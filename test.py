@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
@@ -27,6 +26,7 @@ from util.folds import novel_classes
 from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
 from util.panels import save_panels
+from util.progress import progress
 from util.record import environment, over_seeds, require_writable, write_json
 from util.rounds import batched
 from util.visualize import draw_rows, episode_rows, save_picture
@@ -77,7 +77,7 @@ def main() -> None:
     together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
     print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
     started = time.perf_counter()
-    with tqdm(total=len(together), desc=f"{len(together)} episodes", dynamic_ncols=True) as bar:
+    with progress(total=len(together), desc="evaluation", unit="episode") as bar:
         counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)
     seconds = time.perf_counter() - started
 
@@ -122,7 +122,9 @@ def main() -> None:
         print(f"picture: {args.panel}")
     if args.save_panels is not None:
         folder = args.checkpoint.parent / "panels"
-        save_panels(folder, args.save_panels, model, baseline, source, counts["network"], config, hardware)
+        save_panels(
+            folder, args.save_panels, model, baseline, source, counts["network"][: len(episodes[0])], config, hardware
+        )
         print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")
 
 

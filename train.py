@@ -1,8 +1,9 @@
 """Train one fold: python train.py --config configs/pascal/resnet50_fold0_1shot.yaml [ABLATION.yaml] [key=value ...]
 
 Writes into run_dir: config.yaml, run.json (environment, hashes, starts), metrics.jsonl (a line an evaluation), last.pt
-and the checkpoint before it, best.pt and TensorBoard events. resume=auto continues exactly where it stood; Ctrl-C and
-SIGTERM save first. torchrun --nproc_per_node=N train.py ... trains on N processes, with the same result.
+and the checkpoint before it, best.pt and TensorBoard events. resume=auto continues exactly where it stood; Ctrl-C,
+SIGTERM and a closed terminal save first. torchrun --nproc_per_node=N train.py ... trains on N processes, with the same
+result.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import itertools
 import os
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,14 @@ from util.distributed import first_process_first, joined_processes
 from util.engine import evaluate, learning_rate, train
 from util.episodes import EpisodeFiles, EpisodeList
 from util.errors import UserError, run_command
-from util.files import write_atomically
+from util.files import held_alone, write_atomically
 from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
+from util.loading import LoadingError, batches_of
 from util.memory import peak_memory_mib, return_freed_memory
 from util.metrics import scores
+from util.progress import progress
+from util.published import is_benchmark, overlap, title_of
 from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
 from util.training import LAST, Training, start_or_resume
 from util.visualize import draw_rows, episode_rows
@@ -61,7 +65,7 @@ def main() -> None:
     add_config_argument(parser)
     args, overrides = parse_arguments(parser)
     config = load_config(args.config, overrides)
-    with joined_processes():
+    with joined_processes(), held_alone(Path(config.run_dir)) if rank() == 0 else nullcontext():
         run(config)
 
 
@@ -70,46 +74,59 @@ def run(config: Config) -> None:
     return_freed_memory()
     with first_process_first():
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
+    shared = overlap(train_index.items, val_index.items)
+    if shared and is_benchmark(config.data.dataset):
+        raise UserError(shared)
     train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
-    lists = {str(index.list_path): index.list_sha256 for index in (train_index, val_index)}
-    training = start_or_resume(config, hardware, lists)
+    indices = {"train": train_index, "val": val_index}
+    training = start_or_resume(config, hardware, {name: index.list_sha256 for name, index in indices.items()})
     epoch_steps = max(1, len(train_sampler) // config.train.batch_size)
     total_steps = epoch_steps * config.train.epochs
+    training.require_place(epoch_steps, total_steps)
     episodes = [val_sampler(number) for number in range(config.eval.episodes)]
-    batches = iter(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
+    batches = batches_of(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
 
     run_dir, first = Path(config.run_dir), rank() == 0
     if first:
-        open_run(training, lists)
+        open_run(training, {str(index.list_path): index.list_sha256 for index in indices.values()})
+        for index in indices.values():
+            print(f"list {index.list_path}, {len(index.items)} lines: {title_of(index.items)}")
+        if shared:
+            print(f"warning: {shared}")
         announce(training, len(train_sampler), len(val_sampler), total_steps)
         if any(train_sampler.left_out.values()):
             left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
             print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
 
-    options, before = config.train, training.seconds
+    options, before, began_at = config.train, training.seconds, training.step
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     began = saved = time.monotonic()
     with (
         SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) if first else nullcontext() as writer,
-        tqdm(total=total_steps, initial=training.step, unit="step", dynamic_ncols=True, disable=not first) as bar,
+        progress(total=total_steps, initial=training.step, unit="step", disable=not first) as bar,
         Interruption() as stop,
     ):
 
-        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
+        def save() -> None:
             nonlocal saved
+            if writer is not None:
+                writer.flush()  # what the checkpoint has behind it; what comes after it is purged when it is resumed
+            training.save_last()
+            saved = time.monotonic()
+
+        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
             training.seconds = before + time.monotonic() - began
             if writer is not None:
-                write_losses(writer, step, lr, terms)
+                write_losses(writer, step + 1, lr, terms)
             if time.monotonic() - saved >= 60 * options.checkpoint_minutes and (step + 1) % epoch_steps:
-                training.save_last()
-                saved = time.monotonic()
+                save()
 
         try:
             while training.finished_step < total_steps:
                 end = training.finished_step + epoch_steps
                 epoch = end // epoch_steps
-                bar.set_description(f"epoch {epoch}/{options.epochs}")
+                bar.set_description(f"epoch {epoch}/{options.epochs}", refresh=False)
                 epoch_batches = itertools.islice(batches, end - training.step)
                 waiting = train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
                 if first and waiting > LOADER_IS_THE_LIMIT:
@@ -119,8 +136,7 @@ def run(config: Config) -> None:
                     )
                 improved = False
                 if epoch % config.eval.every == 0 or end == total_steps:
-                    with stop.at_once():
-                        miou = validate(training, val_index, episodes, writer, epoch_steps)
+                    miou = validate(training, val_index, episodes, writer, epoch_steps, stop)
                     improved = miou > training.best_miou
                     training.best_miou = max(training.best_miou, miou)
                 training.sums = dict.fromkeys(training.sums, 0.0)
@@ -128,14 +144,19 @@ def run(config: Config) -> None:
                 training.seconds = before + time.monotonic() - began
                 if improved if config.eval.select == "miou" else end == total_steps:
                     training.save_best()
-                training.save_last()
-                saved = time.monotonic()
+                save()
         except Stopped as stopped:
-            training.save_last()
+            save()
             if first:
-                bar.close()
-                print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
+                with suppress(OSError):  # the terminal may be gone
+                    bar.close()
+                    print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
             sys.exit(stopped.exit_code)
+        except LoadingError as error:
+            if not first or training.step == began_at:
+                raise
+            save()
+            raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
     if first:
         close_run(training)
 
@@ -143,12 +164,8 @@ def run(config: Config) -> None:
 def open_run(training: Training, lists: dict[str, str]) -> None:
     """config.yaml and run.json; what an interrupted run wrote after its last checkpoint goes."""
     config, run_dir = training.config, Path(training.config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-        write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir} cannot be written ({error}); set run_dir=... to another folder") from error
+    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+    write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
     path = run_dir / "run.json"
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,6 +222,7 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
 
 
 def write_losses(writer: SummaryWriter, step: int, lr: float, terms: dict[str, float]) -> None:
+    """At the number of steps done, as the validation's scores, so that no event of a resumed run stands twice."""
     for name, value in terms.items():
         writer.add_scalar(f"loss/{name}", value, step)
     writer.add_scalar("lr", lr, step)
@@ -216,6 +234,7 @@ def validate(
     episodes: list[EpisodeFiles],
     writer: SummaryWriter | None,
     epoch_steps: int,
+    stop: Interruption,
 ) -> float:
     """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
 
@@ -224,11 +243,11 @@ def validate(
         epoch_steps: that the training's sums of losses are over.
     """
     config, step, hardware = training.config, training.step, training.hardware
-    bar = tqdm(total=len(episodes), desc="validation", leave=False, dynamic_ncols=True, disable=writer is None)
+    bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=writer is None)
     with bar:
-        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar)["network"]
+        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=stop)
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    found = scores(counts, np.array([episode.class_id for episode in episodes]), names)
+    found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if writer is not None:
         tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
         for name in ("miou", "fb_iou", "precision"):

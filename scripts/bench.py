@@ -34,7 +34,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -62,6 +61,7 @@ from util.errors import UserError, run_command
 from util.folds import novel_classes
 from util.memory import return_freed_memory
 from util.metrics import scores
+from util.progress import progress
 from util.record import environment, require_writable, write_json
 from util.synthetic import CLASS_NAMES, make_image
 from util.transforms import MEAN, STD, augment, normalize
@@ -118,7 +118,7 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
 
     runs = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in tqdm(range(-1, args.repeats), desc="steps", dynamic_ncols=True):  # the first warms up
+    for repeat in progress(range(-1, args.repeats), desc="steps"):  # the first warms up
         for name, step in runs.items():
             seconds, _ = timed(partial(step, batches[repeat % 2]), hardware.device)
             times[name] += [seconds] if repeat >= 0 else []
@@ -262,7 +262,7 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
             plain_table.append(table)
 
     some(len(chosen) // 2)  # half before ours and half after, lest the machine's mood count
-    with tqdm(total=1, desc="ours", dynamic_ncols=True) as bar:
+    with progress(total=1, desc="ours") as bar:
         ours_seconds, tables = timed(
             lambda: evaluate(ours, index, episodes, config=config, hardware=hardware, bar=bar), hardware.device
         )
@@ -333,7 +333,7 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
 
     times: dict[str, list[float]] = {"plain": [], "ours": []}
     agree: list[float] = []
-    for repeat in tqdm(range(-1, args.repeats), desc="passes", dynamic_ncols=True):
+    for repeat in progress(range(-1, args.repeats), desc="passes"):
         made: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
         for name, function in (("plain", plain), ("ours", ours)):
             seconds, made[name] = timed(partial(list, map(function, range(args.images))))

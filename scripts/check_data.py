@@ -1,28 +1,45 @@
 """Check a data set before any training: python scripts/check_data.py --config C [--json F] [key=value ...]
 
-Opens every image and mask of both lists, and counts for every fold which classes can give episodes. Exit code 1
-when training the config's fold would be wrong, 0 otherwise; a warning does not change it.
+Opens every image and mask of both lists, and counts for every fold which classes can give episodes. Says which
+published lists these are, and whether VOC's ignored border is there. Exit code 1 when training the config's fold would
+be wrong, 0 otherwise; a warning does not change it. The class index of a sound list is kept for training.
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.class_index import Item, count_pixels, on_all_cores, read_list
+from util.class_index import (
+    ClassIndex,
+    Item,
+    count_pixels,
+    hash_list,
+    index_key,
+    on_all_cores,
+    parse_list,
+    require_root,
+    write_cache,
+)
 from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.errors import UserError, run_command
+from util.episodes import find_supports
+from util.errors import UserError, first_of, run_command
 from util.folds import base_classes, novel_classes
-from util.images import read_image
+from util.images import orientation, read_image
+from util.published import is_benchmark, overlap, published, title_of
 from util.record import require_writable, write_json
 
 SHOWN = 20
 """problems listed on screen; --json has them all"""
+FEWEST = 5
+"""classes of a fold in the table"""
 
 
 def main() -> None:
@@ -35,13 +52,19 @@ def main() -> None:
         require_writable(args.json, ".json")
 
     splits = {"train": check_list(config, config.data.train_list), "val": check_list(config, config.data.val_list)}
+    for name, split in splits.items():
+        compare(config, name, split)
+    shared = overlap(*(split.index.items for split in splits.values()))
+    if shared:
+        (splits["val"].problems if is_benchmark(config.data.dataset) else splits["val"].warnings).append(shared)
     report: dict[str, Any] = {
         "dataset": config.data.dataset,
         "shots": config.data.shots,
         "min_area": config.data.min_area,
+        "lists": {name: describe(split) for name, split in splits.items()},
         "folds": [check_fold(config, fold, splits) for fold in range(config.data.num_folds)],
-        "problems": {name: split["problems"] for name, split in splits.items()},
-        "warnings": warnings(config, splits),
+        "problems": {name: split.problems for name, split in splits.items()},
+        "warnings": [warning for split in splits.values() for warning in split.warnings],
     }
     print(table(config, report))
     if args.json is not None:
@@ -51,86 +74,154 @@ def main() -> None:
     sys.exit(1 if any(split["problems"] for split in own.values()) else 0)
 
 
-def check_list(config: Config, list_path: str) -> dict[str, Any]:
-    """Open every file of a list: pixel counts (images, num_classes + 1), share of 255, and what is wrong."""
-    num_classes = len(config.data.classes)
+@dataclass
+class Split:
+    """What was found in a list."""
+
+    index: ClassIndex
+    """of the lines that are sound"""
+    lines: int = 0
+    problems: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def check_list(config: Config, path: str) -> Split:
+    """Open every file of a list; keeps its class index where all is sound."""
+    list_path, root, num_classes = Path(path), Path(config.data.root), len(config.data.classes)
+    nothing = np.zeros((0, num_classes + 2), np.int64)
     try:
-        items = read_list(Path(list_path), Path(config.data.root))
+        items, problems = parse_list(list_path, root)
+        sha256 = hash_list(items, root)
+        require_root(root)
     except UserError as error:
-        return {
-            "pixels": np.zeros((0, num_classes + 1), np.int64),
-            "lines": 0,
-            "ignored": 0.0,
-            "problems": [str(error)],
-        }
-    checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {list_path}")
-    good = [(counts, ignored) for counts, ignored, problem in checked if problem is None]
-    pixels = np.array([counts for counts, _ in good], np.int64).reshape(len(good), num_classes + 1)
-    ignored = sum(ignored for _, ignored in good)
+        return Split(ClassIndex((), nothing[:, :-1], list_path, "", nothing[:, -1]), problems=[str(error)])
+    try:
+        key = index_key(items, list_path, sha256, num_classes)
+    except UserError:
+        key = None  # every file that is missing is named below
+    problems = [f"list {path} {problem}" for problem in problems]
+    checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {path}")
+    problems += [found.problem for found in checked if found.problem is not None]
+    good = [(item, found.counts) for item, found in zip(items, checked, strict=True) if found.counts is not None]
+    counts = np.array([counts for _, counts in good], np.int64).reshape(len(good), num_classes + 2)
+    if key is not None and not problems:
+        write_cache(list_path, key, counts)
+    index = ClassIndex(tuple(item for item, _ in good), counts[:, :-1], list_path, sha256, counts[:, -1])
+    return Split(index, len(items), problems, turned_warning(items, checked))
+
+
+class Checked(NamedTuple):
+    """What was found of an image and its mask."""
+
+    counts: np.ndarray | None
+    """of :func:`count_pixels`"""
+    problem: str | None
+    turned: bool
+    """viewers turn the image by its EXIF orientation, and the mask's size does not tell whether it was turned too"""
+
+
+def check_item(item: Item, num_classes: int) -> Checked:
+    """Decode an image and its mask."""
+    try:
+        height, width, _ = read_image(item.image).shape
+        turned = orientation(item.image)
+        counts = count_pixels(item, num_classes)
+        return Checked(counts, None, turned in (2, 3, 4) or (turned > 4 and height == width))
+    except UserError as error:
+        return Checked(None, str(error), False)
+
+
+def turned_warning(items: Sequence[Item], checked: Sequence[Checked]) -> list[str]:
+    """A hint, where images are turned on screen."""
+    turned = [str(item.image) for item, found in zip(items, checked, strict=True) if found.turned]
+    if not turned:
+        return []
+    return [
+        f"{len(turned)} images are turned on screen by their EXIF orientation ({first_of(turned, separator=', ')});"
+        " masks must lie on the pixels as stored: where they were drawn on the picture as seen, store that, by"
+        " mogrify -auto-orient"
+    ]
+
+
+def compare(config: Config, name: str, split: Split) -> None:
+    """Compare a list and the masks that hold 255 with what is published or usual."""
+    index, known = split.index, published(split.index.items)
+    masks, ignored = len(index.items), int((index.ignored > 0).sum())
+    if split.problems or not masks:
+        return
+    if config.data.dataset.upper().startswith("PASCAL") and (known is None or known.split != name):
+        title = known.title if known else "unknown"
+        split.warnings.append(
+            f"list {index.list_path} is not a {name} list that papers use ({title}): figures will not compare with"
+            f" published ones; lists/pascal/{name}.txt is"
+        )
+    border = "VOC's ignored border is lost, which costs 4.6 points of mIoU; make the masks from the official archives"
+    voc_like = all("SegmentationClass" in item.mask.parent.name for item in index.items)
+    if known and known.ignored is not None:
+        if ignored != known.ignored:
+            split.problems.append(
+                f"{ignored} of {masks} {name} masks hold the value 255, of the published ones {known.ignored}: {border}"
+            )
+    elif ignored == 0 or (voc_like and ignored < masks / 2):
+        split.warnings.append(
+            f"{ignored} of {masks} {name} masks hold the value 255: if {config.data.dataset} has an ignored border, as"
+            " VOC has, it is lost in the others (on PASCAL that costs 4.6 points of mIoU)"
+        )
+
+
+def describe(split: Split) -> dict[str, Any]:
+    index = split.index
     return {
-        "pixels": pixels,
-        "lines": len(items),
-        "ignored": ignored / max(int(pixels.sum()) + ignored, 1),
-        "problems": [problem for _, _, problem in checked if problem is not None],
+        "path": str(index.list_path),
+        "sha256": index.list_sha256,
+        "lines": split.lines,
+        "title": title_of(index.items),
+        "masks_with_255": int((index.ignored > 0).sum()),
     }
 
 
-def check_item(item: Item, num_classes: int) -> tuple[np.ndarray | None, int, str | None]:
-    """Decode an image and its mask: counts of each class, pixels of value 255, and the problem if there is one."""
-    try:
-        height, width, _ = read_image(item.image).shape
-        counts = count_pixels(item, num_classes)
-    except UserError as error:
-        return None, 0, str(error)
-    return counts, height * width - int(counts.sum()), None
-
-
-def check_fold(config: Config, fold: int, splits: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def check_fold(config: Config, fold: int, splits: dict[str, Split]) -> dict[str, Any]:
     """Which classes of a fold can give episodes: base classes in the training list, novel ones in the other."""
     data = config.data.model_copy(update={"fold": fold})
     report: dict[str, Any] = {"fold": fold, "splits": {}}
     for name, classes in (("train", base_classes(data)), ("val", novel_classes(data))):
-        split = splits[name]
-        enough = split["pixels"][:, list(classes)] >= data.min_area
-        if name == "train" and data.novel_in_train == "drop":
-            enough = enough[split["pixels"][:, list(novel_classes(data))].sum(1) == 0]
-        images = {data.classes[c - 1]: int(count) for c, count in zip(classes, enough.sum(0), strict=True)}
+        split, index = splits[name], splits[name].index
+        avoid = novel_classes(data) if name == "train" and data.novel_in_train == "drop" else ()
+        supports = find_supports(index, classes, data.min_area, avoid)
+        images = {data.classes[c - 1]: len(np.unique(index.photos[places])) for c, places in supports.items()}
         short = [
             f"class '{c}' has {n} images of at least {data.min_area} pixels in the {name} list, {data.shots}-shot"
             f" episodes need {data.shots + 1}: lower data.min_area or data.shots, or add images"
             for c, n in images.items()
-            if n < data.shots + 1
+            if n < data.shots + 1 and index.items
         ]
+        all_pixels = int(index.pixels.sum() + index.ignored.sum())
         report["splits"][name] = {
-            "lines": split["lines"],
-            "qualifying_images": int(enough.any(1).sum()),
+            "lines": split.lines,
+            "qualifying_images": len(np.unique(np.concatenate(list(supports.values())))),
             "images_per_class": images,
-            "ignored_share": split["ignored"],
-            "problems": split["problems"] + short,
+            "ignored_share": int(index.ignored.sum()) / max(all_pixels, 1),
+            "problems": split.problems + short,
         }
     return report
-
-
-def warnings(config: Config, splits: dict[str, dict[str, Any]]) -> list[str]:
-    return [
-        f"no pixel of the {name} masks has the value 255: if {config.data.dataset} has an ignored border, it is lost"
-        " (on PASCAL that costs 4.6 points of mIoU); then make the masks anew from the official archives"
-        for name, split in splits.items()
-        if split["lines"] and not split["problems"] and split["ignored"] == 0
-    ]
 
 
 def table(config: Config, report: dict[str, Any]) -> str:
     """The report as a person reads it."""
     data = config.data
     lines = [f"{data.dataset}: {data.shots}-shot, classes qualify with {data.min_area} pixels", ""]
+    for name, about in report["lists"].items():
+        masks = f"{about['masks_with_255']} of {about['lines']} masks hold 255"
+        lines.append(f"{name:5} {about['path']}: {about['title']}; {masks}; SHA-256 {about['sha256'][:16]}")
+    lines.append("")
     lines.append(f"{'fold':4} {'split':5} {'lines':>7} {'in the fold':>11} {'255':>6}  images a class, fewest first")
     for fold in report["folds"]:
         for name, split in fold["splits"].items():
-            fewest = sorted(split["images_per_class"].items(), key=lambda pair: pair[1])[:5]
+            fewest = sorted(split["images_per_class"].items(), key=lambda pair: pair[1])
+            shown = ", ".join(f"{c} {n}" for c, n in fewest[:FEWEST]) + (", ..." if len(fewest) > FEWEST else "")
             lines.append(
                 f"{fold['fold']:<4} {name:5} {split['lines']:7} {split['qualifying_images']:11}"
-                f" {split['ignored_share']:6.1%}  {', '.join(f'{c} {n}' for c, n in fewest)}, ..."
+                f" {split['ignored_share']:6.1%}  {shown}"
             )
     own = report["folds"][data.fold]["splits"]
     problems = [problem for split in own.values() for problem in split["problems"]]
@@ -145,7 +236,8 @@ def table(config: Config, report: dict[str, Any]) -> str:
     ]
     if others:
         lines.append(f"also with problems: {', '.join(others)}")
-    lines.append(f"fold {data.fold}: " + ("training would be wrong" if problems else "ready to train"))
+    verdict = "training would be wrong" if problems else "ready to train"
+    lines.append(f"fold {data.fold}: {verdict}" + (", but see the warnings" if report["warnings"] else ""))
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.check_data import check_item
+from scripts.check_data import check_item, turned_warning
 from util.class_index import Item, on_all_cores
 from util.errors import UserError, run_command
 from util.images import image_size
@@ -115,12 +115,14 @@ def count_classes(items: list[Item]) -> np.ndarray:
         UserError: after all files were opened, with every file that is wrong.
     """
     checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
-    problems = [problem for _, _, problem in checked if problem is not None]
+    problems = [found.problem for found in checked if found.problem is not None]
     if problems:
         for problem in problems[1:]:
             print(f"also: {problem}", file=sys.stderr)
         raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
-    return np.array([counts for counts, _, _ in checked])
+    for warning in turned_warning(items, checked):
+        print(f"note: {warning}")
+    return np.array([found.counts for found in checked])[:, : LARGEST_ID + 1]
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:

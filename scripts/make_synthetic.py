@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import cv2
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.progress import progress
 from util.synthetic import CLASS_NAMES, generate
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     args = parser.parse_args()
 
     cv2.setNumThreads(1)
-    written = generate(args.out, args.train, args.val, args.seed, lambda items: tqdm(items, unit="image"))
+    written = generate(args.out, args.train, args.val, args.seed, lambda items: progress(items, unit="image"))
     size = f"{args.train} training and {args.val} validation images of {len(CLASS_NAMES)} classes"
     print(f"{args.out}: {size}" + ("." if written else " are already there; nothing to do."))
 

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,12 +35,13 @@ import numpy as np
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.errors import UserError, run_command
+from util.errors import UserError, first_of, run_command
+from util.files import write_atomically
 from util.images import read_mask
+from util.progress import progress
 from util.synthetic import voc_palette
 
 EXPECTED = {"train": 82081, "val": 40137}
@@ -142,18 +144,27 @@ def read_jobs(path: Path) -> list[Job]:
         raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {AGAIN}") from error
 
 
-def check_files(jobs: list[Job], split: str, path: Path, folder: Path) -> None:
-    """Raise a UserError unless the annotated images are as many as expected and all there as files."""
-    if len(jobs) != EXPECTED[split]:
+def choose(jobs: list[Job], split: str, path: Path, folder: Path, limit: int | None) -> list[Job]:
+    """All annotated images, or with a limit as many of those that are there.
+
+    Raises:
+        UserError: without a limit, they are not as many as expected or not all there as files; with one, none is.
+    """
+    if limit is None and len(jobs) != EXPECTED[split]:
         raise UserError(f"{path}: expected {EXPECTED[split]} images with annotations, found {len(jobs)}; {AGAIN}")
     present = {file.name for file in folder.iterdir()}
     missing = [job.name for job in jobs if job.name not in present]
+    if limit is not None:
+        if len(missing) == len(jobs):
+            raise UserError(f"{folder} holds none of the images of {path}; unpack {folder.name}.zip")
+        return [job for job in jobs if job.name in present][:limit]
     if missing:
-        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise UserError(
             f"{folder}: expected {len(jobs)} annotated images, found {len(jobs) - len(missing)};"
-            f" missing: {', '.join(missing[:5])}{more}; unpack {folder.name}.zip again"
+            f" missing: {first_of(missing, separator=', ')}; unpack {folder.name}.zip again, or give --limit"
+            f" {len(jobs)} to prepare those that are there"
         )
+    return jobs
 
 
 def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
@@ -238,7 +249,7 @@ def make_masks(jobs: list[Job], split: str, path: Path, folder: Path) -> Done:
         if len(jobs) >= POOL_FROM:  # Ctrl-C is for this process alone, which then cancels the rest
             pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
             done = stack.enter_context(pool).map(make, jobs, chunksize=16)
-        bar = tqdm(done, total=len(jobs), desc=f"{split} masks", unit="mask", dynamic_ncols=True)
+        bar = progress(done, total=len(jobs), desc=f"{split} masks", unit="mask")
         return Done(*np.sum(list(bar), axis=0).tolist())
 
 
@@ -258,31 +269,30 @@ def link_images(source: Path, target: Path) -> None:
             (target / image.name).hardlink_to(image)
 
 
-def prepare_split(split: str, root: Path, out: Path) -> tuple[Done, str]:
+def prepare_split(split: str, root: Path, out: Path, limit: int | None) -> tuple[Done, str]:
     """Masks and link of a split, and the text of its list."""
     year = f"{split}2014"
     path, folder = root / f"annotations/instances_{year}.json", out / "annotations" / year
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = read_jobs(path)
-    check_files(jobs, split, path, root / year)
+    jobs = choose(read_jobs(path), split, path, root / year, limit)
     link_images(root / year, out / year)
     text = "".join(f"{year}/{job.name} annotations/{year}/{job.mask}\n" for job in jobs)
     return make_masks(jobs, split, path, folder), text
 
 
-def prepare(root: Path, out: Path, lists: Path) -> dict[str, Done]:
-    """Both splits, one after the other in memory, then the lists."""
+def prepare(root: Path, out: Path, lists: Path, limit: int | None) -> dict[str, tuple[Path, Done]]:
+    """Both splits, one after the other in memory, then the lists; where each is, and what became of its masks."""
     for split in EXPECTED:
         for there in (root / f"{split}2014", root / f"annotations/instances_{split}2014.json"):
             if not there.exists():
                 raise UserError(f"{there} does not exist; --root is the folder the three COCO 2014 zips unpack to")
     lists.mkdir(parents=True, exist_ok=True)
-    results = {split: prepare_split(split, root, out) for split in EXPECTED}
-    for split, (_, text) in results.items():
-        temporary = lists / f"{split}.txt.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(lists / f"{split}.txt")
-    return {split: done for split, (done, _) in results.items()}
+    results = {}
+    for split, (done, text) in {split: prepare_split(split, root, out, limit) for split in EXPECTED}.items():
+        path = lists / (f"{split}.txt" if limit is None else f"{split}_part{done.made + done.kept}.txt")
+        write_atomically(path, methodcaller("write", text.encode()))
+        results[split] = (path, done)
+    return results
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -291,21 +301,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder with the official files, unpacked")
     parser.add_argument("--out", type=Path, default=OUT, help=f"data.root of the configs (default: {OUT})")
     parser.add_argument("--lists", type=Path, default=LISTS, help=f"folder of the lists (default: {LISTS})")
+    parser.add_argument("--limit", type=int, metavar="N", help="prepare a part, at most N images a split")
     args = parser.parse_args(arguments)
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit must be at least 1, got {args.limit}")
     try:
-        results = prepare(args.root, args.out, args.lists)
+        results = prepare(args.root, args.out, args.lists, args.limit)
     except BrokenProcessPool:
         raise UserError("a process died, most often for lack of memory; run the same command to continue") from None
     except OSError as error:
         place, reason = error.filename2 or error.filename or args.out, error.strerror or error
         raise UserError(f"{place}: {reason}; check its permissions and the free space, or --out and --lists") from error
     print(f"{'split':8}{'images':>8}{'made':>8}{'kept':>8}{'255 pixels':>12}")
-    for split, done in results.items():
+    for split, (_, done) in results.items():
         images = done.made + done.kept
         print(f"{split:8}{images:8}{done.made:8}{done.kept:8}{done.ignored / done.pixels:12.2%}")
     overrides = "" if args.out == OUT else f" data.root={args.out}"
-    if args.lists != LISTS:
-        overrides += "".join(f" data.{split}_list={args.lists / split}.txt" for split in EXPECTED)
+    if args.lists != LISTS or args.limit is not None:
+        overrides += "".join(f" data.{split}_list={path}" for split, (path, _) in results.items())
+    overrides += "" if args.limit is None else " data.dataset=COCO-20i-part"
     print(f"overlaps: {OVERLAPS}\nnext: {NEXT}{overrides}")
 
 

@@ -1,25 +1,26 @@
-"""Prepare PASCAL-5i from VOC 2012 and SBD, archives or unpacked folders:
+"""Prepare PASCAL-5i from VOC 2012 and SBD, archives or unpacked folders, or from ready-made folders:
 
     python scripts/prepare_pascal.py --voc VOCtrainval_11-May-2012.tar --sbd benchmark.tgz --out data/pascal
     python scripts/prepare_pascal.py --download --out data/pascal
+    python scripts/prepare_pascal.py --masks SegmentationClassAug --images JPEGImages --out data/pascal
 
-Builds OUT/JPEGImages and OUT/SegmentationClassAug (class ids as PNG: VOC's own mask where VOC has one, else SBD's),
-then train.txt = VOC train united with SBD train_noval and val.txt = VOC val. Every list is compared with the hash of
-the published one. Run it again after an interruption: it goes on where it stood.
+Builds OUT/JPEGImages and OUT/SegmentationClassAug (class ids as PNG: VOC's own mask where VOC has one, else SBD's) for
+the images of lists/pascal/train.txt (VOC train united with SBD train_noval) and val.txt (VOC val); ready-made folders
+are linked. Then the masks are counted into the class index of each list, and those that hold 255 are compared with the
+published number. Run it again after an interruption: it goes on where it stood.
 """
 
 import argparse
 import contextlib
 import gzip
-import hashlib
 import io
 import os
-import re
 import shlex
 import signal
 import sys
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -30,23 +31,16 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat  # type: ignore[import-untyped]
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.class_index import load_class_index, read_list
 from util.download import download
-from util.errors import UserError, run_command
+from util.errors import UserError, first_of, run_command
 from util.images import compare_checksums, read_image, read_mask
+from util.progress import progress
+from util.published import LISTS, published
 from util.synthetic import voc_palette
-
-EXPECTED: dict[str, tuple[int, str | None]] = {
-    "VOC train": (1464, "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20"),
-    "SBD train_noval": (5623, "0b2068f7a359d2907431803e1cd63bf6162da37d7d503b589d3b08c6fd0c2432"),
-    "train": (5953, "a9bc0a1466deee7a9d4923ae677ec6098f090110a60cb769052a4abad586746c"),
-    "val": (1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
-    "train_aug": (10582, None),
-}
-"""name: number of ids, SHA-256 of the sorted ids, one a line; the last is known by its number alone"""
 
 DOWNLOADS = {
     "voc": (
@@ -61,30 +55,19 @@ DOWNLOADS = {
         "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
         "82b4d87ceb2ed10f6038a1cba92111cb",
     ),
-    "train_noval": (
-        "train_noval.txt",
-        "http://home.bharathh.info/pubs/codes/SBD/train_noval.txt",
-        "https://www.cs.cornell.edu/~bharathh/train_noval.txt",
-        "79bff800c5f0b1ec6b21080a3c066722",
-    ),
 }
 """file name, official place, where torchvision finds it today, MD5 (torchvision's)"""
 
-VOC_FOLDERS = ("JPEGImages", "SegmentationClass")
-VOC_LISTS = ("ImageSets/Segmentation/train.txt", "ImageSets/Segmentation/val.txt", "ImageSets/Main/val.txt")
-SBD_FOLDERS, SBD_LISTS = ("img", "cls"), ("train.txt", "val.txt")
-ID = re.compile(r"\d{4}_\d{6}")
-"""ids become file names: a list can name nothing else"""
 NUM_CLASSES = 20
 
 
 @dataclass(frozen=True)
 class Source:
-    """VOC or SBD, an archive or a folder. Its files go by their names below the data set's own root."""
+    """VOC or SBD, an archive or a folder, or a ready-made folder. Its files go by their names below its own root."""
 
     path: Path
     prefix: str
-    """of the names in the archive"""
+    """of the names in the archive; a ready-made folder has none"""
     folder: Path | None
     """where an unpacked one has its root; None for an archive"""
 
@@ -100,21 +83,13 @@ class Source:
                 return cls(path, prefix, folder)
         raise UserError(f"{path} holds no {prefix}{marker}; give the folder that the archive was unpacked to")
 
-    def survey(self, folders: Collection[str], lists: Collection[str]) -> tuple[set[str], list[set[str]]]:
-        """Names of all files in ``folders``, and the ids in each of ``lists``."""
+    def names(self, folders: Collection[Path]) -> set[str]:
+        """Of the files in ``folders``."""
         if self.folder:
-            names = {f"{name}/{entry.name}" for name in folders for entry in (self.folder / name).glob("*")}
-            texts = {name: (self.folder / name).read_bytes() for name in lists if (self.folder / name).is_file()}
+            files = [folder / entry.name for folder in folders for entry in (self.folder / folder).glob("*")]
         else:
-            names, texts = set(), {}
-            for name, data in self._members(lists):
-                names.add(name)
-                if name in lists:
-                    texts[name] = data
-        for name in lists:
-            if name not in texts:
-                raise UserError(f"{self.path} lacks {self.prefix}{name}; it is not whole, fetch or unpack it again")
-        return names, [parse_ids(texts[name], f"{self.path}: {name}") for name in lists]
+            files = [Path(name) for name, _ in self._members(()) if Path(name).parent in folders]
+        return {file.as_posix() for file in files}
 
     def read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """Names and contents of the files in ``names``, in the archive's own order."""
@@ -149,6 +124,10 @@ class Source:
             raise UserError(f"{self.path} {kind}; delete it and download it again") from error
 
 
+Sources = dict[str, list[tuple[Source, str]]]
+"""where an image and a mask may lie, best first: in which source, under which name for an id"""
+
+
 class File(NamedTuple):
     """One file to build, and what it is built from."""
 
@@ -163,18 +142,20 @@ def main() -> None:
     parser.add_argument("--voc", type=Path, help="VOCtrainval_11-May-2012.tar, or the folder it was unpacked to")
     parser.add_argument("--sbd", type=Path, help="SBD's benchmark.tgz, or the folder it was unpacked to")
     parser.add_argument("--download", action="store_true", help="fetch what is not given into OUT/downloads (3.4 GB)")
+    parser.add_argument("--masks", type=Path, help="instead: a ready-made folder, such as SegmentationClassAug")
+    parser.add_argument("--images", type=Path, help="with --masks: the folder of their images, such as JPEGImages")
     parser.add_argument("--out", type=Path, default=Path("data/pascal"), help="the data set's root (data/pascal)")
     parser.add_argument("--lists", type=Path, default=Path("lists/pascal"), help="the lists' folder (lists/pascal)")
     parser.add_argument(
         "--train-list",
         choices=("noval", "aug"),
         default="noval",
-        help="aug: also write train_aug.txt, the 10582 images of VOC train and all of SBD without VOC val",
+        help="aug: also for train_aug.txt, the 10582 images of VOC train and all of SBD without VOC val",
     )
     args = parser.parse_args()
     aug = args.train_list == "aug"
     try:
-        prepare(args.voc, args.sbd, args.download, args.out, args.lists, aug)
+        prepare(find_sources(args), args.out, args.lists, ["train", "val"] + ["train_aug"] * aug)
     except OSError as error:
         raise UserError(
             f"{error.filename or args.out}: {error.strerror or error}; check path, rights and free space"
@@ -189,63 +170,73 @@ def main() -> None:
     print("next:", command, *map(shlex.quote, overrides))
 
 
-def prepare(voc_path: Path | None, sbd_path: Path | None, fetch: bool, out: Path, list_folder: Path, aug: bool) -> None:
-    """The whole way from the sources to the lists."""
-    if fetch:
-        voc_path = voc_path or fetched("voc", out)
-        if sbd_path is None:
-            sbd_path = fetched("sbd", out)
-            with contextlib.suppress(UserError):  # its places are gone at times; SBD's own lists give the same
-                fetched("train_noval", out)
+def find_sources(args: argparse.Namespace) -> Sources:
+    """What the command line names."""
+    if args.masks or args.images:
+        if not (args.masks and args.images) or args.voc or args.sbd or args.download:
+            raise UserError("--masks and --images go together, and without --voc, --sbd and --download")
+        for folder in (args.masks, args.images):
+            if not folder.is_dir():
+                raise UserError(f"{folder} is no folder; give --masks and --images, one of ID.png and one of ID.jpg")
+        images, masks = (Source(folder.absolute(), "", folder.absolute()) for folder in (args.images, args.masks))
+        return {"image": [(images, "{}.jpg")], "mask": [(masks, "{}.png")]}
+    voc_path, sbd_path = (
+        getattr(args, kind) or (fetched(kind, args.out) if args.download else None) for kind in ("voc", "sbd")
+    )
     if voc_path is None or sbd_path is None:
-        raise UserError("give --voc and --sbd, archives or unpacked folders, or --download to fetch them")
-    voc = Source.open(voc_path, "VOCdevkit/VOC2012/", marker="ImageSets")
+        raise UserError(
+            "give --voc and --sbd, archives or unpacked folders, or --masks and --images, ready-made folders, or"
+            " --download to fetch what is not given"
+        )
+    voc = Source.open(voc_path, "VOCdevkit/VOC2012/", marker="JPEGImages")
     sbd = Source.open(sbd_path, "benchmark_RELEASE/dataset/", marker="cls")
+    return {
+        "image": [(voc, "JPEGImages/{}.jpg"), (sbd, "img/{}.jpg")],
+        "mask": [(voc, "SegmentationClass/{}.png"), (sbd, "cls/{}.mat")],
+    }
 
-    print(f"reading {voc.path} and {sbd.path}", flush=True)
-    voc_names, (voc_train, val, main_val) = voc.survey(VOC_FOLDERS, VOC_LISTS)
-    sbd_names, sbd_lists = sbd.survey(SBD_FOLDERS, SBD_LISTS)
-    sbd_all = set[str]().union(*sbd_lists)
-    published = find_train_noval(sbd)
-    noval = parse_ids(published.read_bytes(), str(published)) if published else sbd_all - main_val
 
-    # the masks that lie there tell which ids a wrong list lacks or has too many
-    voc_masks, sbd_masks = stems(voc_names, "SegmentationClass"), stems(sbd_names, "cls")
-    check("VOC train", voc_train, voc_masks - val, voc.path)
-    check("SBD train_noval", noval, sbd_masks - main_val, published or sbd.path)
-    check("val", val, voc_masks - voc_train, voc.path)
-    lists = {"train": voc_train | noval, "val": val}
-    check("train", lists["train"], (voc_masks - val) | (sbd_masks - main_val), sbd.path)
-    if aug:
-        lists["train_aug"] = (voc_train | sbd_all) - val
-        check("train_aug", lists["train_aug"], (voc_masks | sbd_masks) - val, sbd.path)
-
+def prepare(sources: Sources, out: Path, list_folder: Path, titles: list[str]) -> None:
+    """The whole way from the sources to files that are as published."""
+    places = [place for kind in sources.values() for place in kind]
+    names = dict[Source, set[str]]()
+    for source in dict.fromkeys(source for source, _ in places):
+        print(f"reading {source.path}", flush=True)
+        names[source] = source.names({Path(name).parent for of, name in places if of == source})
+    lists = {title: read_list(LISTS / f"pascal/{title}.txt", out) for title in titles}
     files: list[File] = []
-    for name in sorted(set[str]().union(*lists.values())):
-        in_voc, in_sbd = f"JPEGImages/{name}.jpg", f"img/{name}.jpg"
-        image = (sbd, in_sbd) if in_voc not in voc_names and in_sbd in sbd_names else (voc, in_voc)
-        mask = (voc, f"SegmentationClass/{name}.png") if name in voc_train | val else (sbd, f"cls/{name}.mat")
-        files += [File(out / f"JPEGImages/{name}.jpg", *image), File(out / f"SegmentationClassAug/{name}.png", *mask)]
-    if absent := [file for file in files if file.name not in (voc_names if file.source is voc else sbd_names)]:
-        source = absent[0].source
-        names = some([file.name for file in absent if file.source is source])
-        raise UserError(f"{source.path} lacks {names}; it is not whole, fetch or unpack it again")
+    for kind, candidates in sources.items():
+        absent = []
+        for target in sorted({getattr(item, kind) for items in lists.values() for item in items}):
+            there = [File(target, source, name.format(target.stem)) for source, name in candidates]
+            there = [file for file in there if file.name in names[file.source]]
+            files += there[:1]
+            absent += [] if there else [target.stem]
+        if absent:
+            where = " and ".join(str(source.path) for source, _ in candidates)
+            raise UserError(
+                f"{where} lack the {kind} of {first_of(absent, separator=', ')}; not whole, fetch or unpack them again"
+            )
 
-    for folder in (out / "JPEGImages", out / "SegmentationClassAug", list_folder):
+    for folder in {file.target.parent for file in files} | {list_folder}:
         folder.mkdir(parents=True, exist_ok=True)
     built = build(files)
-    for title, ids in {"VOC train": voc_train, "SBD train_noval": noval, **lists}.items():
-        print(f"{title:<16}{len(ids):>6} ids  {ids_sha256(ids) if EXPECTED[title][1] else '':<64}  as expected")
     for kind, suffix in (("images", ".jpg"), ("masks", ".png")):
-        own = [file.source is voc for file in files if file.target.suffix == suffix]
-        print(f"{kind:<16}{len(own):>6}      {sum(own)} from VOC, {len(own) - sum(own)} from SBD")
-    print(f"{'files built':<16}{built:>6}      {len(files) - built} were there, in {out}")
-    for title, ids in lists.items():
-        path = list_folder / f"{title}.txt"
-        text = "".join(f"JPEGImages/{name}.jpg SegmentationClassAug/{name}.png\n" for name in sorted(ids)).encode()
+        own = Counter(file.source.path for file in files if file.target.suffix == suffix)
+        print(f"{kind:<12}{own.total():>6}  {', '.join(f'{count} from {path}' for path, count in own.items())}")
+    print(f"{'files built':<12}{built:>6}  {len(files) - built} were there, in {out}")
+    for title, items in lists.items():
+        path, text = list_folder / f"{title}.txt", (LISTS / f"pascal/{title}.txt").read_bytes()
         if not path.is_file() or path.read_bytes() != text:
             write_atomically(path, text)
-        print(f"{'list':<16}{len(ids):>6}      {path}")
+        known, ignored = published(items), int((load_class_index(path, out, NUM_CLASSES).ignored > 0).sum())
+        print(f"{'list':<12}{len(items):>6}  {path}: {known.title if known else 'unknown'}; {ignored} masks hold 255")
+        if known and known.ignored not in (None, ignored):
+            raise UserError(
+                f"{ignored} masks of {path} hold 255, of the published ones {known.ignored}: they are others, or have"
+                f" lost VOC's ignored border, which costs points; move {items[0].mask.parent} away and build the masks"
+                " from the official archives (--voc, --sbd)"
+            )
 
 
 def fetched(kind: str, out: Path) -> Path:
@@ -261,49 +252,6 @@ def fetched(kind: str, out: Path) -> Path:
     raise problem
 
 
-def find_train_noval(sbd: Source) -> Path | None:
-    """The published list, where it lies in the unpacked folder or beside it or the archive."""
-    places = [sbd.path.parent] if sbd.folder is None else [sbd.folder, sbd.path, sbd.path.parent]
-    return next((place / "train_noval.txt" for place in places if (place / "train_noval.txt").is_file()), None)
-
-
-def parse_ids(text: bytes, origin: str) -> set[str]:
-    """First word of each line. Ids become file names, so nothing but an id passes."""
-    ids = {line.split()[0] for line in text.decode(errors="replace").splitlines() if line.strip()}
-    for name in sorted(ids):
-        if not ID.fullmatch(name):
-            raise UserError(f"{origin} holds {name[:50]!r}, which is no image id; fetch it again")
-    return ids
-
-
-def stems(names: set[str], folder: str) -> set[str]:
-    """Ids of the files in one of a source's folders."""
-    return {Path(name).stem for name in names if name.startswith(folder + "/")}
-
-
-def ids_sha256(ids: set[str]) -> str:
-    """SHA-256 of the sorted ids, one a line."""
-    return hashlib.sha256("".join(f"{name}\n" for name in sorted(ids)).encode()).hexdigest()
-
-
-def some(words: Collection[str]) -> str:
-    """The first few of many, and how many more."""
-    return ", ".join(sorted(words)[:5]) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
-
-
-def check(title: str, ids: set[str], by_masks: set[str], origin: Path) -> None:
-    """Compare a list with the published one; ``by_masks`` are the ids it should hold by the masks that lie there."""
-    number, sha256 = EXPECTED[title]
-    if len(ids) == number and sha256 in (None, ids_sha256(ids)):
-        return
-    hint = f"; masks without a line: {some(by_masks - ids)}" if by_masks - ids else ""
-    hint += f"; lines without a mask: {some(ids - by_masks)}" if ids - by_masks else ""
-    raise UserError(
-        f"{title} from {origin} has {len(ids)} ids, SHA-256 {ids_sha256(ids)}; expected {number}, {sha256 or 'any'}"
-        f"{hint}; fetch or unpack the original again (no list was written)"
-    )
-
-
 def build(files: list[File]) -> int:
     """Build the files that are not there or cannot be read; how many those were."""
     there = [file.target for file in files if file.target.exists()]
@@ -311,15 +259,15 @@ def build(files: list[File]) -> int:
     with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
         try:
             checks = pool.map(is_good, there, chunksize=32)
-            checked = tqdm(checks, "checking what is there", len(there), unit="file", disable=not there)
+            checked = progress(checks, "checking what is there", len(there), unit="file", disable=not there)
             good = {path for path, fine in zip(there, checked, strict=True) if fine}
             todo = [file for file in files if file.target not in good]
-            with tqdm(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
+            with progress(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
                 for source in dict.fromkeys(file.source for file in todo):
                     targets = {file.name: file.target for file in todo if file.source == source}
                     if source.folder:
-                        for name in [name for name in targets if name.endswith(".jpg")]:
-                            link_image(source.folder / name, targets.pop(name))
+                        for name in [name for name in targets if name.endswith(".jpg") or not source.prefix]:
+                            link(source.folder / name, targets.pop(name))
                             bar.update()
                     for name, data in source.read(targets):
                         if name.endswith(".jpg"):
@@ -346,15 +294,15 @@ def is_good(path: Path) -> bool:
     return True
 
 
-def link_image(source: Path, target: Path) -> None:
+def link(source: Path, target: Path) -> None:
     """Hard link, else symbolic link, else copy."""
     if target.exists() and target.samefile(source):
-        raise UserError(f"image {source} is damaged; unpack it again")
+        raise UserError(f"{source} is damaged; unpack it again")
     target.unlink(missing_ok=True)
     source = source.resolve()
-    for link in (os.link, os.symlink):
+    for make_link in (os.link, os.symlink):
         with contextlib.suppress(OSError):
-            link(source, target)
+            make_link(source, target)
             return
     write_atomically(target, source.read_bytes())
 

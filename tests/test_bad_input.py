@@ -248,7 +248,7 @@ def written(kind: str, path: Path, world: Path) -> Any:
             )
         return counts
     if kind == "episodes":
-        names = [line.split()[0] for line in (world / "train.txt").read_text().splitlines()]
+        names = (world / "train.txt").read_text().splitlines()
         records = [json.loads(line) for line in text.splitlines()]
         return [[names.index(r["query"]), tuple(names.index(s) for s in r["supports"]), r["class_id"]] for r in records]
     return {
@@ -735,13 +735,13 @@ EPISODES: dict[str, tuple[str, Damage]] = {
             "NaN as class": {"class_id": float("nan")},
             "a base class": {"class_id": 1},
             "no supports": {"supports": []},
-            "two supports": {"supports": ["ü1.jpg", "ü5.jpg"]},
-            "itself as support": {"query": "ü1.jpg", "supports": ["ü1.jpg"]},
-            "text as supports": {"supports": "ü1.jpg"},
+            "two supports": {"supports": ["ü1.jpg ü1.png", "ü5.jpg ü5.png"]},
+            "itself as support": {"query": "ü1.jpg ü1.png", "supports": ["ü1.jpg ü1.png"]},
+            "text as supports": {"supports": "ü1.jpg ü1.png"},
             "a number as support": {"supports": [1]},
             "keys as query": {"query": {"a": 1}},
             "a foreign image": {"query": "other.jpg"},
-            "a path that leads elsewhere": {"query": "../ü1.jpg"},
+            "a path that leads elsewhere": {"query": "../ü1.jpg ü1.png"},
             "the hash of another list": {"list_sha256": "0" * 64},
             "a number as hash": {"list_sha256": 0},
         }.items()
@@ -932,21 +932,21 @@ def stored_cache(**arrays: Any) -> Damage:
 
     def damage(path: Path) -> None:
         with np.load(path) as stored:
-            held = {"key": stored["key"], "pixels": stored["pixels"]} | arrays
+            held = {"key": stored["key"], "counts": stored["counts"]} | arrays
         np.savez_compressed(path, **{key: value for key, value in held.items() if value is not None})
 
     return damage
 
 
 CACHES: dict[str, Damage] = {
-    "of counts of another shape": stored_cache(pixels=np.zeros((3, 2), np.int64)),
-    "of counts for fewer images": stored_cache(pixels=np.zeros((7, 5), np.int64)),
-    "of one number": stored_cache(pixels=np.array(5)),
-    "of fractions": stored_cache(pixels=np.zeros((8, 5))),
-    "of text": stored_cache(pixels=np.full((8, 5), "many")),
-    "of objects": stored_cache(pixels=np.array([[Trap(Path("exploded"))]], object)),
-    "that swells": stored_cache(pixels=np.zeros((8, 5, 50_000), np.int64)),
-    "without counts": stored_cache(pixels=None),
+    "of counts of another shape": stored_cache(counts=np.zeros((3, 2), np.int64)),
+    "of counts for fewer images": stored_cache(counts=np.zeros((7, 6), np.int64)),
+    "of one number": stored_cache(counts=np.array(5)),
+    "of fractions": stored_cache(counts=np.zeros((8, 6))),
+    "of text": stored_cache(counts=np.full((8, 6), "many")),
+    "of objects": stored_cache(counts=np.array([[Trap(Path("exploded"))]], object)),
+    "that swells": stored_cache(counts=np.zeros((8, 6, 50_000), np.int64)),
+    "without counts": stored_cache(counts=None),
     "without a key": stored_cache(key=None),
     "with a number as key": stored_cache(key=np.array(3)),
 }

@@ -37,6 +37,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from util import engine
 from util.build import build_eval_sampler, build_index, build_model, build_train_sampler
 from util.config import Config, load_config
 from util.dataset import Episode, EpisodeDataset
@@ -499,7 +500,7 @@ def test_best_is_what_the_config_selects(
 def test_tensorboard_holds_every_loss_term_and_the_learning_rate_of_every_step(run: Run, steps: int) -> None:
     recorded, steps = scalars(run.folder), EPOCHS * steps
     for name in LOSSES:
-        assert [step for step, _ in recorded[f"loss/{name}"]] == list(range(steps))
+        assert [step for step, _ in recorded[f"loss/{name}"]] == list(range(1, steps + 1))
         assert all(math.isfinite(value) for _, value in recorded[f"loss/{name}"])
     total, final, initial, aux, bg, pcl, _ = ([value for _, value in recorded[f"loss/{name}"]] for name in LOSSES)
     assert all(max(values) > 0 for values in (final, initial, aux, bg, pcl))
@@ -507,7 +508,7 @@ def test_tensorboard_holds_every_loss_term_and_the_learning_rate_of_every_step(r
     assert total == pytest.approx(weighted, rel=1e-5)  # eq. 11 with beta = lambda = 1, gamma = 0.01
     decay = [LR * (1 - step / steps) ** 0.9 for step in range(steps)]
     rise = [min(1, (step + 1) / WARMUP) for step in range(steps)]
-    assert [step for step, _ in recorded["lr"]] == list(range(steps))
+    assert [step for step, _ in recorded["lr"]] == list(range(1, steps + 1))
     assert [lr for _, lr in recorded["lr"]] == pytest.approx([d * r for d, r in zip(decay, rise, strict=True)])
 
 
@@ -542,6 +543,10 @@ def test_the_screen_says_device_selection_rule_classes_and_weights(run: Run, ste
     assert record["weights"]["source"] in out and record["weights"]["sha256"][:16] in out
     assert "fold 0 of 4" in out
     assert str(run.folder) in out
+    lists = record["list_sha256"]
+    assert len(lists) == 2
+    for path in lists:
+        assert f"list {path}, {len(Path(path).read_text().splitlines())} lines: unknown" in out
     assert f"step {steps}: mIoU" in out and f"step {EPOCHS * steps}: mIoU" in out
 
 
@@ -645,7 +650,7 @@ def recovered(config: Path) -> Recovered:
     hashes: list[str] = []
 
     def full(file: int) -> None:
-        if (folder / "last.pt.new.tmp").exists() and (folder / "last.pt").exists():
+        if (folder / "last.pt.tmp").exists() and (folder / "last.pt").exists():
             hashes.append(sha256(folder / "last.pt"))
             raise OSError(28, "No space left on device")
         fsync(file)
@@ -663,7 +668,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(recovered: Recovered) -> None:
     refused(recovered.failure, recovered.folder / "last.pt", "No space left", "free some space", "run_dir")
     before, after = recovered.hashes
     assert before == after
-    assert not any(name.endswith((".tmp", ".new")) for name in recovered.names)
+    assert not any(name.endswith(".tmp") for name in recovered.names)
 
 
 def test_a_run_resumed_after_a_full_disk_ends_where_it_would_have_ended(recovered: Recovered, run: Run) -> None:
@@ -674,6 +679,38 @@ def test_a_run_resumed_after_a_full_disk_ends_where_it_would_have_ended(recovere
 
 def test_an_evaluation_repeated_after_a_resume_leaves_one_line(recovered: Recovered, run: Run) -> None:
     assert json_lines(recovered.folder / "metrics.jsonl") == json_lines(run.folder / "metrics.jsonl")
+
+
+@pytest.mark.parametrize("where", ["segment", "__del__"])
+def test_a_signal_in_an_evaluation_stops_it_and_saves(
+    config: Path, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also within a destructor, where an exception would be swallowed."""
+    segment = engine.segment
+
+    class Closing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(*arguments: Any) -> Any:
+        if where == "segment":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            Closing()
+        return segment(*arguments)
+
+    monkeypatch.setattr(engine, "segment", asked)
+    result = call(train, "--config", config, f"run_dir={tmp_path}")
+    assert result.code == 143 and beside_progress_bars(result.err) == []
+    state = load(tmp_path / "last.pt")
+    assert (state["step"], state["finished_step"]) == (steps, 0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_no_event_stands_twice_after_a_resume(recovered: Recovered, run: Run) -> None:
+    resumed, straight = scalars(recovered.folder), scalars(run.folder)
+    for name in ("lr", "val/miou", *(f"loss/{name}" for name in LOSSES)):
+        assert resumed[name] == straight[name]
 
 
 def test_a_second_start_without_resume_is_refused_and_overwrites_nothing(run: Run, config: Path) -> None:
@@ -735,6 +772,48 @@ def test_resuming_with_a_list_of_other_content_is_refused(tiny: Path, config: Pa
     path = root / "lists/train.txt"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))  # the same images: other episodes
     refused(call(train, "--config", config, *overrides, "resume=auto"), path)
+
+
+def test_a_run_resumes_with_its_data_moved_and_its_lists_copied_by_windows(
+    tiny: Path, config: Path, tmp_path: Path
+) -> None:
+    root, overrides = damaged(tiny, tmp_path / "here")
+    small = ["train.epochs=1", "train.batch_size=4", "data.image_size=33", "eval.episodes=1", f"run_dir={tmp_path}/run"]
+    succeeded(call(train, "--config", config, *overrides, *small))
+    moved = root.rename(tmp_path / "there")
+    for path in (moved / "lists").glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    overrides = [word.replace(str(root), str(moved)) for word in overrides]
+    succeeded(call(train, "--config", config, *overrides, *small, "resume=auto"))
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"step": 10**9},
+        {"finished_step": 1},
+        {"finished_step": 10**9},
+        {"finished_step": -1},
+        {"finished_step": 0},
+        {"finished_step": True},
+        {"sums": {}},
+    ],
+)
+def test_a_checkpoint_at_a_place_where_no_run_stands_is_refused(
+    run: Run, config: Path, tmp_path: Path, forged: dict[str, Any]
+) -> None:
+    (tmp_path / "run").mkdir()
+    torch.save(load(run.folder / "last.pt") | forged, tmp_path / "run/last.pt")
+    refused(call(train, "--config", config, f"run_dir={tmp_path / 'run'}", "resume=auto"), "checkpoint", "damaged")
+
+
+@pytest.mark.parametrize("told", [{}, {"RANK": "x"}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}])
+def test_half_a_job_of_several_processes_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
+) -> None:
+    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), "WORLD_SIZE=2", "torchrun", "unset WORLD_SIZE")
 
 
 def test_resuming_from_elsewhere_does_not_overwrite_the_run_that_stands_in_run_dir(
@@ -1213,8 +1292,23 @@ def test_a_picture_that_changed_its_size_after_the_index_was_built_is_refused(
     assert (root / "lists/train.txt.index.npz").exists()
     for path in (root / "JPEGImages").glob("train_*.jpg"):
         _halve_picture(path)
-    line = refused(call(train, "--config", config, *overrides), "not the same size")
+    line = refused(call(train, "--config", config, *overrides), "must be the same size")
     assert re.search(rf"{root}/JPEGImages/(train_\d+)\.jpg .*{root}/SegmentationClassAug/\1\.png", line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_lists_that_share_photos_are_refused_on_a_benchmark_and_warned_of_elsewhere(
+    tiny: Path, config: Path, tmp_path: Path
+) -> None:
+    root, overrides = damaged(tiny, tmp_path)
+    first = (root / "lists/train.txt").read_text().splitlines()[0]
+    with (root / "lists/val.txt").open("a") as file:
+        file.write(f"{first}\n")
+    words = f"1 photos stand in the training and in the validation list ({root}/{first.split()[0]})"
+    refused(call(train, "--config", config, *overrides, "data.dataset=COCO-20i"), words)
+    assert not (tmp_path / "run").exists()
+    elsewhere = call(train, "--config", config, *overrides, "train.lr=1e30")
+    assert f"warning: {words}" in elsewhere.out and "not finite" in elsewhere.err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_terms_and_files(
@@ -1418,8 +1512,11 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
     assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
     assert single[0] == 7 * (TILE + GAP) + GAP
-    without = succeeded(call(test_command, *command, "--save-panels", 1))
+    without = succeeded(call(test_command, *command, "--seeds", 0, 1, "--save-panels", 1))
     assert "panels" in without.out
+    assert "18/18" in without.err and "/19" not in without.err  # episodes of both seeds, and no images among them
+    assert max(int(name.stem.rsplit("episode")[-1]) for name in folder.glob("*episode*")) < 9  # of the first seed
+    assert len(list(folder.iterdir())) == 4
     assert Image.open(next(folder.glob("best_1_*"))).width == 7 * (TILE + GAP) + GAP - (TILE + GAP)
 
 

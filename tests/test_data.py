@@ -25,6 +25,7 @@ from util.config import Config, DataConfig, load_config
 from util.dataset import Episode, collate, read_pair
 from util.episodes import EpisodeFiles, EpisodeSampler
 from util.errors import UserError
+from util.files import write_atomically
 from util.folds import base_classes, novel_classes
 from util.images import image_size, read_image, read_mask
 from util.rounds import EncodingSize, plan_rounds
@@ -125,11 +126,18 @@ def test_a_line_that_is_not_two_paths_is_refused_with_its_number(line: str, tmp_
     assert line in str(caught.value)
 
 
-@pytest.mark.parametrize("again", ["a.jpg a.png", "/a.jpg  a.png"])
+@pytest.mark.parametrize("again", ["a.jpg a.png", "/a.jpg  a.png", "i/../a.jpg ./a.png"])
 def test_a_line_that_stands_twice_is_refused_with_both_numbers(again: str, tmp_path: Path) -> None:
     path = write_list(tmp_path / "l.txt", f"x.jpg x.png\na.jpg a.png\n\nb.jpg b.png\n{again}\n".encode())
     with pytest.raises(UserError, match=r"line 5: the same as line 2"):
         read_list(path, tmp_path)
+
+
+def test_one_photo_named_in_two_ways_is_one_photo(tmp_path: Path) -> None:
+    lines = b"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\ni/b.jpg m/d.png\n"
+    path = write_list(tmp_path / "l.txt", lines)
+    index = ClassIndex(read_list(path, tmp_path), np.zeros((4, 2), int), path, "", np.zeros(4, int))
+    assert index.photos.tolist() == [0, 0, 0, 3]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n"])
@@ -388,6 +396,7 @@ def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], tmp
     index = load(path)
     np.testing.assert_array_equal(index.pixels, counted(masks, 6))
     assert index.pixels.shape == (12, 7)
+    assert index.ignored.tolist() == [int((mask == 255).sum()) for mask in masks]
     assert index.items == read_list(path, tmp_path)
     assert index.list_path == path
     assert index.list_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -453,6 +462,14 @@ def test_a_mask_that_changed_at_the_same_size_is_noticed_by_its_time(tmp_path: P
     np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
 
 
+def test_an_image_that_changed_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
+    path = write_tree(tmp_path, masks)
+    load(path)
+    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "images/7.png")
+    with pytest.raises(UserError, match=r"images/7\.png is 50x40 but mask"):
+        load(path)
+
+
 def test_a_changed_list_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
     path = write_tree(tmp_path, masks)
     load(path)
@@ -492,7 +509,7 @@ def test_another_number_of_classes_is_noticed(masks: list[np.ndarray], tmp_path:
         lambda data: data[:100],
         lambda data: data[: len(data) // 2],
         lambda data: data[:-1],
-        lambda data: data.replace(b"pixels", b"pixelz"),
+        lambda data: data.replace(b"counts", b"countz"),
         lambda data: bytes(len(data)),
     ],
     ids=["empty", "one byte", "text", "100 bytes", "half", "last byte lost", "array renamed", "zeros"],
@@ -547,10 +564,12 @@ def test_a_cache_whose_writing_is_interrupted_is_not_put_in_its_place(
 
 
 def test_a_cache_that_cannot_be_put_in_its_place_is_done_without(
-    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_tree(tmp_path, masks)
     (tmp_path / "train.txt.index.npz").mkdir()
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
     out = capfd.readouterr()
     assert "not cached" in out.out + out.err
@@ -563,23 +582,103 @@ def test_a_folder_that_cannot_be_written_is_done_without_a_cache(
 ) -> None:
     """Under EROFS, a read-only mount, Linux refuses to unlink even a file that is not there."""
     path = write_tree(tmp_path, masks)
-    path_open, path_unlink = Path.open, Path.unlink
+    os_open, path_unlink = os.open, Path.unlink
 
-    def open_(self: Path, mode: str = "r", *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
-        if tmp_path in self.parents and set(mode) & set("wax+"):
-            raise OSError(reason, os.strerror(reason), str(self))
-        return path_open(self, mode, *args, **kwargs)
+    def open_(file: str, flags: int, *args: int, **kwargs: int) -> int:
+        if tmp_path in Path(file).parents and flags & (os.O_WRONLY | os.O_RDWR):
+            raise OSError(reason, os.strerror(reason), str(file))
+        return os_open(file, flags, *args, **kwargs)
 
     def unlink(self: Path, missing_ok: bool = False) -> None:
         if tmp_path in self.parents and reason == errno.EROFS:
             raise OSError(reason, os.strerror(reason), str(self))
         path_unlink(self, missing_ok)
 
-    monkeypatch.setattr(Path, "open", open_)
+    monkeypatch.setattr(os, "open", open_)
     monkeypatch.setattr(Path, "unlink", unlink)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for _ in range(2):
         np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
-    assert not list(tmp_path.glob("*.npz"))
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_folder_that_cannot_be_written_has_its_index_in_the_users_cache(
+    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, cache = tmp_path / "data", tmp_path / "cache"
+    path = write_tree(root, masks)
+    path.with_name("train.txt.index.npz").mkdir()  # nothing can be put there, not even by root
+    other = write_tree(tmp_path / "other", masks[::-1])
+    other.with_name("train.txt.index.npz").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    load(path)
+    load(other)
+    assert len(list(cache.rglob("*.npz"))) == len(list(cache.rglob("*.*"))) == 2
+    with monkeypatch.context() as patch:
+        forbid_counting(patch)
+        np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+        np.testing.assert_array_equal(load(other).pixels, counted(masks[::-1], 6))
+        patch.chdir(root)
+        np.testing.assert_array_equal(
+            load_class_index(Path("train.txt"), Path(), 6, progress=False).pixels, counted(masks, 6)
+        )
+    masks[4][:] = 0
+    Image.fromarray(masks[4]).save(root / "masks/4.png")
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+
+
+@pytest.mark.parametrize("home", ["relative", ""])
+def test_a_cache_folder_that_is_no_absolute_path_is_not_used(
+    home: str, masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tree(tmp_path, masks)
+    path.with_name("train.txt.index.npz").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", home)
+    monkeypatch.setattr(os.path, "expanduser", lambda name: name)  # as without a HOME
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    np.testing.assert_array_equal(load(path).pixels, counted(masks, 6))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_index_killed_while_it_is_written_leaves_no_files_once_it_is_there(
+    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_tree(tmp_path, masks)
+    before = set(tmp_path.iterdir())
+
+    def die(file: BinaryIO, **_: object) -> None:
+        file.write(bytes(10_000))
+        file.flush()
+        os._exit(9)
+
+    for _ in range(2):
+        pid = os.fork()
+        if pid == 0:
+            monkeypatch.setattr(np, "savez_compressed", die)
+            load(path)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    load(path)
+    assert set(tmp_path.iterdir()) - before == {tmp_path / "train.txt.index.npz"}
+    assert np.load(tmp_path / "train.txt.index.npz")["counts"].shape == (len(masks), 8)
+
+
+def test_processes_that_write_one_file_at_a_time_disturb_neither_it_nor_each_other(tmp_path: Path) -> None:
+    children = []
+    for child in range(4):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for _ in range(50):
+                    write_atomically(tmp_path / "file", lambda file, n=child: file.write(bytes([n]) * (1000 + n)))  # type: ignore[misc]
+            except BaseException:
+                os._exit(1)
+            os._exit(0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0, 0]
+    (only,) = tmp_path.iterdir()
+    data = only.read_bytes()
+    assert data == data[:1] * (1000 + data[0])
 
 
 def test_an_image_and_a_mask_of_different_sizes_are_refused_by_both_names(
@@ -664,7 +763,7 @@ def random_index(images: int = 60, num_classes: int = 8, seed: int = 0) -> Class
 
 def index_of(pixels: np.ndarray) -> ClassIndex:
     items = tuple(Item(Path(f"{number}.jpg"), Path(f"{number}.png")) for number in range(len(pixels)))
-    return ClassIndex(items, np.asarray(pixels), Path("some/list.txt"), "")
+    return ClassIndex(items, np.asarray(pixels), Path("some/list.txt"), "", np.zeros(len(pixels), int))
 
 
 def sampler_of(index: ClassIndex, **changes: object) -> EpisodeSampler:
@@ -816,6 +915,32 @@ def test_a_class_that_occurs_nowhere_is_refused_by_name() -> None:
     pixels = np.zeros((30, 9), int)
     with pytest.raises(UserError, match="'class5' has 0 images"):
         sampler_of(index_of(pixels), classes=(5,), shots=1)
+
+
+def test_a_photo_with_a_mask_a_line_is_never_its_own_support() -> None:
+    """Photos 0 ... 19 have a line for class 2 and one for class 3, which has a second mask of photos 0 ... 4."""
+    pixels = np.zeros((45, 9), int)
+    pixels[:20, 2] = pixels[20:, 3] = MIN_AREA
+    photo_of = [*range(20), *range(20), *range(5)]
+    items = tuple(Item(Path(f"{photo}.jpg"), Path(f"{line}.png")) for line, photo in enumerate(photo_of))
+    sampler = sampler_of(
+        ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(2, 3), shots=4
+    )
+    episodes = [sampler(number) for number in range(2000)]
+    assert all(len({photo_of[place] for place in (query, *supports)}) == 5 for query, supports, _ in episodes)
+    assert {episode.query for episode in episodes} == set(range(45))
+    chosen = Counter(place for episode in episodes if episode.class_id == 3 for place in episode.supports)
+    assert chosen.keys() == set(range(20, 45))
+    assert all(abs(chosen[n] + chosen.get(n + 20, 0) - sum(chosen.values()) / 20) < 85 for n in range(20, 40))
+    with pytest.raises(UserError, match="'class3' has 20 images"):
+        sampler_of(
+            ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(3,), shots=20
+        )
+    pixels[30, 7] = 1
+    avoiding = sampler_of(
+        ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int)), classes=(2, 3), avoid=(7,)
+    )
+    assert {avoiding(number).query for number in range(500)} == set(range(45)) - {10, 30}
 
 
 # ---------------------------------------------------------------- geometry of evaluation
@@ -1462,7 +1587,7 @@ def test_a_damaged_image_is_reported_in_one_line_that_names_it(workers: int, tmp
 def some_index(areas: np.ndarray) -> ClassIndex:
     """Images of 1000 pixels; ``areas`` (images, classes) of them are of a class."""
     items = tuple(Item(Path(f"{i}.jpg"), Path(f"{i}.png")) for i in range(len(areas)))
-    return ClassIndex(items, np.column_stack([1000 - areas.sum(1), areas]), Path("l.txt"), "")
+    return ClassIndex(items, np.column_stack([1000 - areas.sum(1), areas]), Path("l.txt"), "", 0 * areas[:, 0])
 
 
 def random_episodes(rng: np.random.Generator, images: int, shots: int, count: int) -> list[EpisodeFiles]:

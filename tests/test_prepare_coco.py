@@ -186,6 +186,28 @@ def test_lists_wait_for_both_splits_and_name_missing_images(coco: Path, run: Run
     assert out.endswith(" data.root=o data.train_list=l/train.txt data.val_list=l/val.txt\n")
 
 
+def test_a_part_has_a_name_that_says_so(coco: Path, run: Run) -> None:
+    missing = coco / f"train2014/{name('train', 9)}.jpg"
+    missing.unlink()
+    assert "--limit 4 to prepare those that are there" in run()[2]
+    assert not Path("lists/coco").exists() or not list(Path("lists/coco").iterdir())
+    for limit, images in ((4, (25, 30, 34)), (2, (25, 30))):
+        code, out, _ = run("--limit", str(limit))
+        assert code == 0
+        listed = read_list(Path(f"lists/coco/train_part{len(images)}.txt"), Path("data/coco"))
+        assert [item.image.stem for item in listed] == [name("train", image) for image in images]
+        lists = f"data.train_list=lists/coco/train_part{len(images)}.txt data.val_list=lists/coco/val_part1.txt"
+        assert out.endswith(f" {lists} data.dataset=COCO-20i-part\n")
+    assert all(np.array_equal(mask, wanted()[key]) for key, mask in made(Path("data/coco")).items())
+    assert not Path("lists/coco/train.txt").exists()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(missing)
+    assert counts(run()[1]) == (4, 1, 3)
+    assert "--limit must be at least 1" in run("--limit", "0")[2]
+    for image in (coco / "val2014").iterdir():
+        image.unlink()
+    assert "val2014 holds none of the images" in run("--limit", "1")[2]
+
+
 def test_hard_links_where_symbolic_ones_fail(coco: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: Path("nowhere").stat())  # an OSError
     assert run()[0] == 0 and run()[0] == 0

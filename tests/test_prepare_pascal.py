@@ -9,7 +9,7 @@ import shutil
 import sys
 import tarfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,13 @@ from scripts import prepare_pascal
 from util.class_index import read_list
 from util.download import download
 from util.errors import UserError
+from util.published import LISTS, PUBLISHED, Published
 from util.synthetic import voc_palette
 
 A, B, C, D, E, F, G, H = (f"20{year:02}_00{year:04}" for year in range(1, 9))
-VOC_TRAIN, VOC_VAL, MAIN_VAL = {A, B}, {C, D}, {C, D, E}
+VOC_TRAIN, VOC_VAL = {A, B}, {C, D}
 SBD_TRAIN, SBD_VAL = {B, E, F, G}, {C, H}
-NOVAL, TRAIN, AUG = {B, F, G, H}, {A, B, F, G, H}, {A, B, E, F, G, H}
+TRAIN, AUG = {A, B, F, G, H}, {A, B, E, F, G, H}
 VOC, SBD = "VOCdevkit/VOC2012", "benchmark_RELEASE/dataset"
 SBD_IMAGE = G
 """the image that VOC's JPEGImages lack"""
@@ -46,11 +47,6 @@ def mask_of(name: str, seed: int) -> np.ndarray:
     return mask
 
 
-def write_ids(path: Path, ids: set[str], extra: str = "") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{name}{extra}\n" for name in sorted(ids, reverse=True)))
-
-
 def write_jpeg(path: Path, seed: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 17, 3), dtype=np.uint8)).save(path)
@@ -58,13 +54,8 @@ def write_jpeg(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder with VOCdevkit, benchmark_RELEASE, and an archive of each; the expectations are the tiny trees'."""
+    """The folder with VOCdevkit, benchmark_RELEASE, and an archive of each; the published lists are the tiny trees'."""
     voc, sbd = tmp_path / VOC, tmp_path / SBD
-    write_ids(voc / "ImageSets/Segmentation/train.txt", VOC_TRAIN)
-    write_ids(voc / "ImageSets/Segmentation/val.txt", VOC_VAL)
-    write_ids(voc / "ImageSets/Main/val.txt", MAIN_VAL)
-    write_ids(sbd / "train.txt", SBD_TRAIN)
-    write_ids(sbd / "val.txt", SBD_VAL)
     for seed, name in enumerate((A, B, C, D, E, F, H)):
         write_jpeg(voc / f"JPEGImages/{name}.jpg", seed)
     (voc / "SegmentationClass").mkdir()
@@ -72,7 +63,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         mask = Image.fromarray(mask_of(name, 0))
         mask.putpalette(voc_palette())
         mask.save(voc / f"SegmentationClass/{name}.png")
-    (sbd / "cls").mkdir()
+    (sbd / "cls").mkdir(parents=True)
     for name in SBD_TRAIN | SBD_VAL:
         write_jpeg(sbd / f"img/{name}.jpg", 100 + int(name[-4:]))
         content = {"Boundaries": np.zeros(20), "Segmentation": mask_of(name, 1), "CategoriesPresent": np.arange(3)}
@@ -81,10 +72,13 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         archive.add(tmp_path / "VOCdevkit", "VOCdevkit")
     with tarfile.open(tmp_path / "sbd.tgz", "w:gz") as archive:
         archive.add(tmp_path / "benchmark_RELEASE", "benchmark_RELEASE")
-    lists = {"VOC train": VOC_TRAIN, "SBD train_noval": NOVAL, "train": TRAIN, "val": VOC_VAL}
-    for title, ids in lists.items():
-        monkeypatch.setitem(prepare_pascal.EXPECTED, title, (len(ids), sha256(ids)))
-    monkeypatch.setitem(prepare_pascal.EXPECTED, "train_aug", (len(AUG), None))
+    shipped = tmp_path / "shipped/pascal"
+    shipped.mkdir(parents=True)
+    for title, ids, ignored in (("train", TRAIN, 2), ("val", VOC_VAL, 2), ("train_aug", AUG, 2)):
+        lines = [f"JPEGImages/{name}.jpg SegmentationClassAug/{name}.png\n" for name in sorted(ids)]
+        (shipped / f"{title}.txt").write_text("".join(lines))
+        monkeypatch.setitem(PUBLISHED, sha256(ids), Published(f"the tiny {title}", title, ignored))
+    monkeypatch.setattr(prepare_pascal, "LISTS", shipped.parent)
     return tmp_path
 
 
@@ -93,21 +87,28 @@ def run(sources: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line on the archives or other sources; returns OUT, where the lists lie too."""
 
     def command(voc: str = "voc.tar", sbd: str = "sbd.tgz", out: str = "out", *options: str) -> Path:
-        root = sources / out
-        given = ["--voc", str(sources / voc), "--sbd", str(sources / sbd), "--out", str(root)]
-        monkeypatch.setattr(sys, "argv", ["prepare_pascal.py", *given, "--lists", str(root / "lists"), *options])
-        prepare_pascal.main()
-        return root
+        return prepare(sources, sources / out, monkeypatch, voc=voc, sbd=sbd, options=options)
 
     return command
 
 
+def prepare(
+    sources: Path, root: Path, monkeypatch: pytest.MonkeyPatch, options: Sequence[str] = (), **given: str
+) -> Path:
+    paths = [word for kind, name in given.items() for word in (f"--{kind}", str(sources / name))]
+    words = [*paths, "--out", str(root), "--lists", str(root / "lists"), *options]
+    monkeypatch.setattr(sys, "argv", ["prepare_pascal.py", *words])
+    prepare_pascal.main()
+    return root
+
+
 def tree(root: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    files = [path for path in root.rglob("*") if path.is_file() and path.suffix != ".npz"]
+    return {str(path.relative_to(root)): path.read_bytes() for path in files}
 
 
 def times(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.suffix != ".npz"}
 
 
 def test_archives_give_every_mask_and_list(run: Run, sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,10 +126,10 @@ def test_archives_give_every_mask_and_list(run: Run, sources: Path, capsys: pyte
     assert (out / "lists/val.txt").read_text().startswith(f"JPEGImages/{C}.jpg SegmentationClassAug/{C}.png\n")
     assert len(tree(out)) == 2 * 7 + 2  # nothing that no list needs
     printed = capsys.readouterr().out
-    for ids in (VOC_TRAIN, NOVAL, TRAIN, VOC_VAL):
-        assert f"{len(ids)} ids  {sha256(ids)}  as expected" in printed
-    assert "6 from VOC, 1 from SBD" in printed
-    assert "4 from VOC, 3 from SBD" in printed
+    for title, ids in (("train", TRAIN), ("val", VOC_VAL)):
+        assert f"{len(ids)}  {out}/lists/{title}.txt: the tiny {title}; 2 masks hold 255" in printed
+    assert f"6 from {sources}/voc.tar, 1 from {sources}/sbd.tgz" in printed
+    assert f"4 from {sources}/voc.tar, 3 from {sources}/sbd.tgz" in printed
     assert "check_data.py --config configs/pascal/resnet50_fold0_1shot.yaml data.root=" in printed
 
 
@@ -165,7 +166,7 @@ def test_rerun_changes_nothing_and_mends_what_is_broken(run: Run, sources: Path)
 
 @pytest.mark.parametrize(
     ("step", "given"),
-    [("write_atomically", ("voc.tar", "sbd.tgz", "second")), ("link_image", (".", ".", "second"))],
+    [("write_atomically", ("voc.tar", "sbd.tgz", "second")), ("link", (".", ".", "second"))],
 )
 def test_goes_on_after_an_interruption(
     step: str, given: tuple[str, ...], run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
@@ -195,16 +196,81 @@ def test_aug_has_a_list_of_its_own(run: Run, capsys: pytest.CaptureFixture[str])
     assert all(item.image.exists() and item.mask.exists() for item in read_list(out / "lists/train_aug.txt", out))
 
 
-def test_a_list_of_other_ids_is_an_error_and_writes_nothing(run: Run, sources: Path) -> None:
-    write_ids(sources / "train_noval.txt", NOVAL)
-    before = tree(run())
-    write_ids(sources / "train_noval.txt", NOVAL - {H} | {E})
-    with pytest.raises(UserError, match=rf"train_noval\.txt has 4 ids.*without a line: {H}; lines.*: .*{E}"):
-        run()
-    write_ids(sources / f"{VOC}/ImageSets/Segmentation/train.txt", {A, F})
-    with pytest.raises(UserError, match=f"VOC train .*expected 2.*without a line: {B}; lines without a mask: {F};"):
-        run(".", ".")
-    assert tree(sources / "out") == before
+def test_the_sources_own_lists_are_not_asked(run: Run, sources: Path) -> None:
+    """Neither ImageSets/Main/val.txt nor train_noval.txt, which not everybody has, nor any other."""
+    assert not list((sources / VOC).glob("ImageSets")) and not list((sources / SBD).glob("*.txt"))
+    assert len(tree(run(".", "."))) == 2 * 7 + 2
+
+
+def ready_made(sources: Path, run: Run) -> None:
+    """Folders as most people have them: greyscale masks, and images of other lists beside."""
+    made = run("voc.tar", "sbd.tgz", "made", "--train-list", "aug")
+    for kind in ("JPEGImages", "SegmentationClassAug"):
+        shutil.copytree(made / kind, sources / "have" / kind)
+    write_jpeg(sources / "have/JPEGImages/2009_000009.jpg", 9)
+    mask = sources / f"have/SegmentationClassAug/{A}.png"
+    Image.fromarray(np.asarray(Image.open(mask))).save(mask)
+
+
+def test_ready_made_folders_are_linked_and_verified(
+    run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ready_made(sources, run)
+    given = {"masks": "have/SegmentationClassAug", "images": "have/JPEGImages"}
+    for place in ("out", "have"):  # elsewhere, and where they lie
+        out = prepare(sources, sources / place, monkeypatch, **given)
+        assert "5  " + str(out / "lists/train.txt") + ": the tiny train; 2 masks hold 255" in capsys.readouterr().out
+    assert (sources / f"out/SegmentationClassAug/{A}.png").samefile(sources / f"have/SegmentationClassAug/{A}.png")
+    assert len(tree(sources / "out")) == 2 * 7 + 2
+
+
+LACKING: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no image": (lambda at: (at / f"JPEGImages/{A}.jpg").unlink(), f"JPEGImages lack the image of {A}"),
+    "no mask": (lambda at: (at / f"SegmentationClassAug/{D}.png").unlink(), f"ClassAug lack the mask of {D}"),
+    "other size": (lambda at: Image.new("L", (17, 11)).save(at / f"SegmentationClassAug/{H}.png"), r"same size"),
+    "no border": (
+        lambda at: Image.fromarray(mask_of(D, 1)).save(at / f"SegmentationClassAug/{D}.png"),
+        r"1 masks of .*val\.txt hold 255, of the published ones 2",
+    ),
+    "coloured": (lambda at: Image.new("RGB", (17, 12)).save(at / f"SegmentationClassAug/{D}.png"), "has mode RGB"),
+}
+
+
+@pytest.mark.parametrize("what", LACKING)
+def test_ready_made_folders_that_are_not_as_published_are_refused(
+    what: str, run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready_made(sources, run)
+    spoil, message = LACKING[what]
+    spoil(sources / "have")
+    with pytest.raises(UserError, match=message):
+        prepare(sources, sources / "out", monkeypatch, masks="have/SegmentationClassAug", images="have/JPEGImages")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"masks": "have"}, {"images": "have"}, {"masks": "a", "images": "b", "voc": "voc.tar"}, {"voc": "voc.tar"}],
+)
+def test_sources_that_do_not_go_together_are_refused(
+    given: dict[str, str], sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match="--masks and --images"):
+        prepare(sources, sources / "out", monkeypatch, **given)
+
+
+@pytest.mark.parametrize(
+    ("title", "number", "sha"),
+    [
+        ("train", 5953, "a9bc0a1466deee7a9d4923ae677ec6098f090110a60cb769052a4abad586746c"),
+        ("val", 1449, "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d"),
+        ("train_aug", 10582, "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24"),
+    ],
+)
+def test_the_lists_that_are_shipped_are_the_published_ones(title: str, number: int, sha: str) -> None:
+    lines = (LISTS / f"pascal/{title}.txt").read_text().splitlines()
+    ids = {line[11:22] for line in lines}
+    assert lines == [f"JPEGImages/{name}.jpg SegmentationClassAug/{name}.png" for name in sorted(ids)]
+    assert (len(lines), sha256(ids)) == (number, sha)
 
 
 def test_archives_cannot_write_elsewhere(run: Run, sources: Path) -> None:
@@ -222,9 +288,6 @@ def test_archives_cannot_write_elsewhere(run: Run, sources: Path) -> None:
     names = set(sources.iterdir()) | set(sources.parent.iterdir())
     assert tree(run("voc.tar", "sbd.tgz", "second")) == before
     assert (set(sources.iterdir()) | set(sources.parent.iterdir())) - names == {sources / "second"}
-    write_ids(sources / "benchmark_RELEASE/dataset/train.txt", {"../../../x"})
-    with pytest.raises(UserError, match=r"train\.txt holds '\.\./\.\./\.\./x', which is no image id"):
-        run(".", ".", "third")
 
 
 def cut(path: Path) -> None:
@@ -238,9 +301,9 @@ MISTAKES: dict[str, Mistake] = {
     "no tar": (lambda at: (at / "voc.tar").write_text("<html>"), (), r"voc\.tar is damaged or no tar archive; .*again"),
     "cut tar": (lambda at: cut(at / "voc.tar"), (), r"voc\.tar is truncated or damaged; .*again"),
     "cut tgz": (lambda at: cut(at / "sbd.tgz"), (), r"sbd\.tgz is truncated or damaged"),
-    "swapped": (str, ("sbd.tgz", "voc.tar"), r"sbd\.tgz lacks VOCdevkit/VOC2012/ImageSets"),
-    "wrong folder": (str, ("benchmark_RELEASE", "."), "holds no VOCdevkit/VOC2012/ImageSets; give the folder"),
-    "no image": (lambda at: (at / f"{VOC}/JPEGImages/{A}.jpg").unlink(), FOLDERS, f"lacks JPEGImages/{A}.jpg; it is"),
+    "swapped": (str, ("sbd.tgz", "voc.tar"), rf"sbd\.tgz and .*voc\.tar lack the image of {A}"),
+    "wrong folder": (str, ("benchmark_RELEASE", "."), "holds no VOCdevkit/VOC2012/JPEGImages; give the folder"),
+    "no image": (lambda at: (at / f"{VOC}/JPEGImages/{A}.jpg").unlink(), FOLDERS, f"lack the image of {A}; not whole"),
     "cut mat": (lambda at: cut(at / f"{SBD}/cls/{H}.mat"), FOLDERS, rf"{H}\.mat is damaged"),
     "cut mask": (lambda at: cut(at / f"{VOC}/SegmentationClass/{A}.png"), FOLDERS, f"{A}.png is damaged"),
     "out is a file": (lambda at: (at / "out").write_text(""), (), "out.*: Not a directory; check path"),

@@ -2,7 +2,6 @@
 
 import os
 import re
-import signal
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from util.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, coll
 from util.episodes import Episodes, EpisodeSampler
 from util.errors import UserError
 from util.folds import base_classes, novel_classes
+from util.loading import ignore_signals
 from util.rounds import Round, batched
 from util.transforms import augment, fit
 
@@ -251,15 +251,10 @@ def _episode_loader(config: Config, dataset: EpisodeDataset, batches: Iterable[l
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **_machine(config))
 
 
-def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one finishes its step, and needs its workers for that."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def _machine(config: Config) -> dict[str, Any]:
     return {
         "num_workers": min(config.workers, os.cpu_count() or 1),
-        "worker_init_fn": _ignore_interrupts,
+        "worker_init_fn": ignore_signals,
         "pin_memory": torch.cuda.is_available() and config.device != "cpu",
         "generator": torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
     }

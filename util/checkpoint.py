@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from model.weights import is_plain, load_data
 from util.config import Config, config_from_dict, flatten
 from util.errors import UserError
-from util.files import refuse_pipe, sync_folder, write_atomically
+from util.files import refuse_pipe, write_atomically
 
 FORMAT: Literal[3] = 3
 """counts the changes that earlier checkpoints do not survive; 3: the scale of the middle features is measured"""
@@ -40,6 +40,8 @@ FREE_IN_RESUME = (
     "device",
     "workers",
     "data.root",
+    "data.train_list",
+    "data.val_list",
     "eval.every",
     "eval.batch_size",
     "eval.cache_gib",
@@ -74,17 +76,12 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = No
     """Write ``state`` so that ``path`` holds the old file or the new one, whole, whenever the machine stops.
 
     Args:
-        keep: where the old file goes; stopped in between, it is there and ``path`` is not.
+        keep: where the old file is found afterwards.
     Raises:
         UserError: the disk is full or the folder cannot be written; the old file stays.
     """
-    fresh = path.with_name(path.name + ".new")
     try:
-        write_atomically(fresh, lambda file: torch.save({"format": FORMAT, **state}, file))
-        if keep is not None and path.exists():
-            path.replace(keep)
-        fresh.replace(path)
-        sync_folder(path.parent)
+        write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file), keep=keep)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
         raise UserError(
             f"cannot write checkpoint {path} ({error}); free some space or set run_dir elsewhere"

@@ -1,10 +1,10 @@
 """List files, and the index of which classes stand in which image with how many pixels.
 
-The index is built once from all masks and cached beside the list (``train.txt.index.npz``). Its key covers the
-list, the number of classes, and size and time of every mask, so that a changed mask is noticed.
+The index is built once from all masks and cached beside the list (``train.txt.index.npz``), or in the user's folder for
+caches where that cannot be written. Its key covers the list, the number of classes, and size and time of every image
+and mask, so that a changed file is noticed.
 """
 
-import contextlib
 import hashlib
 import math
 import multiprocessing
@@ -13,20 +13,22 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from util.errors import UserError
-from util.files import refuse_pipe
-from util.images import image_size, read_mask
+from model.ops import IGNORE
+from util.errors import UserError, first_of
+from util.files import refuse_pipe, write_atomically
+from util.images import hint_at, image_size, orientation, read_mask
+from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
-    """One line of a list."""
+    """One line of a list. A photo may have several, with a mask each."""
 
     image: Path
     mask: Path
@@ -41,9 +43,18 @@ class ClassIndex:
     """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
     list_path: Path
     list_sha256: str
+    """of its lines 'image mask', each with a line end: the same wherever the data lies, and whatever ends its lines"""
+    ignored: np.ndarray
+    """(images,), int64: pixels of value 255"""
+
+    @cached_property
+    def photos(self) -> np.ndarray:
+        """(lines,): the first line with the same image, which is what makes two lines one photo"""
+        first: dict[Path, int] = {}
+        return np.array([first.setdefault(item.image, place) for place, item in enumerate(self.items)])
 
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
-        """Indices of the images that hold at least ``min_area`` pixels of the class, ascending."""
+        """Places of the lines whose masks hold at least ``min_area`` pixels of the class, ascending."""
         return np.flatnonzero(self.pixels[:, class_id] >= min_area)
 
 
@@ -51,7 +62,19 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
     """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
 
     Raises:
-        UserError: no such list, an empty one, or a line that is not two paths, or stands twice.
+        UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
+    """
+    items, problems = parse_list(path, root)
+    if problems:
+        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
+    return items
+
+
+def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
+    """The items of a list, and what is wrong with its other lines.
+
+    Raises:
+        UserError: no such list, or an empty one.
     """
     try:
         refuse_pipe(path)
@@ -61,21 +84,18 @@ def read_list(path: Path, root: Path) -> tuple[Item, ...]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
+    problems = []
     for number, line in enumerate(lines, 1):
         parts = line.split()
-        if not parts:
-            continue
-        if len(parts) != 2 or "\0" in line:
-            raise UserError(
-                f"list {path} line {number}: want 'image mask', two paths without spaces; got '{line:.100}'"
-            )
-        item = Item(root / parts[0].lstrip("/"), root / parts[1].lstrip("/"))
-        if item in items:
-            raise UserError(f"list {path} line {number}: the same as line {items[item]}; remove one of them")
-        items[item] = number
-    if not items:
+        if len(parts) == 2 and "\0" not in line:
+            item = Item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
+            if items.setdefault(item, number) != number:
+                problems.append(f"line {number}: the same as line {items[item]}")
+        elif parts:
+            problems.append(f"line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
+    if not items and not problems:
         raise UserError(f"list {path} holds no lines")
-    return tuple(items)
+    return tuple(items), problems
 
 
 def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress: bool = True) -> ClassIndex:
@@ -85,27 +105,55 @@ def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
     """
     items = read_list(list_path, root)
-    list_sha256 = hashlib.sha256(list_path.read_bytes()).hexdigest()
-    key = hashlib.sha256(f"2 {list_sha256} {num_classes}".encode())
-    for item in items:
-        _stat("image", item.image, list_path)
-        stat = _stat("mask", item.mask, list_path)
-        key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
-    cache = list_path.with_name(list_path.name + ".index.npz")
-    pixels = _read_cache(cache, key.hexdigest(), (len(items), num_classes + 1))
-    if pixels is None:
+    require_root(root)
+    list_sha256 = hash_list(items, root)
+    key = index_key(items, list_path, list_sha256, num_classes)
+    counts = _read_cache(list_path, key, (len(items), num_classes + 2))
+    if counts is None:
         count = partial(count_pixels, num_classes=num_classes)
-        pixels = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
-        _write_cache(cache, key.hexdigest(), pixels)
-    return ClassIndex(items, pixels, list_path, list_sha256)
+        counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
+        write_cache(list_path, key, counts)
+    return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
 
 
-def _stat(kind: str, path: Path, list_path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except (OSError, ValueError) as error:
-        problem = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be reached ({error})"
-        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}") from None
+def line_of(item: Item, root: Path) -> str:
+    """A line as a list has it, 'image mask', which names it wherever the data lies."""
+    return " ".join(path.relative_to(root).as_posix() for path in item)
+
+
+def hash_list(items: Sequence[Item], root: Path) -> str:
+    """SHA-256 of a list's lines, by which episodes and checkpoints know it."""
+    return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
+
+
+def require_root(root: Path) -> None:
+    """Raise a UserError where data.root is no folder, which is not each file's fault."""
+    if not root.is_dir():
+        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
+
+
+def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
+    """What an index depends on: the list, the number of classes, and size and time of every file.
+
+    Raises:
+        UserError: files that do not exist; names the first and how many there are.
+    """
+    key = hashlib.sha256(f"3 {list_sha256} {num_classes}".encode())
+    missing: list[tuple[str, Path, Exception]] = []
+    for item in items:
+        for kind, path in (("image", item.image), ("mask", item.mask)):
+            try:
+                stat = path.stat()
+                key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
+            except (OSError, ValueError) as error:
+                missing.append((kind, path, error))
+    if missing:
+        kind, path, reason = missing[0]
+        gone = isinstance(reason, FileNotFoundError)
+        problem = f"does not exist{hint_at(path)}" if gone else f"cannot be reached ({reason})"
+        more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
+        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}{more}")
+    return key.hexdigest()
 
 
 T = TypeVar("T")
@@ -120,7 +168,7 @@ def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: st
     Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
     nothing to start; a list too short to be worth it stays in this process.
     """
-    bar = tqdm(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
+    bar = progress_bar(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
     if len(items) < WORTH_PROCESSES:
         with bar:
             return [_advance(bar, function(item)) for item in items]
@@ -139,22 +187,31 @@ def _advance(bar: tqdm, result: T) -> T:
 
 
 def count_pixels(item: Item, num_classes: int) -> np.ndarray:
-    """Pixels of each value 0 ... num_classes in one mask, (num_classes + 1,), int64."""
+    """Pixels of each value 0 ... num_classes in one mask, and of 255, (num_classes + 2,), int64."""
     mask = read_mask(item.mask)
     if image_size(item.image) != mask.shape:
         height, width = image_size(item.image)
+        turned = mask.shape == (width, height) and orientation(item.image) >= 5
         raise UserError(
             f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
             " they must be the same size"
+            + (
+                "; its EXIF orientation turns the image on screen: store it so, by mogrify -auto-orient"
+                if turned
+                else ""
+            )
         )
     counts = count_values(mask)
-    strange = np.flatnonzero(counts[num_classes + 1 : 255])
+    strange = np.flatnonzero(counts[num_classes + 1 : IGNORE])
     if len(strange):
         raise UserError(
             f"mask {item.mask} holds the value {strange[0] + num_classes + 1}, but data.classes names {num_classes}"
             " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
         )
-    return counts[: num_classes + 1]
+    return counts[[*range(num_classes + 1), IGNORE]]
+
+
+TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
 
 
 def count_values(mask: np.ndarray) -> np.ndarray:
@@ -169,26 +226,41 @@ def count_values(mask: np.ndarray) -> np.ndarray:
     return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
 
 
-def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """The counts, int64 of ``shape``; None where there is no cache, or an old or damaged one, or one that swells."""
+def _caches_of(list_path: Path) -> list[Path]:
+    """Beside the list, and where that cannot be written in the user's own folder for caches."""
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
+    name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
+    beside, other = list_path.with_name(f"{list_path.name}.index.npz"), Path(own, "ntrenet", f"{name}.index.npz")
+    return [beside, other] if other.is_absolute() else [beside]
+
+
+def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The counts, int64 of ``shape``; None where they are in no cache."""
+    found = (_read(path, key, shape) for path in _caches_of(list_path))
+    return next((counts for counts in found if counts is not None), None)
+
+
+def _read(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """The same of one cache; None where it is not there, old or damaged, or swells."""
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:
             if sum(entry.file_size for entry in stored.zip.infolist()) > 8 * math.prod(shape) + 4096:
                 return None
-            pixels = stored["pixels"] if str(stored["key"]) == key else None
-            return pixels if pixels is not None and (pixels.shape, pixels.dtype) == (shape, np.int64) else None
+            counts = stored["counts"] if str(stored["key"]) == key else None
+            return counts if counts is not None and (counts.shape, counts.dtype) == (shape, np.int64) else None
     except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file, and it can always be built anew
         return None
 
 
-def _write_cache(path: Path, key: str, pixels: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, key=np.array(key), pixels=pixels)
-        temporary.replace(path)
-    except OSError as error:
-        tqdm.write(f"note: the class index is not cached, {path.parent} cannot be written ({error.strerror})")
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
+    """Keep the counts (lines, num_classes + 2) of a list's masks for :func:`load_class_index`."""
+    reasons = []
+    for path in _caches_of(list_path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
+            return
+        except OSError as error:
+            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
+    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")

@@ -7,9 +7,8 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
 from util.errors import UserError
+from util.progress import progress
 
 CHUNK = 1 << 20
 TIMEOUT = 60
@@ -67,7 +66,7 @@ def _receive(url: str, part: Path) -> int:
         total = have + int(length) if length else None
         with (
             part.open("ab" if have else "wb") as file,
-            tqdm(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar,
+            progress(desc=part.stem, total=total, initial=have, unit="B", unit_scale=True) as bar,
         ):
             while data := response.read(CHUNK):
                 file.write(data)

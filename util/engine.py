@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,7 @@ from util.dataset import Episode, ImageBatch
 from util.episodes import EpisodeFiles
 from util.errors import UserError
 from util.interruption import Interruption, Stopped
+from util.loading import batches_of
 from util.metrics import confusion, scores
 from util.rounds import EncodingSize, Round, batched, plan_rounds
 from util.training import Training
@@ -91,7 +92,7 @@ def train(
         )
         asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
         values = torch.stack([*(term.detach() for term in losses), asked_to_stop])
-        *means, signal_number = log_mean(values).tolist()  # the step's only synchronisation
+        *means, asked = log_mean(values).tolist()  # the step's only synchronisation
         terms = dict(zip(LossTerms._fields, means, strict=True))
         if not math.isfinite(terms["total"]):
             shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
@@ -118,7 +119,7 @@ def train(
             refresh=False,
         )
         bar.update()
-        if signal_number > 0:
+        if asked > 0:
             raise Stopped(stop.requested or signal.SIGTERM)
 
 
@@ -149,6 +150,7 @@ def evaluate(
     hardware: Hardware,
     predictors: Mapping[str, Predictor] = NETWORK,
     bar: tqdm | None = None,
+    stop: Interruption | None = None,
 ) -> dict[str, np.ndarray]:
     """Run every predictor on the same episodes: the counts of each episode at its query's original size.
 
@@ -156,40 +158,53 @@ def evaluate(
     processes share the rounds and sum their counts.
 
     Args:
-        bar: advanced by one an image and an episode; shows the running mIoU of the first predictor.
+        bar: of ``len(episodes)``; reading an image counts as part of its episodes. Shows the mIoU of the first
+            predictor so far.
+        stop: looked at between two batches.
     Returns:
         (N, 4) counts of :func:`util.metrics.confusion` a predictor, in the order of ``episodes``
+    Raises:
+        Stopped: one of the processes was asked to.
     """
     model.eval()
     limit = config.eval.cache_gib * 2**30
     rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), limit)[rank() :: processes()]
     counts = {name: torch.zeros(len(episodes), 4, dtype=torch.long, device=hardware.device) for name in predictors}
-    batches = iter(build_image_loader(config, index, rounds))
-    if bar is not None:
-        bar.reset(total=sum(len(part.episodes) + len(part.images) for part in rounds))
-    for done, part in enumerate(rounds, 1):
-        encoded: dict[int, Encoded] = {}
-        while len(encoded) < len(part.images):
-            batch = next(batches)
-            encoded |= encode(model, batch, part, hardware)
+    work, done = sum(len(part.episodes) + len(part.images) for part in rounds), 0
+
+    def run_rounds() -> Iterator[int]:
+        """Yields how many images were encoded, or episodes segmented, since it did so last."""
+        batches = batches_of(build_image_loader(config, index, rounds))
+        for last, part in enumerate(rounds, 1):
+            encoded: dict[int, Encoded] = {}
+            while len(encoded) < len(part.images):
+                batch = next(batches)
+                encoded |= encode(model, batch, part, hardware)
+                yield len(batch.places)
+            for numbers in batched(part.episodes, config.eval.batch_size):
+                chosen = [episodes[number] for number in numbers]
+                output = segment(model, chosen, encoded, config.data.image_size, hardware)
+                for name, predict in predictors.items():
+                    for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
+                        truth = encoded[episode.query].truth
+                        at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
+                        counts[name][number] = confusion(at_original[0] > 0, truth)
+                yield len(numbers)
             if bar is not None:
-                bar.update(len(batch.places))
-        for numbers in batched(part.episodes, config.eval.batch_size):
-            chosen = [episodes[number] for number in numbers]
-            output = segment(model, chosen, encoded, config.data.image_size, hardware)
-            for name, predict in predictors.items():
-                for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
-                    truth = encoded[episode.query].truth
-                    at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
-                    counts[name][number] = confusion(at_original[0] > 0, truth)
-            if bar is not None:
-                bar.update(len(numbers))
+                seen = [number for part in rounds[:last] for number in part.episodes]
+                table = next(iter(counts.values()))[seen].cpu().numpy()
+                class_ids = np.array([episodes[number].class_id for number in seen])
+                names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
+                bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}", refresh=False)
+
+    for steps in run_rounds():
+        done += steps
         if bar is not None:
-            seen = [number for part in rounds[:done] for number in part.episodes]
-            table = next(iter(counts.values()))[seen].cpu().numpy()
-            class_ids = np.array([episodes[number].class_id for number in seen])
-            names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
-            bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}")
+            bar.update(len(episodes) * done // work - bar.n)
+        if stop is not None and stop.requested is not None:
+            break
+    if stop is not None:
+        stop.check(hardware.device)
     if processes() > 1:
         for count in counts.values():
             dist.all_reduce(count)

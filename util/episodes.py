@@ -7,13 +7,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from util.class_index import ClassIndex
+from util.class_index import ClassIndex, line_of
 from util.errors import UserError
 from util.files import refuse_pipe
 
 
 class EpisodeFiles(NamedTuple):
-    """One episode as places in the list."""
+    """One episode as places in the list: lines of different photos."""
 
     query: int
     supports: tuple[int, ...]
@@ -30,13 +30,24 @@ class Episodes(Protocol):
     def __call__(self, number: int) -> EpisodeFiles: ...
 
 
+def find_supports(
+    index: ClassIndex, classes: Sequence[int], min_area: int, avoid: Sequence[int] = ()
+) -> dict[int, np.ndarray]:
+    """Places in the list, by class, where the class has ``min_area`` pixels and the photo none of ``avoid``."""
+    avoided = index.photos[index.pixels[:, list(avoid)].sum(1) > 0]
+    allowed = ~np.isin(index.photos, avoided)
+    qualifying = {c: index.qualifying(c, min_area) for c in classes}
+    return {c: places[allowed[places]] for c, places in qualifying.items()}
+
+
 class EpisodeSampler:
     """Draws episode number n, the same for any number of workers, any batch size, any machine.
 
     The images of the fold are those in which one of ``classes`` qualifies (has ``min_area`` pixels). They serve
     as queries in turn: every run of ``len(self)`` numbers is one pass over all of them in its own random order. The
     query's class is drawn from all of ``classes`` present in it, whatever their area (as in the lineage); the K
-    supports are drawn from the images in which that class qualifies, without repetition and never the query.
+    supports are drawn from the photos in which that class qualifies, without repetition and never the query's. A photo
+    of several lines is a query with each of its masks, and a support with one of those that qualify.
 
     Args:
         index: of the list.
@@ -59,13 +70,13 @@ class EpisodeSampler:
         avoid: tuple[int, ...] = (),
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
-        avoided = np.flatnonzero(index.pixels[:, list(avoid)].sum(1) > 0)
-        self.supports_of = {c: np.setdiff1d(index.qualifying(c, min_area), avoided) for c in classes}
+        self.supports_of = find_supports(index, classes, min_area, avoid)
+        self.photos_of = {c: np.unique(index.photos[places]) for c, places in self.supports_of.items()}
         self.left_out = {c: len(index.qualifying(c, min_area)) - len(self.supports_of[c]) for c in classes}
-        for c, images in self.supports_of.items():
-            if len(images) < shots + 1:
+        for c, photos in self.photos_of.items():
+            if len(photos) < shots + 1:
                 raise UserError(
-                    f"class '{class_names[c - 1]}' has {len(images)} images with at least {min_area} pixels of it in"
+                    f"class '{class_names[c - 1]}' has {len(photos)} images with at least {min_area} pixels of it in"
                     f" {index.list_path}, but {shots}-shot episodes need {shots + 1}: lower data.shots or"
                     " data.min_area, or add images"
                 )
@@ -82,9 +93,10 @@ class EpisodeSampler:
         rng = np.random.default_rng([self.seed, 1, number])
         present = [c for c in self.classes if self.index.pixels[query, c] > 0]
         class_id = present[rng.integers(len(present))]
-        others = self.supports_of[class_id]
-        supports = rng.choice(others[others != query], self.shots, replace=False)
-        return EpisodeFiles(query, tuple(int(i) for i in supports), class_id)
+        places, photos = self.supports_of[class_id], self.photos_of[class_id]
+        chosen = rng.choice(photos[photos != self.index.photos[query]], self.shots, replace=False)
+        supports = [rng.choice(places[self.index.photos[places] == photo]) for photo in chosen]
+        return EpisodeFiles(query, tuple(int(place) for place in supports), class_id)
 
 
 class EpisodeList:
@@ -107,7 +119,7 @@ def read_episodes(
     Raises:
         UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
     """
-    places = {item.image.relative_to(root).as_posix(): place for place, item in enumerate(index.items)}
+    places = {line_of(item, root): place for place, item in enumerate(index.items)}
     try:
         refuse_pipe(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -128,17 +140,14 @@ def read_episodes(
 
 
 def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
-    """Write episodes 0 ... count - 1 as JSON lines: query, supports, class and the list's SHA-256."""
-
-    def name(place: int) -> str:
-        return sampler.index.items[place].image.relative_to(root).as_posix()
-
+    """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
+    lines = [line_of(item, root) for item in sampler.index.items]
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             episode = sampler(number)
             record = {
-                "query": name(episode.query),
-                "supports": [name(place) for place in episode.supports],
+                "query": lines[episode.query],
+                "supports": [lines[place] for place in episode.supports],
                 "class_id": episode.class_id,
                 "class": class_names[episode.class_id - 1],
                 "list_sha256": sampler.index.list_sha256,
@@ -155,7 +164,7 @@ def _read_episode(
         raise ValueError("not an episode (query, supports, class_id, list_sha256)")
     supports = record["supports"]
     if not isinstance(supports, list) or not all(isinstance(name, str) for name in [record["query"], *supports]):
-        raise ValueError("query must be a path and supports a list of paths")
+        raise ValueError("query must be a line of the list, 'image mask', and supports a list of such lines")
     if type(record["class_id"]) is not int:
         raise ValueError("class_id must be a whole number")
     if record["list_sha256"] != index.list_sha256:
@@ -166,12 +175,12 @@ def _read_episode(
     names = [record["query"], *supports]
     unknown = [name for name in names if name not in places]
     if unknown:
-        raise ValueError(f"image {unknown[0]} is not in {index.list_path}")
-    if len(names) != len(set(names)):
+        raise ValueError(f"{unknown[0]:.200} is no line of {index.list_path}")
+    query, *others = (places[name] for name in names)
+    if len({index.photos[place] for place in (query, *others)}) < len(names):
         raise ValueError("an image stands twice in the episode")
     if len(names) - 1 != shots:
         raise ValueError(f"{len(names) - 1} supports, but data.shots is {shots}")
     if record["class_id"] not in classes:
         raise ValueError(f"class {record.get('class', record['class_id'])} is not novel in this fold")
-    query, *others = (places[name] for name in names)
     return EpisodeFiles(query, tuple(others), record["class_id"])

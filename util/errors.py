@@ -1,7 +1,7 @@
 """User mistakes end in one line and exit code 2, never in a traceback."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 import torch
@@ -17,6 +17,12 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
+
+
+def first_of(problems: Sequence[str], shown: int = 5, separator: str = "; ") -> str:
+    """The first few of many, and how many more."""
+    more = f"{separator}and {len(problems) - shown} more" if len(problems) > shown else ""
+    return separator.join(problems[:shown]) + more
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:

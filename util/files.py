@@ -1,9 +1,16 @@
-"""Files that are whole whenever the machine stops."""
+"""Files that are whole whenever the machine stops, and folders that one process writes at a time."""
 
+import fcntl
 import os
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from filelock import FileLock, Timeout, UnixFileLock
+
+from util.errors import UserError
 
 
 def refuse_pipe(path: Path) -> None:
@@ -12,25 +19,95 @@ def refuse_pipe(path: Path) -> None:
         raise OSError("it is a pipe or a device")
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in its place, both forced to the disk.
 
     ``path`` holds the old file or the new one at any moment; where ``write`` fails, the old one stays.
 
+    Args:
+        keep: where the old file is found afterwards.
     Raises:
         OSError: the disk is full, or the folder cannot be written; and whatever ``write`` raises.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+        with _opened_alone(temporary) as file:
+            try:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+                if keep is not None and path.exists():
+                    _name_also(path, keep)
+                temporary.replace(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        sync_folder(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)
         raise
-    sync_folder(path.parent)
+
+
+def _opened_alone(path: Path) -> BinaryIO:
+    """An empty file to write. Another process that writes the same is waited for; what a dead one left is taken over.
+
+    A file of one name, so that processes that are killed leave one at most.
+    """
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate(0)
+                return file
+        file.close()  # the other process has put it in its place
+
+
+def _name_also(path: Path, other: Path) -> None:
+    """Let ``other`` be the file that ``path`` is, with no moment at which either name is missing."""
+    link = other.with_name(other.name + ".tmp")
+    link.unlink(missing_ok=True)
+    try:
+        link.hardlink_to(path)
+    except OSError:  # a file system without links: ``path`` is missing until the new file comes
+        path.replace(other)
+    else:
+        link.replace(other)
+        link.unlink(missing_ok=True)  # it stays where both were one file already
+
+
+@contextmanager
+def held_alone(folder: Path) -> Iterator[None]:
+    """Make a run's folder and hold it; the system frees it when this process ends, however it ends.
+
+    Raises:
+        UserError: another process holds it, which is named; or it cannot be written.
+    """
+    lock = FileLock(folder / "lock")
+    place, new = Path(lock.lock_file), not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except Timeout:
+        owner = " ".join(place.read_text(encoding="utf-8").split())
+        raise UserError(
+            f"run_dir {folder} is in use by {owner}; end it, or set run_dir=... to another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"run_dir {folder} cannot be written ({error}); set run_dir=... to another folder") from error
+    native = isinstance(lock, UnixFileLock)  # else, without flock, its file has contents of its own
+    try:
+        if native:
+            place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        yield
+    finally:
+        if native:
+            place.unlink(missing_ok=True)
+        lock.release()
+        if new:
+            with suppress(OSError):
+                folder.rmdir()  # where nothing was written into it
 
 
 def sync_folder(folder: Path) -> None:

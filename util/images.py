@@ -3,13 +3,14 @@
 Pillow reads both: OpenCV decodes palette masks wrongly, and returns part of a truncated JPEG without a word.
 """
 
+import contextlib
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from util.errors import UserError
 from util.files import refuse_pipe
@@ -34,10 +35,12 @@ def read_image(path: Path) -> np.ndarray:
 
 def read_mask(path: Path) -> np.ndarray:
     """Mask of class ids (H, W), uint8; 0 background, 255 ignored. PNG alone: other formats blur or have no checksum."""
-    with _opened("mask", path, ("PNG",)) as image:
-        if image.mode not in MASK_MODES:
+    with _opened("mask", path, tuple(FORMATS)) as image:
+        if image.format != "PNG" or image.mode not in MASK_MODES:
+            what = f"has mode {image.mode}" if image.format == "PNG" else f"is a {image.format}"
             raise UserError(
-                f"mask {path} has mode {image.mode}; masks are palette or greyscale PNGs whose values are class ids"
+                f"mask {path} {what}; masks, the second path of a line, are palette or greyscale PNGs whose values are"
+                " class ids"
             )
         refuse_scaled(image, f"mask {path}")
         return np.asarray(image).astype(np.uint8, copy=False)
@@ -47,6 +50,14 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of a picture from its header alone."""
     with _opened("image", path, tuple(FORMATS), decoded=False) as image:
         return image.height, image.width
+
+
+def orientation(path: Path) -> int:
+    """EXIF's, 1 to 8, by which viewers turn a picture; 1, as stored, where it says nothing that can be read."""
+    with contextlib.suppress(UserError), _opened("image", path, tuple(FORMATS), decoded=False) as image:
+        value = image.getexif().get(ExifTags.Base.Orientation)
+        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    return 1
 
 
 def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: bool = True) -> ImageFile.ImageFile:
@@ -89,6 +100,20 @@ def refuse_scaled(image: ImageFile.ImageFile, name: str) -> None:
         raise UserError(f"{name} is not stored with plain 8 bits a channel, so its values are no ids; save it so")
 
 
+def hint_at(path: Path) -> str:
+    """Where a file that does not exist may be, by the mistakes that lists have; '' where it is not found."""
+    if "\\" in str(path):
+        return "; write / in place of \\ in the list"
+    suffixes = [suffix for known in FORMATS.values() for suffix in known]
+    renamed = [path.with_suffix(suffix) for lower in suffixes for suffix in (lower, lower.upper())]
+    if found := [other for other in renamed if other.is_file()]:
+        return f", but there is {found[0].name}"
+    for root in ("/", "."):  # the list's paths are absolute, or begin with data.root
+        if any(Path(root, *path.parts[n:]).is_file() for n in range(1, len(path.parts))):
+            return f", but would with data.root={root}"
+    return ""
+
+
 @contextmanager
 def _opened(kind: str, path: Path, formats: tuple[str, ...], *, decoded: bool = True) -> Iterator[ImageFile.ImageFile]:
     try:
@@ -97,6 +122,6 @@ def _opened(kind: str, path: Path, formats: tuple[str, ...], *, decoded: bool = 
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{kind} {path} does not exist; check data.root and the list") from None
+        raise UserError(f"{kind} {path} does not exist{hint_at(path)}; check data.root and the list") from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise UserError(f"{kind} {path} cannot be read ({error}); replace it or take it off the list") from error

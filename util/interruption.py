@@ -1,9 +1,21 @@
-"""Ctrl-C and SIGTERM: stop where the state is whole, so that it can be saved first."""
+"""Ctrl-C, SIGTERM and SIGHUP: the run goes on to where its state is whole, so that it can be saved first.
+
+A signal is only noted. Whoever works looks between two steps or two batches and stops there; nothing is raised in the
+middle of a statement, where it would be lost inside a destructor or leave a step half done.
+"""
 
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from model.parallel import processes
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+PATIENCE = 5.0
+"""seconds after which a second Ctrl-C ends the run at once, unsaved; torchrun and shells repeat a signal sooner"""
 
 
 class Stopped(KeyboardInterrupt):
@@ -15,14 +27,15 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """While entered, the first signal is noted (``requested``); a second one interrupts whatever is under way."""
+    """While entered, the first signal is noted (``requested``). SIGHUP stays ignored where it was, as under nohup."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
-        self._whole = False
+        self._since = 0.0
 
     def __enter__(self) -> "Interruption":
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,19 +43,15 @@ class Interruption:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        if self._whole:
-            raise Stopped(number)
-        if self.requested is not None:
+        if self.requested is None:
+            self.requested, self._since = number, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
             raise KeyboardInterrupt
-        self.requested = number
 
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Around work that leaves the run's state alone, such as an evaluation: a signal stops it right away."""
-        self._whole = True
-        try:
-            if self.requested is not None:
-                raise Stopped(self.requested)
-            yield
-        finally:
-            self._whole = False
+    def check(self, device: torch.device) -> None:
+        """Raise :class:`Stopped` in every process of the job when one of them was asked to stop; all must call it."""
+        asked = torch.tensor(self.requested or 0, device=device)
+        if processes() > 1:
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked > 0:
+            raise Stopped(int(asked))

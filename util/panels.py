@@ -24,16 +24,14 @@ def save_panels(
 ) -> None:
     """Draw ``number`` episodes of each kind: one picture an episode, and all of them on contact_sheet.png.
 
-    Pictures of an earlier evaluation are replaced.
+    Pictures of an earlier evaluation are replaced once all are drawn.
 
     Args:
         baseline: another network whose prediction is shown beside.
         counts: (N, 4), of the model on the episodes of ``source``
     """
-    for old in folder.glob("*.png"):
-        old.unlink()
     iou = episode_iou(counts)
-    sheet: list[list[Tile]] = []
+    pictures: dict[str, list[Tile]] = {}
     for kind, chosen in choose(iou, number).items():
         loader = build_eval_loader(config, source, chosen)
         for rank, (episode, row) in enumerate(
@@ -42,9 +40,12 @@ def save_panels(
             name = config.data.classes[source(episode).class_id - 1]
             (_, picture), *rest = row
             row = [(f"{kind} {rank}: {name}", picture), *rest]
-            save_picture(folder / f"{kind}_{rank}_{name.replace(' ', '_')}_episode{episode}.png", draw_rows([row]))
-            sheet.append(row)
-    save_picture(folder / "contact_sheet.png", draw_rows(sheet))
+            pictures[f"{kind}_{rank}_{name.replace(' ', '_')}_episode{episode}.png"] = row
+    for old in folder.glob("*.png"):
+        old.unlink()
+    for name, row in pictures.items():
+        save_picture(folder / name, draw_rows([row]))
+    save_picture(folder / "contact_sheet.png", draw_rows(list(pictures.values())))
 
 
 def choose(iou: np.ndarray, number: int) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """A run in progress: what training moves forward, and what a checkpoint must hold to continue it exactly."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from util.distributed import first_process_first
 from util.errors import UserError
 from util.record import code_sha256
 
-LAST, PREVIOUS = "last.pt", "previous.pt"
+LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     list_sha256: dict[str, str]
-    """of the lists the episodes come from, by path"""
+    """of the lists the episodes come from, 'train' and 'val'"""
     step: int = 0
     """steps done in the whole run; episodes and the learning rate are functions of it"""
     finished_step: int = 0
@@ -93,13 +94,24 @@ class Training:
             "model": self.model.state_dict(),
         }
 
+    def require_place(self, epoch_steps: int, total_steps: int) -> None:
+        """Raise UserError where the steps done are not those of a run of ``total_steps``, evaluated between epochs."""
+        done, finished = self.step, self.finished_step
+        if finished % epoch_steps or not 0 <= finished <= done <= min(finished + epoch_steps, total_steps):
+            raise UserError(
+                f"the checkpoint stands at step {done} with {finished} dealt with, which no run of {total_steps} steps,"
+                f" {epoch_steps} an epoch, ever does: it is damaged; resume from another, or start anew with another"
+                " run_dir"
+            )
+
     def restore(self, checkpoint: dict[str, Any]) -> None:
         """Continue where :meth:`save_last` stood.
 
         Raises:
             KeyError, TypeError, ValueError, RuntimeError, AttributeError: the contents are not what it writes.
         """
-        if type(checkpoint["finished_step"]) is not int or checkpoint["sums"].keys() != self.sums.keys():
+        whole = type(checkpoint["finished_step"]) is int and all(type(v) is float for v in checkpoint["sums"].values())
+        if not whole or checkpoint["sums"].keys() != self.sums.keys():
             raise ValueError("strange contents")
         for name in ("step", "finished_step", "best_miou", "seconds", "sums"):
             setattr(self, name, checkpoint[name])
@@ -180,7 +192,8 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
     for name, digest in list_sha256.items():
         if checkpoint["list_sha256"].get(name) != digest:
             raise UserError(
-                f"list {name} has changed since checkpoint {path} was written, so its episodes would be others;"
+                f"list {getattr(config.data, f'{name}_list')} has changed since checkpoint {path} was written, so its"
+                " episodes would be others;"
                 " restore the list, or start anew with another run_dir"
             )
     if checkpoint.get("code_sha256") != code_sha256() and not config.resume_changed_code:
@@ -188,4 +201,7 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
             f"the code (train.py, model/ or util/) has changed since checkpoint {path} was written; check out the"
             " revision that run.json beside it names, or set resume_changed_code=true to go on with this one"
         )
+    if path == previous and config.resume == "auto" and rank() == 0:
+        with suppress(FileNotFoundError):
+            last.replace(last.with_name(DAMAGED))  # the next save would make it the one before, in place of a good one
     return checkpoint, path

@@ -1,0 +1,71 @@
+"""The lists of PASCAL-5i that are published, known by the hash of their ids.
+
+Papers of this lineage train on VOC 2012 ``train`` united with SBD ``train_noval``; a list of another length moves
+results by points. VOC's own masks have an ignored border, SBD's have none: their number tells whether it was lost.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from util.class_index import Item
+from util.errors import first_of
+
+LISTS = Path(__file__).resolve().parent.parent / "lists"
+
+
+class Published(NamedTuple):
+    """A list that is known."""
+
+    title: str
+    split: str
+    """'train' or 'val'; '' for one that papers do not use"""
+    ignored: int | None
+    """masks that hold 255, where that is known"""
+
+
+PUBLISHED = {
+    "a9bc0a1466deee7a9d4923ae677ec6098f090110a60cb769052a4abad586746c": Published(
+        "PASCAL-5i train, 5953, as published", "train", 1464
+    ),
+    "cdc1326d12f69ce5153aa5da04a4d8783e146868d42d19f82f44e74b97ac907d": Published(
+        "PASCAL-5i val, 1449, as published", "val", 1449
+    ),
+    "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24": Published("the 10582 list", "train", 1464),
+    "0b2068f7a359d2907431803e1cd63bf6162da37d7d503b589d3b08c6fd0c2432": Published(
+        "SBD alone, 5623: not what papers use", "", None
+    ),
+    "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20": Published(
+        "VOC train alone, 1464: not what papers use", "", 1464
+    ),
+}
+"""SHA-256 of the sorted ids, one a line"""
+
+
+def published(items: Iterable[Item]) -> Published | None:
+    """Which list these are the photos of, whatever their order and folders; None where it is not known."""
+    ids = sorted({item.image.stem for item in items})
+    return PUBLISHED.get(hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest())
+
+
+def title_of(items: Iterable[Item]) -> str:
+    """What to call a list on screen."""
+    known = published(items)
+    return known.title if known else "unknown"
+
+
+def is_benchmark(dataset: str) -> bool:
+    """Whether figures on a data set of this name are compared with published ones."""
+    return dataset.upper().startswith(("PASCAL", "COCO"))
+
+
+def overlap(train: Iterable[Item], val: Iterable[Item]) -> str | None:
+    """The problem, where photos stand in the list for training and in the one for validation."""
+    shared = sorted({str(item.image) for item in train} & {str(item.image) for item in val})
+    if not shared:
+        return None
+    return (
+        f"{len(shared)} photos stand in the training and in the validation list ({first_of(shared, separator=', ')});"
+        " what was trained on says nothing about new pictures: take them off one of the lists"
+    )
