@@ -30,9 +30,10 @@ def mean_over_batch(total: Tensor, count: Tensor | int) -> Tensor:
         total: scalar with a gradient, the sum over this process's episodes
         count: what the sum is over, in this process; an empty batch counts as 1
     """
-    everyone = torch.as_tensor(count, device=total.device, dtype=torch.float32)
-    if processes() > 1:
-        dist.all_reduce(everyone)
+    if processes() == 1:
+        return total / (count.clamp_min(1) if isinstance(count, Tensor) else max(count, 1))
+    everyone = total.new_zeros((), dtype=torch.float32) + count  # nothing is copied from the host
+    dist.all_reduce(everyone)
     return total * processes() / everyone.clamp_min(1)
 
 

@@ -30,14 +30,22 @@ class PrototypeBank(nn.Module):
     @torch.no_grad()
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
         """Store (N, C) prototypes, oldest first, each under its class id (N,)."""
+        if not len(prototypes):
+            return
         kept = (prototypes.abs().amax(1) > 0) | self.keep_empty
-        prototypes, classes = prototypes[kept].to(self.prototypes.dtype), class_ids[kept] - 1
-        same = classes[:, None] == classes[None, :]
+        classes = class_ids - 1
+        same = (classes[:, None] == classes[None, :]) & kept[None, :]
         rank = same.tril(-1).sum(1)  # how many of the same class come before in this call
-        newest = same.triu(1).sum(1) < self.capacity  # what this very call would overwrite is not written
-        slot = (self.stored[classes] + rank) % self.capacity
-        self.prototypes[classes[newest], slot[newest]] = prototypes[newest]
-        self.stored += torch.bincount(classes, minlength=len(self.stored))
+        written = kept & (same.triu(1).sum(1) < self.capacity)  # what this very call would overwrite is not written
+        place = classes * self.capacity + (self.stored[classes] + rank) % self.capacity
+        # All shapes are fixed, so that a GPU is not waited for: a row that is not written repeats one that is, and
+        # where none is, the row that stands at its place.
+        first = written.to(torch.uint8).argmax()
+        place = torch.where(written, place, place[first])
+        flat = self.prototypes.view(-1, self.prototypes.shape[2])
+        source = torch.where(written[:, None], prototypes, prototypes[first]).to(flat.dtype)
+        flat[place] = torch.where(written.any(), source, flat[place])
+        self.stored.index_add_(0, classes, kept.to(self.stored.dtype))
 
     def of_classes(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prototypes of the classes (N,): (N, capacity, C), and which slots are filled: (N, capacity), boolean."""

@@ -90,9 +90,9 @@ def train(
         losses = training.criterion(
             output, on_device.query_mask, on_device.support_masks, on_device.class_id, on_device.query_classes
         )
-        asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
+        asked_to_stop = torch.full((), float(stop.requested or 0), device=device)
         values = torch.stack([*(term.detach() for term in losses), asked_to_stop])
-        *means, asked = log_mean(values).tolist()  # the step's only synchronisation
+        *means, stopping = log_mean(values).tolist()
         terms = dict(zip(LossTerms._fields, means, strict=True))
         if not math.isfinite(terms["total"]):
             shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
@@ -119,7 +119,7 @@ def train(
             refresh=False,
         )
         bar.update()
-        if asked > 0:
+        if stopping > 0:
             raise Stopped(stop.requested or signal.SIGTERM)
 
 

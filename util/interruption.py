@@ -50,8 +50,10 @@ class Interruption:
 
     def check(self, device: torch.device) -> None:
         """Raise :class:`Stopped` in every process of the job when one of them was asked to stop; all must call it."""
-        asked = torch.tensor(self.requested or 0, device=device)
+        number = self.requested or 0
         if processes() > 1:
+            asked = torch.tensor(number, device=device)
             dist.all_reduce(asked, dist.ReduceOp.MAX)
-        if asked > 0:
-            raise Stopped(int(asked))
+            number = int(asked)
+        if number:
+            raise Stopped(number)

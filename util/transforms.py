@@ -4,6 +4,7 @@ Shapes: image (H, W, 3) RGB uint8, mask (H, W) uint8 with 255 ignored, S the sid
 """
 
 import math
+from functools import cache
 
 import cv2
 import numpy as np
@@ -22,8 +23,16 @@ cv2.setNumThreads(1)  # loader workers are the parallelism
 
 def normalize(images: Tensor) -> Tensor:
     """uint8 RGB (..., 3, H, W) -> float32 with ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    mean, std = _statistics(images.device)
     return (images.float() - mean) / std
+
+
+@cache
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation on a device, copied there once."""
+    with torch.inference_mode(False):  # made in an evaluation, they serve training as well
+        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
+    return mean, std
 
 
 def augment(
