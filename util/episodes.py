@@ -9,7 +9,7 @@ import numpy as np
 
 from util.class_index import ClassIndex
 from util.errors import UserError
-from util.files import refuse_pipe
+from util.files import refuse_pipe, write_text
 
 
 class EpisodeFiles(NamedTuple):
@@ -133,17 +133,18 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
     def name(place: int) -> str:
         return sampler.index.items[place].image.relative_to(root).as_posix()
 
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            episode = sampler(number)
-            record = {
-                "query": name(episode.query),
-                "supports": [name(place) for place in episode.supports],
-                "class_id": episode.class_id,
-                "class": class_names[episode.class_id - 1],
-                "list_sha256": sampler.index.list_sha256,
-            }
-            file.write(json.dumps(record) + "\n")
+    def line(number: int) -> str:
+        episode = sampler(number)
+        record = {
+            "query": name(episode.query),
+            "supports": [name(place) for place in episode.supports],
+            "class_id": episode.class_id,
+            "class": class_names[episode.class_id - 1],
+            "list_sha256": sampler.index.list_sha256,
+        }
+        return json.dumps(record) + "\n"
+
+    write_text(path, "".join(map(line, range(count))))
 
 
 def _read_episode(

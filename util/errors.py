@@ -1,6 +1,8 @@
 """User mistakes end in one line and exit code 2, never in a traceback."""
 
+import errno
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -20,9 +22,19 @@ class UserError(Exception):
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
-    """Run a command line's ``main`` and exit: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run a command line's ``main`` and exit: 0, 2 for a user's mistake or a full disk, 130 for Ctrl-C."""
+    threading.excepthook = _report_in_thread
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if not _is_full_disk(error):
+            raise
+        sys.stdout = sys.stderr  # else Python would flush it once more at the end, in case it is what is full
+        what = error.filename or "the output"
+        _refuse(f"cannot write {what} ({error.strerror}); free some space, or choose another place")
     except (UserError, WeightsError) as error:
         _refuse(error)
     except (MemoryError, RuntimeError) as error:
@@ -40,6 +52,16 @@ def _refuse(reason: object) -> NoReturn:
     text = " ".join(str(reason).splitlines())
     print("error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)
     sys.exit(2)
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _report_in_thread(args: threading.ExceptHookArgs) -> None:
+    """A thread that writes events hands a full disk on to the main one."""
+    if not _is_full_disk(args.exc_value):
+        threading.__excepthook__(args)
 
 
 def _is_out_of_memory(error: Exception) -> bool:
