@@ -39,6 +39,9 @@ from util.images import compare_checksums, read_image, read_mask
 from util.progress import progress
 from util.synthetic import voc_palette
 
+LARGEST = 64 * 2**20
+"""bytes that a photo, a mask or a list may have; theirs have less than a hundredth of it"""
+
 EXPECTED: dict[str, tuple[int, str | None]] = {
     "VOC train": (1464, "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20"),
     "SBD train_noval": (5623, "0b2068f7a359d2907431803e1cd63bf6162da37d7d503b589d3b08c6fd0c2432"),
@@ -142,6 +145,11 @@ class Source:
                     if not member.isreg() or not name.startswith(self.prefix):
                         continue
                     name = name.removeprefix(self.prefix)
+                    if name in wanted and member.size > LARGEST:
+                        raise UserError(
+                            f"{self.path} holds {name} of {member.size:,} bytes, which is no photo and no mask; delete"
+                            " it and download it again"
+                        )
                     file = archive.extractfile(member) if name in wanted else None
                     yield name, file.read() if file else b""
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
