@@ -7,6 +7,7 @@ FEM (eq. 9, ``fem.py``) takes that prototype in.
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from model.ops import masked_average_pool
@@ -47,3 +48,20 @@ def mine_distracting_objects(
         mask = torch.maximum(mask, (known > 0.5).to(mask.dtype))
     prototype = masked_average_pool(query_feature, mask)
     return mask, prototype if average == "region" else prototype * mask.mean((-2, -1), keepdim=True)
+
+
+def distracting_similarity(query_feature: Tensor, do_prototype: Tensor) -> Tensor:
+    """S_DO, how much each query position is like the distracting objects; beyond the paper.
+
+        S_DO(x) = cos(X^q(x), P_DO)
+
+    Eq. 9 adds one vector of P_DO to all positions alike. Whatever FEM learns from it, it cannot compare a position with
+    P_DO: X_act is another space than X^q, from which P_DO comes. This map makes the comparison.
+
+    Args:
+        query_feature: X^q, (B, C, h, w)
+        do_prototype: P_DO, (B, C, 1, 1)
+    Returns:
+        (B, 1, h, w) in [0, 1], since X^q is not negative; zero where P_DO is
+    """
+    return F.cosine_similarity(query_feature.float(), do_prototype.float(), dim=1, eps=1e-4).unsqueeze(1)

@@ -23,7 +23,7 @@ from model.backbone import Backbone, Features
 from model.base_learner import BaseLearner, base_elsewhere, base_posterior
 from model.bgem import BGEM
 from model.bgmm import BGMM, DeepBGMM
-from model.doem import Average
+from model.doem import Average, distracting_similarity
 from model.elimination import Eliminated, Elimination
 from model.fem import FEM, FEMScale
 from model.matching import FeatureMatching
@@ -104,8 +104,8 @@ class NTRENet(nn.Module):
     """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
-    Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one, which FEM follows with P_DO and, if it is built with a
-    prior, C_p; or with ``every_scale`` one for each of FEM's scales (the authors' code).
+    Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one: FEM follows with P_DO and, if it is built with a prior,
+    C_p, less S_DO with ``do_similarity``. With ``every_scale`` each of FEM's scales has its own (the authors' code).
     """
 
     def __init__(
@@ -119,6 +119,7 @@ class NTRENet(nn.Module):
         bgem: BGEM | None = None,
         eliminations: Sequence[Elimination] = (),
         every_scale: bool = False,
+        do_similarity: bool = False,
         base_learner: BaseLearner | None = None,
     ) -> None:
         super().__init__()
@@ -128,7 +129,7 @@ class NTRENet(nn.Module):
         self.bgmm = bgmm
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
-        self.every_scale = every_scale
+        self.every_scale, self.do_similarity = every_scale, do_similarity
         self.base_learner = base_learner
         self.fem = fem
 
@@ -233,6 +234,8 @@ class NTRENet(nn.Module):
             else:
                 (once,) = eliminated
                 seen = (prior if base is None else base) if self.fem.with_prior else None
+                if seen is not None and self.do_similarity:
+                    seen = seen - distracting_similarity(x_q, once.do_prototype)
                 out = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
 
         return NTRENetOutput(
@@ -258,6 +261,7 @@ def build_ntrenet(
     elimination: EliminationKind = "single",
     do_average: Average = "image",
     fem_prior: bool = True,
+    do_similarity: bool = True,
     base_classes: int = 0,
     channels: int = 256,
     prototype_channels: int = 640,
@@ -272,6 +276,7 @@ def build_ntrenet(
             which with ``do_average`` "image" and ``prototype_channels`` 256 is their network.
         do_average: see :func:`model.doem.mine_distracting_objects`.
         fem_prior: FEM takes C_p beside P_DO where ``elimination`` is single; at each scale FM has just taken it.
+        do_similarity: S_DO is taken off that C_p, see :func:`model.doem.distracting_similarity`.
         base_classes: of the base learner, see :mod:`model.base_learner`; 0 for none.
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
@@ -295,6 +300,7 @@ def build_ntrenet(
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[Elimination(**sizes, deep=deep, do_average=do_average) for _ in range(count)],
         every_scale=every_scale,
+        do_similarity=do_similarity,
         base_learner=learner,
     )
     _initialise(network)

@@ -51,6 +51,8 @@ def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks
         elif not model.every_scale:
             eliminated = [elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p)]
             seen = c_p if model.fem.with_prior else None
+            if seen is not None and model.do_similarity:
+                seen = seen - F.cosine_similarity(x_q, eliminated[0][3], dim=1, eps=1e-4).unsqueeze(1)
             feature_logits, scale_logits = fem(model.fem, eliminated[0][0], eliminated[0][3], seen)
         else:
             for part, side in zip(model.eliminations, sides, strict=True):

@@ -42,6 +42,8 @@ from util.progress import progress
 from util.published import LISTS, published
 from util.synthetic import voc_palette
 
+LARGEST = 64 * 2**20
+"""bytes that a photo, a mask or a list may have; theirs have less than a hundredth of it"""
 DOWNLOADS = {
     "voc": (
         "VOCtrainval_11-May-2012.tar",
@@ -117,6 +119,11 @@ class Source:
                     if not member.isreg() or not name.startswith(self.prefix):
                         continue
                     name = name.removeprefix(self.prefix)
+                    if name in wanted and member.size > LARGEST:
+                        raise UserError(
+                            f"{self.path} holds {name} of {member.size:,} bytes, which is no photo and no mask; delete"
+                            " it and download it again"
+                        )
                     file = archive.extractfile(member) if name in wanted else None
                     yield name, file.read() if file else b""
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:

@@ -162,6 +162,7 @@ OTHER_VALUES = {
     "model.elimination": "per_scale",
     "model.do_average": "region",
     "model.fem_prior": False,
+    "model.do_similarity": False,
     "model.base_learner": True,
     "model.prototype_channels": 12,
     "model.fem_scales": [1.0, 0.5],
@@ -601,7 +602,7 @@ ABLATIONS = {
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
     "per_scale": {"model.elimination": "per_scale"},
     "base_learner": {"model.base_learner": True},
-    "printed": {"model.do_average": "region", "model.fem_prior": False},
+    "printed": {"model.do_average": "region", "model.fem_prior": False, "model.do_similarity": False},
     "authors": {
         "data.blur": 0.5,
         "model.elimination": "authors",

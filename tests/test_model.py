@@ -636,7 +636,7 @@ ROWS = {  # Table 3: bgem, doem, pcl
     "authors": (True, True, True),
 }
 KINDS = {
-    "printed": {"do_average": "region", "fem_prior": False},
+    "printed": {"do_average": "region", "fem_prior": False, "do_similarity": False},
     "per scale": {"elimination": "per_scale"},
     "authors": {"elimination": "authors"},
 }
@@ -738,7 +738,9 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0, ro
 
     y_bg = bgmm(x_q)
     x_act, y_ini, y_do, p_do = plain_elimination(w, "eliminations.0", x_q, p_bg, y_bg, p_s, out.prior, eq_8=printed)
-    y, inner = pfenet_fem(head, x_act, p_do, None if printed else out.prior, scales)  # eq. 9
+    cosine = (x_q * p_do).sum(1, keepdim=True) / (x_q.norm(dim=1, keepdim=True) * p_do.norm(dim=1, keepdim=True))
+    evidence = None if printed else out.prior - torch.nan_to_num(cosine)
+    y, inner = pfenet_fem(head, x_act, p_do, evidence, scales)  # eq. 9
 
     assert 0 < y_do[0].mean() < 1
     assert 0 < y_do[1].mean() < 1
@@ -962,6 +964,7 @@ def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
         "initial_logits": (2, 1, 9, 9) if doem else None,
         "do_mask": (2, 1, 9, 9) if doem else None,
         "do_prototype": (2, 8, 1, 1) if doem else None,
+        "base_logits": None,
     }
     assert {
         n: v if v is None else tuple(v.shape)

@@ -53,7 +53,7 @@ SETTING = Setting("Toy-5i", "resnet50", 1)
 def config(variant: str = "full", **keys: Any) -> dict[str, Any]:
     bgem, doem, pcl, negatives, channels, elimination = SWITCHES[variant]
     model = {"weights": "imagenet", "bgem": bgem, "doem": doem, "prototype_channels": channels}
-    model |= {"do_average": "image", "fem_prior": True}
+    model |= {"do_average": "image", "fem_prior": True, "do_similarity": True}
     return {
         "data": {"train_list": "train.txt", "shots": 1},
         "model": model | {"elimination": elimination} | keys.get("model", {}),

@@ -98,6 +98,7 @@ def build_model(
         elimination=config.model.elimination,
         do_average=config.model.do_average,
         fem_prior=config.model.fem_prior,
+        do_similarity=config.model.do_similarity,
         base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
         channels=CHANNELS,
         prototype_channels=config.model.prototype_channels,

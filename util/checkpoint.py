@@ -28,6 +28,7 @@ FIXED_IN_TEST = (
     "model.elimination",
     "model.do_average",
     "model.fem_prior",
+    "model.do_similarity",
     "model.base_learner",
     "model.prototype_channels",
     "model.fem_scales",

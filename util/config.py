@@ -101,6 +101,8 @@ class ModelConfig(Section):
     """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
     fem_prior: bool = True
     """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
+    do_similarity: bool = True
+    """that C_p is given less S_DO, the cosine similarity of each position with P_DO; needs fem_prior"""
     base_learner: bool = False
     """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
     prototype_channels: Count = 640

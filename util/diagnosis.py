@@ -53,8 +53,8 @@ def count(
     """Run the episodes at their queries' own sizes, by the rules of test.py.
 
     Args:
-        target_as_distractor: FEM is given the target's own prototype, from the ground truth, as P_DO. A network that
-            reads P_DO then loses the target.
+        target_as_distractor: the target's own prototype, from the ground truth, takes the place of P_DO. A network
+            that reads P_DO then loses the target. Only for a network that eliminates once, without base learner.
     """
     model.eval()
     histogram = np.zeros((len(episodes), len(REGIONS), len(EDGES) + 1), np.int64)
@@ -98,11 +98,10 @@ def _with_target_as_distractor(
     x_q = output.query_feature
     target = resize((query_masks == 1).float().unsqueeze(1), (x_q.shape[-2], x_q.shape[-1]))
     prototype = masked_average_pool(x_q, target)
-    if model.every_scale or not len(model.eliminations):
-        raise ValueError("only a network that eliminates distracting objects once takes another prototype for theirs")
     if model.eliminations[0].do_average == "image":
         prototype = prototype * target.mean((-2, -1), keepdim=True)
-    hook = model.fem.register_forward_pre_hook(lambda _, args: (args[0], prototype.to(args[1].dtype), *args[2:]))
+    (elimination,) = model.eliminations
+    hook = elimination.register_forward_hook(lambda _, inputs, found: found._replace(do_prototype=prototype))
     try:
         return model.eliminate_and_enrich(x_q, output.support_prototype, output.prior, (image_size, image_size))
     finally:

@@ -19,6 +19,27 @@ def refuse_pipe(path: Path) -> None:
         raise OSError("it is a pipe or a device")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about; what comes from writing to an open one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # not what Pillow says of formats
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda file: file.write(data))
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in its place, both forced to the disk.
 
@@ -30,22 +51,18 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: P
         OSError: the disk is full, or the folder cannot be written; and whatever ``write`` raises.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with _opened_alone(temporary) as file:
-            try:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                if keep is not None and path.exists():
-                    _name_also(path, keep)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with naming(path), _opened_alone(temporary) as file:
+        try:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _name_also(path, keep)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    sync_folder(path.parent)
 
 
 def _opened_alone(path: Path) -> BinaryIO:
@@ -99,7 +116,8 @@ def held_alone(folder: Path) -> Iterator[None]:
     native = isinstance(lock, UnixFileLock)  # else, without flock, its file has contents of its own
     try:
         if native:
-            place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            with naming(place):
+                place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         if native:

@@ -48,7 +48,7 @@ ROUNDING = 0.1
 MAY_DIFFER = {
     *("data.root", "data.train_list", "data.val_list", "data.fold", "data.shots"),
     *("model.backbone", "model.bgem", "model.doem", "model.prototype_channels", "model.elimination"),
-    *("model.do_average", "model.fem_prior", "model.base_learner"),
+    *("model.do_average", "model.fem_prior", "model.do_similarity", "model.base_learner"),
     *("loss.pcl", "loss.pcl_negatives", "eval.episodes", "eval.batch_size", "eval.every", "eval.geometry"),
     *("seed", "run_dir", "resume", "device", "precision", "workers"),
 }
@@ -69,6 +69,7 @@ class Switches(Part):
     elimination: Literal["single", "per_scale", "authors"] = "single"
     do_average: Literal["image", "region"] = "region"
     fem_prior: bool = False
+    do_similarity: bool = False
     base_learner: bool = False
 
 
@@ -256,12 +257,11 @@ def variant_of(config: RunConfig) -> str:
         return step
     channels = 256 if model.elimination == "authors" else CHANNELS
     departures = [f"channels_{model.prototype_channels}"] if model.prototype_channels != channels else []
-    if model.elimination == "single" and model.doem:
-        departures += {("image", True): [], ("region", False): ["printed"]}.get(
-            (model.do_average, model.fem_prior), ["other"]
-        )
-    elif model.elimination != "single":
+    form = (model.do_average, model.fem_prior, model.do_similarity)
+    if model.elimination != "single":
         departures += [model.elimination] if model.do_average == "image" else ["other"]
+    elif model.doem and form != ("image", True, True):
+        departures += ["printed"] if form == ("region", False, False) else ["other"]
     departures += ["base_learner"] if model.base_learner else []
     departures += [f"negatives_{loss.pcl_negatives}"] if loss.pcl and loss.pcl_negatives != "do" else []
     if not departures:
