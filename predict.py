@@ -76,8 +76,8 @@ def main() -> None:
 
     def draw(pixels: np.ndarray) -> Outputs:
         if args.targets is not None:
-            return draw_labels(segmenter, targets, pixels, args.threshold)
-        return draw_one(segmenter, targets[ONLY], pixels, args.threshold, args.maps)
+            return draw_labels(segmenter, targets, pixels, threshold=args.threshold, edges=args.edges)
+        return draw_one(segmenter, targets[ONLY], pixels, threshold=args.threshold, edges=args.edges, maps=args.maps)
 
     to_read = [query for query in queries if truths or query.name not in finished]  # the finished are scored as well
     scores: dict[str, float] = {}
@@ -117,6 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--query", type=Path, nargs="+", required=True, help="pictures, and folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the probability")
+    parser.add_argument("--edges", action="store_true", help="draw borders along the picture's edges (GrabCut)")
     parser.add_argument("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
     parser.add_argument("--truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
     parser.add_argument("--overwrite", action="store_true", help="do again what is finished")
@@ -145,6 +146,7 @@ def settings(args: argparse.Namespace, files: dict[str, TargetFiles]) -> dict[st
         "checkpoint": sha256_of(args.checkpoint),
         "targets": {name: target.fingerprint() for name, target in files.items()},
         "threshold": args.threshold,
+        "edges": args.edges,
     }
 
 

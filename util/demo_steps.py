@@ -158,7 +158,7 @@ def view(photos: Sequence[Photo], results: Sequence[Segmentation], chosen: int, 
     result = results[chosen]
     return View(
         photo=overlay(photo.pixels, result.probability > threshold, TARGET),
-        prior=heat(result.prior),
+        prior=None if result.prior is None else heat(result.prior),
         bg=None if result.bg is None else heat(result.bg),
         distractor=None if result.distractor is None else overlay(photo.pixels, result.distractor > 0.5, DISTRACTOR),
         mask_file=str(write_mask(photo, result, threshold, folder)),
