@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from model.backbone import Backbone, build_backbone, fold_batch_norm
 from model.efficientnet_lite import last_blocks
-from model.weights import WeightsInfo, read_weights
+from model.weights import imagenet_file, read_weights
 
 PASSES = 2
 """self-support passes"""
@@ -151,16 +151,25 @@ class TrainingFree(nn.Module):
 
 def build_training_free(
     name: str = "efficientnet_lite0", *, weights: str = "imagenet", weights_dir: Path = Path("initmodel")
-) -> tuple[TrainingFree, WeightsInfo]:
-    """The method on a backbone by name; arguments and errors as :func:`model.backbone.build_backbone` has them.
-
-    EfficientNet-Lite0 is read to its last block: what the networks leave out tells classes apart best here.
-    """
+) -> TrainingFree:
+    """The method on a backbone by name; arguments and errors as :func:`model.backbone.build_backbone` has them."""
     backbone, info = build_backbone(name, weights=weights, weights_dir=weights_dir)
     backbone.fold_batch_norm()
+    return on_backbone(name, backbone, weights if weights == "random" else info.source)
+
+
+def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> TrainingFree:
+    """The method on a backbone that is there, such as a network's.
+
+    EfficientNet-Lite0 is read to its last block: what the networks leave out tells classes apart best here.
+
+    Args:
+        weights: of those last blocks; 'imagenet' (from the pip package), 'random' or a file.
+    """
     last = None
     if name == "efficientnet_lite0":
-        last = last_blocks(None if weights == "random" else read_weights(Path(info.source))[0])
+        path = imagenet_file(name, Path()) if weights == "imagenet" else Path(weights)
+        last = last_blocks(None if weights == "random" else read_weights(path)[0])
         fold_batch_norm(last)
-    model = TrainingFree(backbone=backbone, last=last)
-    return model.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
+        last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TrainingFree(backbone=backbone.to(memory_format=torch.channels_last), last=last)  # type: ignore[call-overload]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
@@ -515,6 +516,42 @@ def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded(
         pictures.read_picture(cut)
 
 
+# Without a checkpoint, with edges, and where nothing is found
+
+
+def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world: Path, tmp_path: Path) -> None:
+    options = [*supported(world)[2:], "--query", world / "q0.png", world / "q1.png"]
+    result = succeeded(process(ROOT / "predict.py", *options, "--out", "out", "--maps", cwd=tmp_path))
+    assert "not the paper's network" in result.out and "efficientnet_lite0" in result.out
+    free = NTRESegmenter.training_free(device="cpu")
+    endings = ("mask.png", "overlay.jpg", "probability.png")
+    assert files_in(tmp_path / "out") == {f"q{n}_{ending}" for n in (0, 1) for ending in endings} | {"predict.json"}
+    for n in (0, 1):
+        found = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[n], edges=True)
+        np.testing.assert_array_equal(load(tmp_path / f"out/q{n}_mask.png") > 0, found.mask)
+        assert found.mask.any()
+    succeeded(call(*options, "--out", tmp_path / "plain", "--no-edges"))
+    plain = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
+    np.testing.assert_array_equal(load(tmp_path / "plain/q0_mask.png") > 0, plain.mask)
+    refused(call(*options, "--checkpoint", world / "small.pt", "--backbone", "resnet50", "--out", "o"), "--backbone")
+
+
+def test_edges_are_drawn_for_a_network_where_asked_for(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
+    threshold = float((world / "threshold").read_text())
+    found = segmenter.segment(*SUPPORTS[0], QUERIES[0], threshold=threshold, edges=True)
+    mask = mask_of(world, tmp_path, *one_support(world, world / "s0.png", world / "m0.png"), "--edges")
+    np.testing.assert_array_equal(mask > 0, found.mask)
+    assert (found.mask != (found.probability > threshold)).any()
+
+
+def test_the_end_says_where_nothing_was_found_and_what_to_try(world: Path, tmp_path: Path) -> None:
+    options = [*supported(world), "--query", *(world / f"q{n}.png" for n in range(3)), "--out", tmp_path]
+    result = succeeded(call(*options, "--threshold", 0.9999))
+    assert "nothing found in 3 of 3 pictures (q0, q1, q2); try a lower --threshold (now 0.9999)" in result.out
+    assert "trained on Synthetic-5i, fold 0, at 65 pixels (drawings, not photos" in result.out
+    assert "nothing found" not in succeeded(call(*options, "--threshold", 0.0001, "--overwrite")).out
+
+
 # torch.hub
 
 HUB = """
@@ -547,3 +584,8 @@ def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_other_backbones(
     for line in others:
         assert line.startswith("UserError checkpoint")
         assert line.endswith("load it with ntrenet_efficientnet_lite0")
+
+
+def test_hub_gives_a_segmenter_without_a_checkpoint() -> None:
+    free = torch.hub.load(str(ROOT), "training_free", source="local", device="cpu")
+    assert free.segment(*SUPPORTS[0], SUPPORTS[0][0]).mask[SUPPORTS[0][1]].mean() > 0.5

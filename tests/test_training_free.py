@@ -1,16 +1,22 @@
 """Training-free segmentation against a loop over positions, its properties, and its edges."""
 
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scenes import scene
+from PIL import Image
+from scenes import ROOT, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
+from util.build import build_eval_sampler, build_index
+from util.config import load_config
 from util.edges import sharp_mask
 from util.errors import UserError
 from util.segmenter import NTRESegmenter, TrainingFreeSegmenter
@@ -193,3 +199,48 @@ def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_
     assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), picture).any()
     for side in (1, 9):
         assert sharp_mask(np.eye(side, dtype=np.float32), picture[:side, :side]).shape == (side, side)
+
+
+# On an evaluation's episodes
+
+
+def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(synthetic: Path, tmp_path: Path) -> None:
+    lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
+    overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=4", "device=cpu", "precision=fp32"]
+    config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
+    out = tmp_path / "r.json"
+    done = evaluation("--config", config, "--baselines", "--out", out, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "training-free, edges" in done.stdout
+    results = json.loads(out.read_text())
+    assert results["checkpoint"] is None and "miou" not in results
+
+    settings = load_config(config, overrides)
+    index = build_index(settings, "val")
+    sampler = build_eval_sampler(settings, index, 0)
+    method = NTRESegmenter.training_free(device="cpu", precision="fp32")
+    for name, edges in (("training_free", False), ("training_free_edges", True)):
+        counts = np.zeros((5, 2))  # class, intersection and union
+        for number in range(4):
+            episode = sampler(number)
+            pictures = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
+            labels = [np.array(Image.open(index.items[i].mask)) for i in (episode.query, *episode.supports)]
+            found = method.segment(pictures[1:], labels[1:], pictures[0], episode.class_id, edges=edges)
+            truth, valid = labels[0] == episode.class_id, labels[0] != 255
+            counts[episode.class_id - 1] += (found.mask & truth).sum(), ((found.mask | truth) & valid).sum()
+        expected = 100 * (counts[:, 0] / np.maximum(counts[:, 1], 1)).mean()
+        assert results["baselines"][name]["miou"] == pytest.approx(expected, abs=0.01)
+        assert expected > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [([], "--checkpoint, --baselines"), (["--baselines", "--panel", "p.png"], "show a network")]
+)
+def test_an_evaluation_of_nothing_is_refused(words: list[str], message: str) -> None:
+    done = evaluation("--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def evaluation(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, ROOT / "test.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -77,6 +77,12 @@ def with_legend(pixels: np.ndarray, names: list[str]) -> Image.Image:
     return sheet
 
 
+def shows_nothing(outputs: Outputs) -> bool:
+    """Whether no pixel is target."""
+    mask = outputs.get("mask.png", outputs.get("labels.png"))
+    return mask is not None and not np.asarray(mask).any()
+
+
 def output_path(out: Path, name: str, ending: str) -> Path:
     return out / f"{name}_{ending}"
 

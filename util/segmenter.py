@@ -39,6 +39,7 @@ from util.config import Config
 from util.edges import sharp_mask
 from util.errors import UserError
 from util.pictures import as_rgb, mask_values, target_mask
+from util.synthetic import CLASS_NAMES
 from util.transforms import fit, normalize, to_original
 
 AnyPicture = np.ndarray | Image.Image
@@ -78,6 +79,8 @@ class Segmenter(ABC, Generic[Q, T]):
     """of the probability, where none is given"""
     maps: tuple[str, ...] = ()
     """names of the maps that a segmentation has beside the probability"""
+    about: str
+    """what it is and what it was trained on, in a sentence"""
 
     def segment(
         self,
@@ -176,6 +179,12 @@ class NTRESegmenter(Segmenter[Query, Target]):
         options = config.model
         there = {"prior": True, "bg": options.bgem, "distractor": options.doem}
         self.maps = tuple(name for name, is_there in there.items() if is_there)
+        data = config.data
+        self.about = (
+            f"a network on {options.backbone}, trained on {data.dataset}, fold {data.fold}, at {data.image_size} pixels"
+        )
+        if data.classes == list(CLASS_NAMES):
+            self.about += " (drawings, not photos: on photos expect little of it, and less than without a checkpoint)"
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "NTRESegmenter":
@@ -203,8 +212,7 @@ class NTRESegmenter(Segmenter[Query, Target]):
             weights: 'imagenet', or a file.
         """
         hardware = find_hardware(device, precision)
-        model, _ = build_training_free(backbone, weights=weights)
-        return TrainingFreeSegmenter(model, hardware)
+        return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
     def join(self, targets: Sequence[Target]) -> Target:
         return join_shots(targets)
@@ -249,9 +257,13 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
     STEEPNESS = 2.0
     """the probability is the sigmoid of the score, in deviations, times this"""
 
-    def __init__(self, model: TrainingFree, hardware: Hardware) -> None:
+    def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
         self.model = model.to(hardware.device)
         self.hardware = hardware
+        self.about = (
+            f"training-free segmentation, ours and not the paper's network: ImageNet features of {backbone} at"
+            f" {self.SIDE} pixels, and GrabCut where edges are asked for"
+        )
 
     def join(self, targets: Sequence[Described]) -> Described:
         return join(targets)
