@@ -552,6 +552,67 @@ def test_the_end_says_where_nothing_was_found_and_what_to_try(world: Path, tmp_p
     assert "nothing found" not in succeeded(call(*options, "--threshold", 0.0001, "--overwrite")).out
 
 
+# Masks that are a box or have a soft border, pictures that are not read, cut-outs
+
+
+def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> None:
+    ys, xs = np.nonzero(SUPPORTS[0][1])
+    ends = max(xs.min() - 3, 0), max(ys.min() - 3, 0), min(xs.max() + 3, 60), min(ys.max() + 3, 48)
+    around = ",".join(map(str, ends))
+    options = ["--support", world / "s0.png", "--query", world / "q0.png", "--out", tmp_path, "--device", "cpu"]
+    result = succeeded(call(*options, "--box", around))
+    made = load(tmp_path / "box1_s0_mask.png") > 0
+    assert str(tmp_path / "box1_s0_mask.png") in result.out
+    assert (made & SUPPORTS[0][1]).sum() / (made | SUPPORTS[0][1]).sum() > 0.9
+    found = NTRESegmenter.training_free(device="cpu").segment(SUPPORTS[0][0], made, QUERIES[0], edges=True)
+    np.testing.assert_array_equal(load(tmp_path / "q0_mask.png") > 0, found.mask)
+    refused(call(*options, "--box", "0,0,9,9999"), "does not lie in", "60 x 48")
+    refused(call(*options, "--box", around, around), "a --box of its own")
+    refused(call(*options, "--box", around, "--mask", world / "m0.png"), "--support and --box")
+
+
+def test_a_soft_border_is_cut_in_its_middle_with_a_note_and_ids_are_not(world: Path, tmp_path: Path) -> None:
+    soft = np.where(SUPPORTS[0][1], 255, 0).astype(np.uint8)
+    soft[0, :4], soft[1, :4] = 127, 128
+    save(tmp_path / "soft.png", soft)
+    expected = SUPPORTS[0][1].copy()
+    expected[0, :4], expected[1, :4] = False, True
+    save(tmp_path / "hard.png", expected)
+    masks = []
+    for name in ("soft", "hard"):
+        options = ["--support", world / "s0.png", "--mask", tmp_path / f"{name}.png", "--query", world / "q0.png"]
+        result = succeeded(call(*options, "--device", "cpu", "--out", tmp_path / name))
+        notes = [line for line in beside_progress_bars(result.err) if line.startswith("note: ")]
+        assert len(notes) == (name == "soft") and all("soft border" in note for note in notes)
+        masks.append(load(tmp_path / name / "q0_mask.png"))
+    np.testing.assert_array_equal(*masks)
+    ids = np.zeros((4, 4), np.uint8)
+    ids[0], ids[1] = 80, 255
+    with pytest.raises(UserError, match="--class-id"):
+        pictures.target_mask(ids, None, "mask")
+
+
+def test_pictures_that_are_not_read_are_named(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    save(folder / "a.png", QUERIES[0])
+    for name in ("b.HEIC", "deep.gif"):
+        (folder / name).write_bytes(b"anything")
+    options = [*supported(world), "--query", folder]
+    assert (
+        "skipped 2 pictures that are not read (b.HEIC, deep.gif)"
+        in succeeded(call(*options, "--out", tmp_path / "o")).out
+    )
+    (folder / "a.png").unlink()
+    refused(call(*options, "--out", tmp_path / "o"), "holds no pictures", "b.HEIC")
+
+
+def test_a_cut_out_is_the_picture_with_the_mask_as_its_alpha(world: Path, tmp_path: Path) -> None:
+    mask = mask_of(world, tmp_path, *one_support(world, world / "s0.png", world / "m0.png"), "--cutout")
+    cut = load(tmp_path / "q0_cutout.png")
+    np.testing.assert_array_equal(cut[..., :3], QUERIES[0])
+    np.testing.assert_array_equal(cut[..., 3], mask)
+
+
 # torch.hub
 
 HUB = """

@@ -7,11 +7,13 @@ CERTAIN_TARGET, CERTAIN_OTHER = 1.0, -0.4
 """scores, in deviations, beyond which GrabCut leaves a pixel as it is; between them it decides"""
 LONGER_SIDE = 288
 """of the picture that GrabCut sees: the rest is interpolated"""
+BOX_SIDE = 576
+"""the same where a mask is made of a box: a support is worth more time"""
 FEWEST = 8
 """pixels of target, and of what is not, that GrabCut needs to know colours"""
 
 
-def grab(picture: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+def grab(picture: np.ndarray, seeds: np.ndarray, iterations: int = 1) -> np.ndarray:
     """Which pixels are target, boolean (H, W).
 
     Args:
@@ -26,7 +28,7 @@ def grab(picture: np.ndarray, seeds: np.ndarray) -> np.ndarray:
         return target
     cv2.setRNGSeed(0)  # of its mixtures' first centres
     colours = np.ascontiguousarray(picture[..., ::-1])
-    cv2.grabCut(colours, labels, (0, 0, 0, 0), np.zeros((1, 65)), np.zeros((1, 65)), 1, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(colours, labels, (0, 0, 0, 0), np.zeros((1, 65)), np.zeros((1, 65)), iterations, cv2.GC_INIT_WITH_MASK)
     return np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
 
 
@@ -48,3 +50,20 @@ def sharp_mask(probability: np.ndarray, picture: np.ndarray, threshold: float = 
     seeds[coarse > CERTAIN_TARGET], seeds[coarse < CERTAIN_OTHER] = cv2.GC_FGD, cv2.GC_BGD
     target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds)
     return cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+
+
+def mask_in_box(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W), by GrabCut.
+
+    The whole box where GrabCut finds no object in it.
+    """
+    height, width = picture.shape[:2]
+    inside = np.zeros((height, width), np.float32)
+    inside[box[1] : box[3], box[0] : box[2]] = 1
+    ratio = min(1.0, BOX_SIDE / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    coarse = cv2.resize(inside, size, interpolation=cv2.INTER_AREA)
+    seeds = np.where(coarse > 0, cv2.GC_PR_FGD, cv2.GC_BGD)
+    target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds, iterations=5)
+    mask = (cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5) & (inside > 0)
+    return mask if mask.any() else inside > 0

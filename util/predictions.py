@@ -18,20 +18,31 @@ Outputs = dict[str, Image.Image]
 """by the ending of their names, such as 'mask.png'"""
 
 
-def endings(segmenter: Segmenter[Any, Any], *, labelled: bool, maps: bool) -> list[str]:
+def endings(segmenter: Segmenter[Any, Any], *, labelled: bool, maps: bool, cutout: bool) -> list[str]:
     """What there is to be written for each query; not every segmenter has every map."""
     if labelled:
         return ["labels.png", "overlay.jpg"]
-    return ["mask.png", "overlay.jpg", *(f"{name}.png" for name in ("probability", *segmenter.maps) if maps)]
+    names = (*(("probability", *segmenter.maps) if maps else ()), *(("cutout",) if cutout else ()))
+    return ["mask.png", "overlay.jpg", *(f"{name}.png" for name in names)]
 
 
 def draw_one(
-    segmenter: Segmenter[Q, T], target: T, pixels: np.ndarray, *, threshold: float, edges: bool, maps: bool
+    segmenter: Segmenter[Q, T],
+    target: T,
+    pixels: np.ndarray,
+    *,
+    threshold: float,
+    edges: bool,
+    maps: bool,
+    cutout: bool,
 ) -> Outputs:
-    """Mask of 0 and 255, the picture with the target tinted, and with ``maps`` the segmenter's maps in 8-bit grey."""
+    """Mask of 0 and 255, the picture with the target tinted, with ``maps`` the segmenter's maps in 8-bit grey, and with
+    ``cutout`` the picture with all but the target transparent."""
     result = segmenter.segment_encoded(target, pixels, threshold=threshold, edges=edges)
     outputs = {"mask.png": _grey(result.mask), "overlay.jpg": Image.fromarray(overlay(pixels, result.mask, TARGET))}
     names = ("probability", *segmenter.maps) if maps else ()
+    if cutout:
+        outputs["cutout.png"] = Image.fromarray(np.dstack([pixels, 255 * result.mask.astype(np.uint8)]))
     return outputs | {f"{name}.png": _grey(getattr(result, name)) for name in names}
 
 
