@@ -1,7 +1,8 @@
-"""A page to try a checkpoint: paint an object in a photo, and see it found in others.
+"""A page to try: paint an object in a photo, and see it found in others, with a checkpoint or without any.
 
     pip install -r requirements.txt -r requirements-demo.txt
-    python demo.py --checkpoint runs/.../best.pt        # then open http://127.0.0.1:7860
+    python demo.py                                      # then open http://127.0.0.1:7860
+    python demo.py --checkpoint runs/.../best.pt
 
 It is served on this machine only, needs no network, and leaves no files: what is uploaded lies in a temporary folder
 that goes when the demo ends (Ctrl-C or SIGTERM).
@@ -16,11 +17,13 @@ import tempfile
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from model.backbone import BACKBONES
 from util.errors import UserError, run_command
-from util.segmenter import NTRESegmenter
+from util.segmenter import NTRESegmenter, Segmenter
 
 HOST = "127.0.0.1"
 
@@ -32,12 +35,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="ntrenet_demo_", ignore_cleanup_errors=True) as folder:
         require_gradio(folder)
         require_free(args.port)
-        serve(NTRESegmenter.from_checkpoint(args.checkpoint, args.device), args.port, Path(folder))
+        if args.checkpoint is None:
+            segmenter: Segmenter[Any, Any] = NTRESegmenter.training_free(args.backbone, args.device)
+        else:
+            segmenter = NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
+        serve(segmenter, args.port, Path(folder))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), default="efficientnet_lite0", help="without one")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()
@@ -68,7 +76,7 @@ def require_free(port: int) -> None:
             raise UserError(f"port {port} cannot be used ({error}); choose another with --port") from error
 
 
-def serve(segmenter: NTRESegmenter, port: int, folder: Path) -> None:
+def serve(segmenter: Segmenter[Any, Any], port: int, folder: Path) -> None:
     """Until Ctrl-C or SIGTERM."""
     from util.demo_page import CSS, THEME, build_page
 

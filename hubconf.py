@@ -1,5 +1,6 @@
-"""For torch.hub: a segmenter from a checkpoint of yours; see util/segmenter.py for what it does.
+"""For torch.hub: a segmenter from a checkpoint of yours, or without any; see util/segmenter.py for what it does.
 
+segmenter = torch.hub.load("path/to/this/repository", "training_free", source="local")
 segmenter = torch.hub.load("path/to/this/repository", "ntrenet_resnet50", source="local", checkpoint="best.pt")
 result = segmenter.segment(supports, masks, query)
 """
@@ -7,7 +8,7 @@ result = segmenter.segment(supports, masks, query)
 from pathlib import Path
 
 from util.errors import UserError
-from util.segmenter import NTRESegmenter
+from util.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
 
@@ -30,6 +31,13 @@ def ntrenet_vgg16_bn(checkpoint: str | Path, device: str = "auto", precision: st
 def ntrenet_efficientnet_lite0(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> NTRESegmenter:
     """NTRENet, or one of its ablations, with EfficientNet-Lite0."""
     return _segmenter("efficientnet_lite0", checkpoint, device, precision)
+
+
+def training_free(
+    backbone: str = "efficientnet_lite0", device: str = "auto", precision: str = "auto"
+) -> TrainingFreeSegmenter:
+    """Training-free segmentation, ours and not the paper's network; no checkpoint."""
+    return NTRESegmenter.training_free(backbone, device, precision)
 
 
 def _segmenter(backbone: str, checkpoint: str | Path, device: str, precision: str) -> NTRESegmenter:

@@ -1,13 +1,17 @@
-"""Segment your own pictures with a checkpoint and a few supports.
+"""Segment your own pictures from a few supports, with a checkpoint or without any.
 
+    python predict.py --support cat.jpg --mask cat.png --query photos/ --out out/
     python predict.py --checkpoint runs/.../best.pt --support s1.jpg s2.jpg --mask m1.png m2.png
                       --query photo.jpg folder/ frames/*.jpg --out out/
     python predict.py --checkpoint runs/.../best.pt --targets targets.yaml --query folder/ --out out/
 
-A mask is 0 and 1, 0 and 255, the alpha of a picture, or class ids (palette or greyscale) with --class-id. Pictures and
-masks are turned as EXIF says; a mask with the stored size of a turned picture is turned with it. Folders are searched
-with their subfolders, which are kept below --out; two queries of one NAME are refused. For each query there will be
-NAME_mask.png (0 and 255) and NAME_overlay.jpg.
+A mask is 0 and 1, 0 and 255, the alpha of a picture, or class ids (palette or greyscale) with --class-id; instead of
+one, --box x0,y0,x1,y1 around the object will do. Pictures and masks are turned as EXIF says; a mask with the stored
+size of a turned picture is turned with it. Folders are searched with their subfolders, which are kept below --out; two
+queries of one NAME are refused. For each query there will be NAME_mask.png (0 and 255) and NAME_overlay.jpg.
+
+Without a checkpoint this is training-free segmentation: ours and not the paper's network. It uses the features of a
+frozen ImageNet backbone (model/training_free.py) and OpenCV's GrabCut for the edges.
 
 targets.yaml names several targets; its paths are relative to it:
 
@@ -29,9 +33,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from model.backbone import BACKBONES
 from model.weights import sha256_of
+from util.edges import mask_in_box
 from util.errors import UserError, run_command
-from util.pictures import Picture, read_mask, target_mask
+from util.pictures import Picture, read_mask, read_picture, target_mask
 from util.predictions import (
     Outputs,
     draw_labels,
@@ -41,12 +47,13 @@ from util.predictions import (
     output_path,
     remove,
     settle,
+    shows_nothing,
     write_outputs,
 )
 from util.progress import progress
-from util.queries import find_queries, find_truths, intersection_over_union, read_ahead
+from util.queries import find_queries, find_truths, intersection_over_union, read_ahead, unread_pictures
 from util.record import require_writable, write_json
-from util.segmenter import NTRESegmenter
+from util.segmenter import NTRESegmenter, Segmenter
 from util.targets import TargetFiles, encode_target, read_targets
 
 ONLY = ""
@@ -56,18 +63,27 @@ ONLY = ""
 def main() -> None:
     args = parse_arguments()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.pictures has a limit of its own
+    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    if args.box is not None:
+        args.mask = masks_of_boxes(args.support, args.box, args.out)
     files = target_files(args)
     queries = find_queries(args.query, args.out)
+    if unread := unread_pictures(args.query):
+        names = ", ".join(path.name for path in unread[:3]) + (", ..." if len(unread) > 3 else "")
+        print(f"skipped {len(unread)} pictures that are not read ({names}); convert them to JPEG or PNG")
     truths = {} if args.truth is None else find_truths(args.truth, queries)
     record = args.out / "predict.json"
     require_writable(record, ".json")
-    segmenter = NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
+    segmenter = load_segmenter(args)
+    print(segmenter.about)
+    threshold = segmenter.threshold if args.threshold is None else args.threshold
+    edges = args.checkpoint is None if args.edges is None else args.edges
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
-    settle(record, settings(args, files), overwrite=args.overwrite)
+    settle(record, settings(args, files, threshold, edges), overwrite=args.overwrite)
     if args.targets is not None:
         write_json(args.out / "labels.json", {str(n): name for n, name in enumerate(["background", *targets])})
 
-    wanted = endings(segmenter, labelled=args.targets is not None, maps=args.maps)
+    wanted = endings(segmenter, labelled=args.targets is not None, maps=args.maps, cutout=args.cutout)
     if args.overwrite:
         remove(args.out, [query.name for query in queries], wanted)
     finished = {query.name for query in queries if is_finished(args.out, query.name, wanted)}
@@ -76,12 +92,14 @@ def main() -> None:
 
     def draw(pixels: np.ndarray) -> Outputs:
         if args.targets is not None:
-            return draw_labels(segmenter, targets, pixels, args.threshold)
-        return draw_one(segmenter, targets[ONLY], pixels, args.threshold, args.maps)
+            return draw_labels(segmenter, targets, pixels, threshold=threshold, edges=edges)
+        return draw_one(
+            segmenter, targets[ONLY], pixels, threshold=threshold, edges=edges, maps=args.maps, cutout=args.cutout
+        )
 
     to_read = [query for query in queries if truths or query.name not in finished]  # the finished are scored as well
     scores: dict[str, float] = {}
-    failed = 0
+    failed, empty = 0, list[str]()
     with progress(total=len(to_read), unit="picture", disable=not to_read) as bar:
         for query, reading in read_ahead(to_read):
             try:
@@ -94,7 +112,9 @@ def main() -> None:
                 bar.write(f"failed: {error}", sys.stderr)
             else:
                 if query.name not in finished:
-                    write_outputs(args.out, query.name, draw(picture.pixels))
+                    outputs = draw(picture.pixels)
+                    write_outputs(args.out, query.name, outputs)
+                    empty += [query.name] if shows_nothing(outputs) else []
                 if truth is not None:
                     scores[query.name] = 100 * intersection_over_union(written_mask(args.out, query.name), truth)
                     bar.set_postfix_str(f"mean IoU {fmean(scores.values()):.1f}", refresh=False)
@@ -102,6 +122,13 @@ def main() -> None:
     if scores:
         write_json(args.out / "iou.json", {"unit": "percent", "mean": fmean(scores.values()), "queries": scores})
         print(f"mean IoU of {len(scores)} queries: {fmean(scores.values()):.1f}")
+    if empty:
+        print(
+            f"nothing found in {len(empty)} of {len(queries)} pictures ({', '.join(empty[:3])}"
+            f"{', ...' if len(empty) > 3 else ''}); try a lower --threshold (now {threshold:g}), --maps to see what the"
+            " segmenter sees, a support that looks more like these pictures, or several"
+            + (", or leave out --checkpoint for training-free segmentation" if args.checkpoint else "")
+        )
     if failed:
         raise UserError(f"{failed} of {len(queries)} queries failed, named above; the others are done, in {args.out}")
     print(f"results: {args.out}")
@@ -109,26 +136,70 @@ def main() -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), help="without a checkpoint; efficientnet_lite0")
     parser.add_argument("--support", type=Path, nargs="+", help="pictures that show the target")
     parser.add_argument("--mask", type=Path, nargs="+", help="where it is, one for each support")
+    parser.add_argument(
+        "--box", type=box, nargs="+", help="x0,y0,x1,y1 around it instead of --mask; GrabCut does the rest"
+    )
     parser.add_argument("--class-id", type=int, help="value of the target in masks of class ids, 255 is ignored")
     parser.add_argument("--targets", type=Path, metavar="YAML", help="several targets, instead of --support and --mask")
     parser.add_argument("--query", type=Path, nargs="+", required=True, help="pictures, and folders of them")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is written")
-    parser.add_argument("--threshold", type=float, default=0.5, help="of the probability")
+    parser.add_argument("--threshold", type=float, help="of the probability; by default the segmenter's own")
+    parser.add_argument(
+        "--edges",
+        action=argparse.BooleanOptionalAction,
+        help="draw borders along the picture's edges (GrabCut); by default only without a checkpoint",
+    )
     parser.add_argument("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
+    parser.add_argument("--cutout", action="store_true", help="also NAME_cutout.png, transparent but for the target")
     parser.add_argument("--truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
     parser.add_argument("--overwrite", action="store_true", help="do again what is finished")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
-    if args.targets is None and (args.support is None or args.mask is None):
-        raise UserError("say what is to be found: --support and --mask, or --targets")
-    if args.targets is not None and (args.support or args.mask or args.class_id or args.maps or args.truth):
-        raise UserError("--targets takes the place of --support, --mask and --class-id; --maps and --truth are for one")
-    if not 0 < args.threshold < 1:
+    if args.targets is None and (args.support is None or (args.mask is None) == (args.box is None)):
+        raise UserError("say what is to be found: --support and --mask, or --support and --box, or --targets")
+    of_one = (args.support, args.mask, args.box, args.class_id, args.maps, args.truth, args.cutout)
+    if args.targets is not None and any(of_one):
+        raise UserError(
+            "--targets takes the place of --support, --mask, --box and --class-id; --maps, --truth and --cutout are for"
+            " one target"
+        )
+    if args.box is not None and (args.class_id is not None or len(args.box) != len(args.support)):
+        raise UserError("each support needs a --box of its own, in the same order, and a box has no --class-id")
+    if args.checkpoint is not None and args.backbone is not None:
+        raise UserError("--backbone is for training-free segmentation; a checkpoint has its own: leave out one of them")
+    if args.threshold is not None and not 0 < args.threshold < 1:
         raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold:g}")
     return args
+
+
+def box(text: str) -> tuple[int, int, int, int]:
+    x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    return x0, y0, x1, y1
+
+
+def masks_of_boxes(supports: list[Path], boxes: list[tuple[int, int, int, int]], out: Path) -> list[Path]:
+    """Write the mask of each support's box into ``out``, where it can be looked at and corrected."""
+    masks = []
+    for number, (support, (x0, y0, x1, y1)) in enumerate(zip(supports, boxes, strict=True), 1):
+        picture = read_picture(support).pixels
+        height, width = picture.shape[:2]
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise UserError(f"--box {x0},{y0},{x1},{y1} does not lie in {support}, which is {width} x {height} pixels")
+        name = f"box{number}_{support.stem}"
+        write_outputs(out, name, {"mask.png": Image.fromarray(mask_in_box(picture, (x0, y0, x1, y1)))})
+        masks.append(output_path(out, name, "mask.png"))
+        print(f"{masks[-1]} is what was made of --box; correct it and give it as --mask if it is wrong")
+    return masks
+
+
+def load_segmenter(args: argparse.Namespace) -> Segmenter[Any, Any]:
+    if args.checkpoint is None:
+        return NTRESegmenter.training_free(args.backbone or "efficientnet_lite0", args.device)
+    return NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
 
 
 def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
@@ -139,12 +210,14 @@ def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
     return {ONLY: TargetFiles(supports=supports, masks=masks, class_id=args.class_id).below(Path())}
 
 
-def settings(args: argparse.Namespace, files: dict[str, TargetFiles]) -> dict[str, Any]:
+def settings(args: argparse.Namespace, files: dict[str, TargetFiles], threshold: float, edges: bool) -> dict[str, Any]:
     """What the predictions in a folder depend on, apart from the queries."""
+    free = f"training-free, {args.backbone or 'efficientnet_lite0'}"
     return {
-        "checkpoint": sha256_of(args.checkpoint),
+        "checkpoint": free if args.checkpoint is None else sha256_of(args.checkpoint),
         "targets": {name: target.fingerprint() for name, target in files.items()},
-        "threshold": args.threshold,
+        "threshold": threshold,
+        "edges": edges,
     }
 
 

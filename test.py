@@ -2,8 +2,11 @@
 
     python test.py --config configs/pascal/resnet50_fold0_1shot.yaml --checkpoint runs/.../best.pt
                    [--shots 5] [--episodes 1000] [--seeds 0 1 2 3 4] [--out results.json] [key=value ...]
+    python test.py --config configs/pascal/resnet50_fold0_1shot.yaml --baselines
 
-Any checkpoint evaluates at any number of shots. Several seeds give mean and standard deviation.
+Any checkpoint evaluates at any number of shots. Several seeds give mean and standard deviation. --baselines adds what
+needs no training, on the same episodes: everything is target, the prior mask at 0.5, and training-free segmentation
+(ours, not the paper's: model/training_free.py) without and with edges; without a checkpoint, the last two alone.
 """
 
 import argparse
@@ -14,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from model.ntrenet import NTRENet
+from model.training_free import build_training_free, on_backbone
 from model.weights import sha256_of
-from util.build import build_eval_loader, build_eval_sampler, build_index, build_saved_model, select_hardware
+from util.baselines import evaluate_training_free
+from util.build import Hardware, build_eval_loader, build_eval_sampler, build_index, build_saved_model, select_hardware
 from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.class_index import ClassIndex
 from util.config import Config, add_config_argument, load_config, parse_arguments
@@ -29,20 +34,28 @@ from util.panels import save_panels
 from util.progress import progress
 from util.record import environment, over_seeds, require_writable, write_json
 from util.rounds import batched
+from util.segmenter import TrainingFreeSegmenter
 from util.visualize import draw_rows, episode_rows, save_picture
 
 PANEL_ROWS = 4
+TITLES = {
+    "all_foreground": "all foreground",
+    "prior": "prior at 0.5",
+    "training_free": "training-free",
+    "training_free_edges": "training-free, edges",
+}
+"""of the baselines"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--shots", type=int, help="supports an episode; by default the config's")
     parser.add_argument("--episodes", type=int, help="episodes a seed; by default the config's eval.episodes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of episodes each")
     parser.add_argument("--out", type=Path, help="write results here, as JSON")
-    parser.add_argument("--baselines", action="store_true", help="also score two predictions that need no training")
+    parser.add_argument("--baselines", action="store_true", help="also score what needs no training")
     parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write a picture of the first episodes here, as PNG")
@@ -67,19 +80,25 @@ def main() -> None:
     return_freed_memory()
     index = build_index(config, "val")
     episodes = choose_episodes(args, config, index)  # one list a seed
-    model, trained = load_model(config, args.checkpoint)
-    model.to(hardware.device)
-    baseline = None
+    together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
+    model, baseline, trained, counts, seconds = None, None, dict[str, Any](), dict[str, np.ndarray](), 0.0
+    if args.checkpoint is not None:
+        model, trained = load_model(config, args.checkpoint)
+        model.to(hardware.device)
+    if args.baselines:
+        free = load_training_free(config, hardware, model)
     if args.baseline_checkpoint is not None:
         baseline = load_baseline(config, args.baseline_checkpoint).to(hardware.device)
-
-    predictors = NETWORK | (BASELINES if args.baselines else {})
-    together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
-    print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
-    started = time.perf_counter()
-    with progress(total=len(together), desc="evaluation", unit="episode") as bar:
-        counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)
-    seconds = time.perf_counter() - started
+    if model is not None:
+        predictors = NETWORK | (BASELINES if args.baselines else {})
+        print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
+        started = time.perf_counter()
+        with progress(total=len(together), desc="evaluation", unit="episode") as bar:
+            counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)
+        seconds = time.perf_counter() - started
+    if args.baselines:
+        with progress(total=len(together), desc="without training", unit="episode") as bar:
+            counts |= evaluate_training_free(free, index, together, cache_gib=config.eval.cache_gib, bar=bar)
 
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     class_ids = np.array([episode.class_id for episode in together])
@@ -97,11 +116,11 @@ def main() -> None:
         "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
         "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",
-        **over_seeds(by_seed["network"]),
+        **(over_seeds(by_seed["network"]) if args.checkpoint else {}),
         "train_seed": trained.get("seed"),
         "config": config.model_dump() | trained,
-        "checkpoint": str(args.checkpoint),
-        "checkpoint_sha256": sha256_of(args.checkpoint),
+        "checkpoint": args.checkpoint and str(args.checkpoint),
+        "checkpoint_sha256": args.checkpoint and sha256_of(args.checkpoint),
         "list_sha256": index.list_sha256,
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(hardware.device),
@@ -109,12 +128,14 @@ def main() -> None:
         "environment": environment(hardware.device),
     }
     if args.baselines:
-        scored = {name: over_seeds(by_seed[name])["miou"] for name in BASELINES}
+        scored = {name: over_seeds(by_seed[name])["miou"] for name in by_seed if name != "network"}
         results["baselines"] = {name: {"miou": miou["mean"], "std": miou["std"]} for name, miou in scored.items()}
     print(table(results))
     if args.out is not None:
         write_json(args.out, results)
         print(f"results: {args.out}")
+    if model is None:
+        return
     source = EpisodeList(index, episodes[0])
     if args.panel is not None:
         loader = build_eval_loader(config, source, range(min(PANEL_ROWS, len(episodes[0]))))
@@ -140,6 +161,10 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
     if args.baseline_checkpoint is not None and args.save_panels is None:
         raise UserError("--baseline-checkpoint shows in the panels only; give --save-panels N as well")
+    if args.checkpoint is None and not args.baselines:
+        raise UserError("say what is to be evaluated: --checkpoint, --baselines (what needs no training), or both")
+    if args.checkpoint is None and (args.panel or args.save_panels):
+        raise UserError("--panel and --save-panels show a network: give --checkpoint as well")
     for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
         if path is not None:
             require_writable(path, suffix)
@@ -169,6 +194,13 @@ def load_baseline(config: Config, path: Path) -> NTRENet:
     return model
 
 
+def load_training_free(config: Config, hardware: Hardware, model: NTRENet | None) -> TrainingFreeSegmenter:
+    """The method on the network's own backbone; without a network, on the one that the config names."""
+    name, weights = config.model.backbone, config.model.weights
+    free = build_training_free(name, weights=weights) if model is None else on_backbone(name, model.backbone)
+    return TrainingFreeSegmenter(free, name, hardware)
+
+
 def load_model(config: Config, path: Path) -> tuple[NTRENet, dict[str, Any]]:
     """The model of a checkpoint, which must have been trained for this config's fold and network.
 
@@ -196,21 +228,24 @@ def table(results: dict[str, Any]) -> str:
     def cell(score: dict[str, Any]) -> str:
         return f"{score['mean']:5.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
 
-    width = max(len(name) for name in (*results["per_class"], "all foreground"))
+    width = max(len(name) for name in (*results.get("per_class", ()), *TITLES.values()))
     lines = [
         "",
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
         f" {results['backbone']}: {results['episodes']} episodes,"
         f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}",
-        *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
-        f"  {'mIoU':{width}}  {cell(results['miou'])}   (this fold alone, not the mean of folds)",
-        f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",
-        f"  {'precision':{width}}  {cell(results['precision'])}",
     ]
+    if "miou" in results:
+        lines += [
+            *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
+            f"  {'mIoU':{width}}  {cell(results['miou'])}   (this fold alone, not the mean of folds)",
+            f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",
+            f"  {'precision':{width}}  {cell(results['precision'])}",
+        ]
     for name, baseline in results.get("baselines", {}).items():
-        title = {"all_foreground": "all foreground", "prior": "prior at 0.5"}[name]
-        lines.append(f"  {title:{width}}  {baseline['miou']:5.1f}   mIoU without training, same episodes")
-    lines.append(f"  {results['seconds']:.0f} s, peak memory {results['peak_memory_mib']:.0f} MiB")
+        lines.append(f"  {TITLES[name]:{width}}  {baseline['miou']:5.1f}   mIoU without training, same episodes")
+    if "miou" in results:
+        lines.append(f"  {results['seconds']:.0f} s, peak memory {results['peak_memory_mib']:.0f} MiB")
     return "\n".join(lines)
 
 

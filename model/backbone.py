@@ -66,7 +66,7 @@ class Backbone(nn.Module):
 
         What is folded has other parameter names than the published weights: load those before.
         """
-        _fold_batch_norm(self)
+        fold_batch_norm(self)
         self._lower.clear()
 
     def _stages(self, like: Tensor) -> list[nn.Module]:
@@ -151,7 +151,7 @@ def _cut(x: Tensor, rows: slice, columns: slice, held: tuple[slice, slice]) -> T
     return x[:, :, rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
 
 
-def _fold_batch_norm(module: nn.Module) -> None:
+def fold_batch_norm(module: nn.Module) -> None:
     """In place: a convolution is followed by its batch norm in the order in which modules are registered."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
@@ -160,7 +160,7 @@ def _fold_batch_norm(module: nn.Module) -> None:
             setattr(module, before[0], fused.requires_grad_(False))
             setattr(module, name, nn.Identity())
         else:
-            _fold_batch_norm(child)
+            fold_batch_norm(child)
         before = name, child
 
 

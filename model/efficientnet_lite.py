@@ -10,6 +10,8 @@ without a dilation in its place. On small pictures the prior mask is sharper so 
 
 from torch import Tensor, nn
 
+from model.weights import load_exactly
+
 # expansion, kernel, stride, channels, blocks of each group
 GROUPS = (
     (1, 3, 1, 16, 1),
@@ -19,6 +21,10 @@ GROUPS = (
     (6, 5, 1, 112, 3),
 )
 STEM_CHANNELS = 32
+
+LAST_GROUPS = ((6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
+"""the blocks behind those used, 11 to 15; see :func:`last_blocks`"""
+LAST_DILATION = 2
 
 
 class MBConv(nn.Module):
@@ -65,3 +71,28 @@ class EfficientNetLite0(nn.Module):
         blocks = list(self._blocks)
         stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
         return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11)))]
+
+
+def last_blocks(state: dict[str, Tensor] | None) -> nn.Sequential:
+    """Blocks 11 to 15, from stage 4 (N, 112, h, w) to (N, 320, h, w), frozen; for model/training_free.py alone.
+
+    Their stride is dropped for a dilation of 2, which finds classes better than 1, 3 or 4.
+
+    Args:
+        state: of the whole network, as the pip package has it; None for random weights.
+    """
+    blocks = nn.Module()
+    channels = GROUPS[-1][3]
+    number = sum(count for *_, count in GROUPS)
+    for expansion, kernel, _, outputs, count in LAST_GROUPS:
+        for _ in range(count):
+            block = MBConv(channels, outputs, expansion=expansion, kernel=kernel, stride=1)
+            depthwise = block._depthwise_conv
+            depthwise.dilation, depthwise.padding = (LAST_DILATION,) * 2, (LAST_DILATION * (kernel // 2),) * 2
+            blocks.add_module(str(number), block)
+            channels, number = outputs, number + 1
+    if state is not None:
+        prefix, names = "_blocks.", tuple(f"_blocks.{name}." for name, _ in blocks.named_children())
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(names)}
+        load_exactly(blocks, own, source="the weights of EfficientNet-Lite0's last blocks")
+    return nn.Sequential(*blocks.children()).requires_grad_(False).eval()

@@ -927,9 +927,9 @@ def test_class_scores_and_baselines_by_hand_are_the_same(
     for name in NOVEL:
         mean = statistics.mean(s["per_class"][name] for s in seeds)
         assert results["per_class"][name] == pytest.approx(mean, abs=0.01)
-    assert set(results["baselines"]) == {"all_foreground", "prior"}
-    for name, scores in results["baselines"].items():
-        values = [s["baselines"][name] for s in seeds]
+    assert list(results["baselines"]) == ["all_foreground", "prior", "training_free", "training_free_edges"]
+    for name in ("all_foreground", "prior"):
+        scores, values = results["baselines"][name], [s["baselines"][name] for s in seeds]
         assert scores["miou"] == pytest.approx(statistics.mean(values), abs=0.01)
         assert scores["std"] == pytest.approx(statistics.stdev(values), abs=0.01)
     assert results["baselines"]["all_foreground"]["miou"] != results["baselines"]["prior"]["miou"]
@@ -1009,6 +1009,7 @@ def test_the_table_names_fold_classes_and_scores(tested: tuple[Result, dict[str,
     assert re.search(rf"^ +mIoU +{miou['mean']:.1f} ± {miou['std']:.1f}", result.out, re.MULTILINE)
     assert re.search(rf"^ +FB-IoU +{results['fb_iou']['mean']:.1f} ±", result.out, re.MULTILINE)
     assert re.search(rf"all foreground +{results['baselines']['all_foreground']['miou']:.1f}", result.out)
+    assert re.search(rf"training-free, edges +{results['baselines']['training_free_edges']['miou']:.1f}", result.out)
     assert "not the mean of folds" in result.out
     assert beside_progress_bars(result.err) == []
 

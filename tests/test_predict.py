@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
@@ -514,6 +515,103 @@ def test_a_picture_that_is_too_large_is_refused_before_it_is_decoded(
         pictures.read_picture(cut)
 
 
+# Without a checkpoint, with edges, and where nothing is found
+
+
+def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world: Path, tmp_path: Path) -> None:
+    options = [*supported(world)[2:], "--query", world / "q0.png", world / "q1.png"]
+    result = succeeded(process(ROOT / "predict.py", *options, "--out", "out", "--maps", cwd=tmp_path))
+    assert "not the paper's network" in result.out and "efficientnet_lite0" in result.out
+    free = NTRESegmenter.training_free(device="cpu")
+    endings = ("mask.png", "overlay.jpg", "probability.png")
+    assert files_in(tmp_path / "out") == {f"q{n}_{ending}" for n in (0, 1) for ending in endings} | {"predict.json"}
+    for n in (0, 1):
+        found = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[n], edges=True)
+        np.testing.assert_array_equal(load(tmp_path / f"out/q{n}_mask.png") > 0, found.mask)
+        assert found.mask.any()
+    succeeded(call(*options, "--out", tmp_path / "plain", "--no-edges"))
+    plain = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
+    np.testing.assert_array_equal(load(tmp_path / "plain/q0_mask.png") > 0, plain.mask)
+    refused(call(*options, "--checkpoint", world / "small.pt", "--backbone", "resnet50", "--out", "o"), "--backbone")
+
+
+def test_edges_are_drawn_for_a_network_where_asked_for(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
+    threshold = float((world / "threshold").read_text())
+    found = segmenter.segment(*SUPPORTS[0], QUERIES[0], threshold=threshold, edges=True)
+    mask = mask_of(world, tmp_path, *one_support(world, world / "s0.png", world / "m0.png"), "--edges")
+    np.testing.assert_array_equal(mask > 0, found.mask)
+    assert (found.mask != (found.probability > threshold)).any()
+
+
+def test_the_end_says_where_nothing_was_found_and_what_to_try(world: Path, tmp_path: Path) -> None:
+    options = [*supported(world), "--query", *(world / f"q{n}.png" for n in range(3)), "--out", tmp_path]
+    result = succeeded(call(*options, "--threshold", 0.9999))
+    assert "nothing found in 3 of 3 pictures (q0, q1, q2); try a lower --threshold (now 0.9999)" in result.out
+    assert "trained on Synthetic-5i, fold 0, at 65 pixels (drawings, not photos" in result.out
+    assert "nothing found" not in succeeded(call(*options, "--threshold", 0.0001, "--overwrite")).out
+
+
+# Masks that are a box or have a soft border, pictures that are not read, cut-outs
+
+
+def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> None:
+    ys, xs = np.nonzero(SUPPORTS[0][1])
+    ends = max(xs.min() - 3, 0), max(ys.min() - 3, 0), min(xs.max() + 3, 60), min(ys.max() + 3, 48)
+    around = ",".join(map(str, ends))
+    options = ["--support", world / "s0.png", "--query", world / "q0.png", "--out", tmp_path, "--device", "cpu"]
+    result = succeeded(call(*options, "--box", around))
+    made = load(tmp_path / "box1_s0_mask.png") > 0
+    assert str(tmp_path / "box1_s0_mask.png") in result.out
+    assert (made & SUPPORTS[0][1]).sum() / (made | SUPPORTS[0][1]).sum() > 0.9
+    found = NTRESegmenter.training_free(device="cpu").segment(SUPPORTS[0][0], made, QUERIES[0], edges=True)
+    np.testing.assert_array_equal(load(tmp_path / "q0_mask.png") > 0, found.mask)
+    refused(call(*options, "--box", "0,0,9,9999"), "does not lie in", "60 x 48")
+    refused(call(*options, "--box", around, around), "a --box of its own")
+    refused(call(*options, "--box", around, "--mask", world / "m0.png"), "--support and --box")
+
+
+def test_a_soft_border_is_cut_in_its_middle_with_a_note_and_ids_are_not(world: Path, tmp_path: Path) -> None:
+    soft = np.where(SUPPORTS[0][1], 255, 0).astype(np.uint8)
+    soft[0, :4], soft[1, :4] = 127, 128
+    save(tmp_path / "soft.png", soft)
+    expected = SUPPORTS[0][1].copy()
+    expected[0, :4], expected[1, :4] = False, True
+    save(tmp_path / "hard.png", expected)
+    masks = []
+    for name in ("soft", "hard"):
+        options = ["--support", world / "s0.png", "--mask", tmp_path / f"{name}.png", "--query", world / "q0.png"]
+        result = succeeded(call(*options, "--device", "cpu", "--out", tmp_path / name))
+        notes = [line for line in beside_progress_bars(result.err) if line.startswith("note: ")]
+        assert len(notes) == (name == "soft") and all("soft border" in note for note in notes)
+        masks.append(load(tmp_path / name / "q0_mask.png"))
+    np.testing.assert_array_equal(*masks)
+    ids = np.zeros((4, 4), np.uint8)
+    ids[0], ids[1] = 80, 255
+    with pytest.raises(UserError, match="--class-id"):
+        pictures.target_mask(ids, None, "mask")
+
+
+def test_pictures_that_are_not_read_are_named(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    save(folder / "a.png", QUERIES[0])
+    for name in ("b.HEIC", "deep.gif"):
+        (folder / name).write_bytes(b"anything")
+    options = [*supported(world), "--query", folder]
+    assert (
+        "skipped 2 pictures that are not read (b.HEIC, deep.gif)"
+        in succeeded(call(*options, "--out", tmp_path / "o")).out
+    )
+    (folder / "a.png").unlink()
+    refused(call(*options, "--out", tmp_path / "o"), "holds no pictures", "b.HEIC")
+
+
+def test_a_cut_out_is_the_picture_with_the_mask_as_its_alpha(world: Path, tmp_path: Path) -> None:
+    mask = mask_of(world, tmp_path, *one_support(world, world / "s0.png", world / "m0.png"), "--cutout")
+    cut = load(tmp_path / "q0_cutout.png")
+    np.testing.assert_array_equal(cut[..., :3], QUERIES[0])
+    np.testing.assert_array_equal(cut[..., 3], mask)
+
+
 # torch.hub
 
 HUB = """
@@ -546,3 +644,8 @@ def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_other_backbones(
     for line in others:
         assert line.startswith("UserError checkpoint")
         assert line.endswith("load it with ntrenet_efficientnet_lite0")
+
+
+def test_hub_gives_a_segmenter_without_a_checkpoint() -> None:
+    free = torch.hub.load(str(ROOT), "training_free", source="local", device="cpu")
+    assert free.segment(*SUPPORTS[0], SUPPORTS[0][0]).mask[SUPPORTS[0][1]].mean() > 0.5

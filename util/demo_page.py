@@ -11,7 +11,7 @@ import numpy as np
 from util import demo_steps as steps
 from util.demo_steps import Photo, Support
 from util.errors import UserError
-from util.segmenter import NTRESegmenter, Segmentation
+from util.segmenter import NTRESegmenter, Segmentation, Segmenter
 from util.visualize import DISTRACTOR, TARGET
 
 FONT = ("system-ui", "sans-serif")  # the visitor's own: nothing is fetched
@@ -61,13 +61,13 @@ LEGEND = """<div class="legend"><span><i class="target"></i>found</span>
 <span><i class="distractor"></i>distracting objects</span><span>0 <i class="heat"></i>1</span></div>"""
 
 
-def build_page(segmenter: NTRESegmenter, folder: Path) -> gr.Blocks:
+def build_page(segmenter: Segmenter[Any, Any], folder: Path) -> gr.Blocks:
     """The page, with the embedded example on it and its result; ``folder`` is for the masks to be downloaded."""
-    config = segmenter.config
-    example, example_photos = steps.example(config.data)
+    network = segmenter if isinstance(segmenter, NTRESegmenter) else None
+    example, example_photos = steps.example(None if network is None else network.config.data)
     example_editor = steps.editor_of(example)
     example_results, example_cost = steps.segment(segmenter, example_editor, [], example_photos)
-    first = steps.view(example_photos, example_results, 0, 0.5, folder)
+    first = steps.view(example_photos, example_results, 0, segmenter.threshold, folder, edges=network is None)
     still = {"interactive": False, "buttons": [], "show_label": False}
     strip = {**still, "elem_classes": "strip", "fit_columns": False, "allow_preview": False}
 
@@ -111,26 +111,30 @@ def build_page(segmenter: NTRESegmenter, folder: Path) -> gr.Blocks:
                 go = gr.Button("Segment", variant="primary", elem_id="segment")
                 status = text(example_cost, elem_id="status")
                 found = gr.Image(first.photo, format="jpeg", elem_id="found", elem_classes="map", **still)
-                threshold = gr.Slider(0.05, 0.95, 0.5, step=0.01, label="Threshold", elem_id="threshold")
+                threshold = gr.Slider(
+                    0.05, 0.95, segmenter.threshold, step=0.01, label="Threshold", elem_id="threshold"
+                )
+                edges = gr.Checkbox(network is None, label="Sharp edges (GrabCut)", elem_id="edges")
                 download = gr.DownloadButton("Download the mask", first.mask_file, size="sm", elem_id="download")
-                text("What the network thinks:")
+                text("What the network thinks:", visible=bool(segmenter.maps))
                 with gr.Row():
-                    prior = small_map(first.prior, "prior: like the object")
-                    bg = small_map(first.bg, "background", visible=config.model.bgem)
-                    distractor = small_map(first.distractor, "distracting objects", visible=config.model.doem)
-                text(LEGEND)
-        text(
-            f'<div class="small">{config.model.backbone}, trained on {config.data.dataset} fold {config.data.fold};'
-            f" on {segmenter.hardware.device}.</div>"
-        )
+                    prior = small_map(first.prior, "prior: like the object", visible="prior" in segmenter.maps)
+                    bg = small_map(first.bg, "background", visible="bg" in segmenter.maps)
+                    distractor = small_map(
+                        first.distractor, "distracting objects", visible="distractor" in segmenter.maps
+                    )
+                text(LEGEND, visible=bool(segmenter.maps))
+        text(f'<div class="small">This is {segmenter.about}.</div>')
 
         # What follows says which control calls which step.
         seen = [found, prior, bg, distractor, download]
         kept = [supports, gallery, kept_column]
         looked = [photos, photo_gallery, results, chosen, status]
 
-        def show(photos: list[Photo], results: list[Segmentation], chosen: int, threshold: float) -> list[Any]:
-            return list(steps.view(photos, results, chosen, threshold, folder))
+        def show(
+            photos: list[Photo], results: list[Segmentation], chosen: int, threshold: float, sharp: bool
+        ) -> list[Any]:
+            return list(steps.view(photos, results, chosen, threshold, folder, edges=sharp))
 
         def keep(supports: list[Support]) -> list[Any]:
             return [supports, [steps.thumbnail(support) for support in supports], gr.Column(visible=bool(supports))]
@@ -146,7 +150,7 @@ def build_page(segmenter: NTRESegmenter, folder: Path) -> gr.Blocks:
 
         view_of = {
             "fn": show,
-            "inputs": [photos, results, chosen, threshold],
+            "inputs": [photos, results, chosen, threshold, edges],
             "outputs": seen,
             "show_progress": "hidden",
         }
@@ -163,6 +167,7 @@ def build_page(segmenter: NTRESegmenter, folder: Path) -> gr.Blocks:
         )
         photo_gallery.select(choose, None, chosen).then(**view_of)
         threshold.change(**view_of, trigger_mode="always_last")
+        edges.change(**view_of, trigger_mode="always_last")
         busy = go.click(lambda: gr.Button("Segmenting ...", interactive=False), None, go, queue=False)
         done = busy.then(
             plainly(functools.partial(steps.segment, segmenter)),

@@ -12,10 +12,11 @@ from PIL import Image
 
 from util import synthetic
 from util.config import DataConfig
+from util.edges import sharp_mask
 from util.errors import UserError
 from util.folds import base_classes
 from util.pictures import read_picture
-from util.segmenter import NTRESegmenter, Segmentation
+from util.segmenter import Segmentation, Segmenter
 from util.visualize import DISTRACTOR, TARGET, heat, overlay
 
 LONGEST = 1024
@@ -56,9 +57,9 @@ class View(NamedTuple):
     mask_file: str | None = None
 
 
-def example(data: DataConfig) -> tuple[Support, list[Photo]]:
+def example(data: DataConfig | None) -> tuple[Support, list[Photo]]:
     """A support and two photos of a class that a network of this data set was not trained on, always the same."""
-    trained = {data.classes[number - 1] for number in base_classes(data)}
+    trained = set() if data is None else {data.classes[number - 1] for number in base_classes(data)}
     novel = [number for number, name in enumerate(synthetic.CLASS_NAMES, start=1) if name not in trained]
     class_id = (novel or [1])[0]
     indices = [index for index in range(32) if class_id in synthetic.classes_of(EXAMPLE_SEED, "val", index)][:3]
@@ -129,7 +130,7 @@ def read_photos(paths: Sequence[str]) -> tuple[list[Photo], list[str]]:
 
 
 def segment(
-    segmenter: NTRESegmenter, editor: Editor | None, supports: Sequence[Support], photos: Sequence[Photo]
+    segmenter: Segmenter[Any, Any], editor: Editor | None, supports: Sequence[Support], photos: Sequence[Photo]
 ) -> tuple[list[Segmentation], str]:
     """Find what is painted, in the editor and in the supports, in every photo; and a sentence on what it took.
 
@@ -148,7 +149,15 @@ def segment(
     return results, f"{_count(len(photos), 'photo')} from {_count(len(shown), 'support')} in {cost:.0f} ms"
 
 
-def view(photos: Sequence[Photo], results: Sequence[Segmentation], chosen: int, threshold: float, folder: Path) -> View:
+def view(
+    photos: Sequence[Photo],
+    results: Sequence[Segmentation],
+    chosen: int,
+    threshold: float,
+    folder: Path,
+    *,
+    edges: bool = False,
+) -> View:
     """Draw a photo and its maps; its mask is written below ``folder`` at the size of the photo's file."""
     if not photos:
         return View()
@@ -156,20 +165,24 @@ def view(photos: Sequence[Photo], results: Sequence[Segmentation], chosen: int, 
     if not results:
         return View(photo.pixels)
     result = results[chosen]
+    mask = sharp_mask(result.probability, photo.pixels, threshold) if edges else result.probability > threshold
     return View(
-        photo=overlay(photo.pixels, result.probability > threshold, TARGET),
-        prior=heat(result.prior),
+        photo=overlay(photo.pixels, mask, TARGET),
+        prior=None if result.prior is None else heat(result.prior),
         bg=None if result.bg is None else heat(result.bg),
         distractor=None if result.distractor is None else overlay(photo.pixels, result.distractor > 0.5, DISTRACTOR),
-        mask_file=str(write_mask(photo, result, threshold, folder)),
+        mask_file=str(write_mask(photo, mask if edges else result.probability, 0.5 if edges else threshold, folder)),
     )
 
 
-def write_mask(photo: Photo, result: Segmentation, threshold: float, folder: Path) -> Path:
-    """PNG of 0 and 255 at the size of the photo's file; in a folder named by its content, so that none is mixed up."""
+def write_mask(photo: Photo, values: np.ndarray, threshold: float, folder: Path) -> Path:
+    """PNG of 255 where a mask or a probability is above the threshold, and 0, at the size of the photo's file.
+
+    It lies in a folder named by its content, so that none is mixed up.
+    """
     height, width = photo.size
-    probability = cv2.resize(result.probability, (width, height), interpolation=cv2.INTER_LINEAR)
-    mask = Image.fromarray((probability > threshold).astype(np.uint8) * 255)
+    at_size = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
+    mask = Image.fromarray((at_size > threshold).astype(np.uint8) * 255)
     path = folder / hashlib.sha256(mask.tobytes()).hexdigest()[:16] / f"{photo.name}_mask.png"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 Data sets are read by util/images.py, which is stricter: there a mask refers to the stored pixels and holds class ids.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,12 @@ from util.images import FORMATS, MAX_PIXELS, open_checked, refuse_scaled
 
 LOSSY = ("JPEG", "WEBP")
 """formats that are no good for masks, but for the alpha of a picture"""
+
+UNREAD = (".heic", ".heif", ".avif", ".gif")
+"""suffixes of pictures that are not read, and are named where a folder holds them"""
+
+SOFT_BORDER = 0.25
+"""share of a mask's pixels up to which values between 0 and 255 are a border"""
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
@@ -112,6 +119,8 @@ def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
 def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarray:
     """Mask (H, W) of uint8 as the network takes it: 1 target, 0 other, 255 ignored.
 
+    A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning.
+
     Args:
         values: boolean, 0 and 1, or 0 and 255; with ``class_id`` the ids of classes, 255 ignored.
     Raises:
@@ -124,10 +133,23 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
     if class_id is not None:
         return np.where(values == IGNORE, IGNORE, values == class_id).astype(np.uint8)
     found = np.unique(values).tolist()
+    if _has_soft_border(values):
+        warnings.warn(f"{name} has a soft border: from 128 on it counts as target", stacklevel=2)
+        return (values >= 128).astype(np.uint8)
     if not (set(found) <= {0, 1} or set(found) <= {0, 255}):
         shown = ", ".join(f"{value:g}" for value in found[:6]) + (", ..." if len(found) > 6 else "")
-        raise UserError(f"{name} holds {shown}; a mask is 0 and 1, or 0 and 255, or else say which class_id is meant")
+        raise UserError(
+            f"{name} holds {shown}; a mask is 0 and 1, or 0 and 255, or of class ids; then say which is meant"
+            " (--class-id, in Python class_id)"
+        )
     return (values != 0).astype(np.uint8)
+
+
+def _has_soft_border(values: np.ndarray) -> bool:
+    """Whether a mask of 0 and 255 has a few pixels between; class ids are not that many, or many pixels have them."""
+    between = (values > 0) & (values < 255)
+    ends = values.dtype == np.uint8 and (values == 0).any() and (values == 255).any()
+    return bool(ends and (values[between] >= 128).any() and between.mean() < SOFT_BORDER)
 
 
 def _size(pixels: np.ndarray) -> str:

@@ -9,48 +9,56 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from model.ntrenet import Target
 from util.errors import UserError
 from util.files import write_bytes
 from util.images import encoded
 from util.record import read_json, write_json
-from util.segmenter import NTRESegmenter
+from util.segmenter import Q, Segmenter, T
 from util.visualize import TARGET, overlay
-
-MAPS = ("probability", "prior", "bg", "distractor")
 
 Outputs = dict[str, Image.Image]
 """by the ending of their names, such as 'mask.png'"""
 
 
-def endings(segmenter: NTRESegmenter, *, labelled: bool, maps: bool) -> list[str]:
-    """What there is to be written for each query; an ablation lacks some maps."""
+def endings(segmenter: Segmenter[Any, Any], *, labelled: bool, maps: bool, cutout: bool) -> list[str]:
+    """What there is to be written for each query; not every segmenter has every map."""
     if labelled:
         return ["labels.png", "overlay.jpg"]
-    lacking = {"bg": not segmenter.config.model.bgem, "distractor": not segmenter.config.model.doem}
-    return ["mask.png", "overlay.jpg", *(f"{name}.png" for name in MAPS if maps and not lacking.get(name))]
+    names = (*(("probability", *segmenter.maps) if maps else ()), *(("cutout",) if cutout else ()))
+    return ["mask.png", "overlay.jpg", *(f"{name}.png" for name in names)]
 
 
-def draw_one(segmenter: NTRESegmenter, target: Target, pixels: np.ndarray, threshold: float, maps: bool) -> Outputs:
-    """Mask of 0 and 255, the picture with the target tinted, and with ``maps`` the network's maps in 8-bit grey."""
-    result = segmenter.segment_encoded(target, pixels)
-    mask = result.probability > threshold
-    outputs = {"mask.png": _grey(mask), "overlay.jpg": Image.fromarray(overlay(pixels, mask, TARGET))}
-    values = {name: getattr(result, name) for name in MAPS} if maps else {}
-    return outputs | {f"{name}.png": _grey(value) for name, value in values.items() if value is not None}
+def draw_one(
+    segmenter: Segmenter[Q, T],
+    target: T,
+    pixels: np.ndarray,
+    *,
+    threshold: float,
+    edges: bool,
+    maps: bool,
+    cutout: bool,
+) -> Outputs:
+    """Mask of 0 and 255, the picture with the target tinted, with ``maps`` the segmenter's maps in 8-bit grey, and with
+    ``cutout`` the picture with all but the target transparent."""
+    result = segmenter.segment_encoded(target, pixels, threshold=threshold, edges=edges)
+    outputs = {"mask.png": _grey(result.mask), "overlay.jpg": Image.fromarray(overlay(pixels, result.mask, TARGET))}
+    names = ("probability", *segmenter.maps) if maps else ()
+    if cutout:
+        outputs["cutout.png"] = Image.fromarray(np.dstack([pixels, 255 * result.mask.astype(np.uint8)]))
+    return outputs | {f"{name}.png": _grey(getattr(result, name)) for name in names}
 
 
 def draw_labels(
-    segmenter: NTRESegmenter, targets: Mapping[str, Target], pixels: np.ndarray, threshold: float
+    segmenter: Segmenter[Q, T], targets: Mapping[str, T], pixels: np.ndarray, *, threshold: float, edges: bool
 ) -> Outputs:
     """Palette picture of the most probable target at each pixel, 1 the first of them, 0 where none is probable."""
     query = segmenter.encode_query(pixels)
-    highest = np.full(pixels.shape[:2], threshold, np.float32)
+    highest = np.zeros(pixels.shape[:2], np.float32)
     labels = np.zeros(pixels.shape[:2], np.uint8)
     for number, target in enumerate(targets.values(), start=1):
-        probability = segmenter.segment_encoded(target, query).probability
-        higher = probability > highest
-        labels[higher], highest[higher] = number, probability[higher]
+        found = segmenter.segment_encoded(target, query, threshold=threshold, edges=edges)
+        higher = found.mask & (found.probability > highest)
+        labels[higher], highest[higher] = number, found.probability[higher]
     picture = Image.fromarray(labels)
     picture.putpalette([channel for number in range(256) for channel in colour_of(number)])
     for number in range(1, len(targets) + 1):
@@ -80,6 +88,12 @@ def with_legend(pixels: np.ndarray, names: list[str]) -> Image.Image:
         draw.rectangle((3, top + 3, line - 3, top + line - 3), fill=colour_of(row + 1))
         draw.text((line + 4, top), name, fill="black", font=font)
     return sheet
+
+
+def shows_nothing(outputs: Outputs) -> bool:
+    """Whether no pixel is target."""
+    mask = outputs.get("mask.png", outputs.get("labels.png"))
+    return mask is not None and not np.asarray(mask).any()
 
 
 def output_path(out: Path, name: str, ending: str) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.ops import IGNORE
 from util.errors import UserError
-from util.pictures import SUFFIXES, Picture, read_picture
+from util.pictures import SUFFIXES, UNREAD, Picture, read_picture
 
 AHEAD = 3
 """pictures read while another is being segmented; as many are in memory"""
@@ -45,6 +45,15 @@ def find_queries(paths: Sequence[Path], out: Path) -> list[QueryFile]:
                 " rename one, or give them another --out each"
             )
     return list(found.values())
+
+
+def unread_pictures(paths: Sequence[Path]) -> list[Path]:
+    """Pictures below folders that cannot be read, such as HEIC."""
+    return [file for path in paths if path.is_dir() for file in sorted(path.rglob("*")) if is_unread(file)]
+
+
+def is_unread(file: Path) -> bool:
+    return file.suffix.lower() in UNREAD and not file.name.startswith(".")
 
 
 def find_truths(truth: Path, queries: Sequence[QueryFile]) -> dict[str, Path]:
@@ -102,7 +111,9 @@ def _below(folder: Path, without: tuple[str, ...] = ()) -> list[QueryFile]:
         if path.suffix.lower() in SUFFIXES and not hidden and not left_out and path.is_file():
             found.append(QueryFile(path, inside.with_suffix("").as_posix()))
     if not found:
-        raise UserError(f"folder {folder} holds no pictures ({', '.join(SUFFIXES)})")
+        unread = unread_pictures([folder])
+        but = f" but {len(unread)} such as {unread[0].name}, which are not read: convert them" if unread else ""
+        raise UserError(f"folder {folder} holds no pictures ({', '.join(SUFFIXES)}){but}")
     return found
 
 

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, ValidationError
 
-from model.ntrenet import Target, join_shots
 from model.weights import sha256_of
 from util.config import Section, read_yaml
 from util.errors import UserError
 from util.pictures import read_mask, read_picture
-from util.segmenter import NTRESegmenter
+from util.segmenter import Segmenter, T
 
 MAX_TARGETS = 254
 """ids of a labelled map: 0 is background, 255 means ignored wherever masks are read"""
@@ -72,20 +72,20 @@ def read_targets(path: Path) -> dict[str, TargetFiles]:
     return targets
 
 
-def encode_target(segmenter: NTRESegmenter, files: TargetFiles) -> Target:
+def encode_target(segmenter: Segmenter[Any, T], files: TargetFiles) -> T:
     """Read and encode the supports one after the other.
 
     Raises:
         UserError: naming the file.
     """
-    return join_shots([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
+    return segmenter.join([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
 
 
 def _pairs(files: TargetFiles) -> Sequence[tuple[Path, Path]]:
     return [(Path(support), Path(mask)) for support, mask in zip(files.supports, files.masks, strict=True)]
 
 
-def _encode_pair(segmenter: NTRESegmenter, support: Path, mask: Path, class_id: int | None) -> Target:
+def _encode_pair(segmenter: Segmenter[Any, T], support: Path, mask: Path, class_id: int | None) -> T:
     picture = read_picture(support)
     values = read_mask(mask, picture)
     try:

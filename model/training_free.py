@@ -1,0 +1,175 @@
+"""Training-free segmentation: the target's and the non-target's features of the supports against a query's.
+
+This is ours and not the paper's network; it takes the paper's thought, to use what is not target, and needs no
+training. Its features are the stages of a frozen ImageNet backbone from stage 4 on, of the whole picture.
+
+Shapes: C channels, n query positions, m positions of all supports together. q_j and s_i are features of unit length,
+t_i and o_i the shares of the support's position i that are target and non-target.
+
+    P_t = unit(sum_i t_i s_i),  P_o = unit(sum_i o_i s_i)                                   prototypes
+    d1_j = P_t . q_j - P_o . q_j                                                            prototype_difference
+    d2_j = max over target i of s_i . q_j  -  max over non-target i of s_i . q_j            neighbour_difference
+    score = d1 / std(d1) + d2 / std(d2)
+    twice: the query's own prototypes Q_t and Q_o, of its highest 5 % and lowest 30 % by score, join those of the
+    supports, and d3 = unit(P_t + Q_t) . q - unit(P_o + Q_o) . q;
+    score = score / std(score) + d3 / std(d3)                                               self_support
+
+Above 0 is target. The nearest neighbours are PFENet's prior with a second side; the self-support pass follows SSP
+(Fan et al., ECCV 2022).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.backbone import Backbone, build_backbone, fold_batch_norm
+from model.efficientnet_lite import last_blocks
+from model.weights import imagenet_file, read_weights
+
+PASSES = 2
+"""self-support passes"""
+TARGET_SHARE, OTHER_SHARE = 0.05, 0.3
+"""of the query's positions, the most certain that make its own prototypes"""
+
+
+class Described(NamedTuple):
+    """Positions of a support, or of several."""
+
+    feature: Tensor
+    """(C, m), of unit length"""
+    target: Tensor
+    """(m,) in [0, 1], the share of each position that is target"""
+    other: Tensor
+    """(m,) in [0, 1], the share that is neither target nor ignored"""
+
+
+def join(supports: Sequence[Described]) -> Described:
+    """The positions of several supports; no support needs more than the others, and their order is of no account."""
+    features, targets, others = zip(*supports, strict=True)
+    return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Features (C, ...) divided by their lengths; zeros stay."""
+    return F.normalize(x, dim=0)
+
+
+def describe_support(feature: Tensor, layers: Tensor) -> Described:
+    """The positions of a support.
+
+    A position sees 9 x 9 pixels, every eighth pixel in its middle, so that the smallest target is seen. One that is
+    all ignored is neither target nor non-target.
+
+    Args:
+        feature: (C, h, w), of unit length
+        layers: (2, 8h - 7, 8w - 7) in [0, 1], each pixel's shares of target and of neither target nor ignored
+    """
+    expected = (2, *(8 * side - 7 for side in feature.shape[-2:]))
+    if layers.shape != expected:
+        raise ValueError(f"layers must be {expected}, not {tuple(layers.shape)}")
+    seen = F.avg_pool2d(layers, 9, stride=8, padding=4, count_include_pad=False).flatten(1)
+    return Described(feature.flatten(1), seen[0], seen[1])
+
+
+def prototype_difference(query: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """d1: similarity of (C, n) to the prototype of the target (C,) minus that to the non-target's, (n,)."""
+    return (target - other) @ query
+
+
+def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
+    """d2: similarity of (C, n) to the nearest target position minus that to the nearest non-target one, (n,).
+
+    A position counts as target, and as non-target, from half of the largest share on: a target of a few pixels fills
+    no position.
+    """
+    nearest = []
+    for share in (supports.target, supports.other):
+        counts = (share > 0) & (share >= 0.5 * share.max())
+        nearest.append((supports.feature[:, counts].T @ query).amax(0) if counts.any() else query.new_zeros(1))
+    return nearest[0] - nearest[1]
+
+
+def standardised(x: Tensor) -> Tensor:
+    """(n,) divided by its deviation, not centred; zeros where everything is the same."""
+    deviation = x.std(correction=0)
+    return x / deviation if deviation > 1e-6 else torch.zeros_like(x)
+
+
+def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """One pass with the query's own prototypes beside those of the supports: a new score (n,)."""
+    order = score.argsort(descending=True, stable=True)
+    highest, lowest = (max(1, round(share * len(order))) for share in (TARGET_SHARE, OTHER_SHARE))
+    own_target = unit(query[:, order[:highest]].mean(1))
+    own_other = unit(query[:, order[-lowest:]].mean(1))
+    again = prototype_difference(query, unit(target + own_target), unit(other + own_other))
+    return standardised(score) + standardised(again)
+
+
+def target_score(query: Tensor, supports: Described) -> Tensor:
+    """How much more each query position is like the target than like what is not target, in deviations: above 0.
+
+    Without any non-target position a query's mean similarity stands in its place.
+
+    Args:
+        query: (C, h, w), of unit length
+    Returns:
+        (h, w), of deviation 1 (0 where everything in the query is the same)
+    """
+    size, query = query.shape[-2:], query.flatten(1)
+    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    differences = [prototype_difference(query, target, other), neighbour_difference(query, supports)]
+    if not supports.other.any():
+        differences = [difference - difference.mean() for difference in differences]
+    score = standardised(differences[0]) + standardised(differences[1])
+    for _ in range(PASSES):
+        score = self_support(query, score, target, other)
+    return standardised(score).unflatten(0, size)
+
+
+class TrainingFree(nn.Module):
+    """A frozen backbone, as :func:`target_score` reads it. Build it with :func:`build_training_free`."""
+
+    def __init__(self, *, backbone: Backbone, last: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.last = None if last is None else last.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def describe(self, image: Tensor) -> Tensor:
+        """A normalised picture (3, H, W), sides 8n + 1 -> (C, h, w): stage 4, and the last blocks where there are any.
+
+        Each stage is of unit length, and so are they together.
+        """
+        stage4 = self.backbone.high(self.backbone(image[None]).stage3)
+        stages = [stage4] if self.last is None else [stage4, self.last(stage4.float())]
+        return unit(torch.cat([unit(stage[0].float()) for stage in stages]))
+
+
+def build_training_free(
+    name: str = "efficientnet_lite0", *, weights: str = "imagenet", weights_dir: Path = Path("initmodel")
+) -> TrainingFree:
+    """The method on a backbone by name; arguments and errors as :func:`model.backbone.build_backbone` has them."""
+    backbone, info = build_backbone(name, weights=weights, weights_dir=weights_dir)
+    backbone.fold_batch_norm()
+    return on_backbone(name, backbone, weights if weights == "random" else info.source)
+
+
+def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> TrainingFree:
+    """The method on a backbone that is there, such as a network's.
+
+    EfficientNet-Lite0 is read to its last block: what the networks leave out tells classes apart best here.
+
+    Args:
+        weights: of those last blocks; 'imagenet' (from the pip package), 'random' or a file.
+    """
+    last = None
+    if name == "efficientnet_lite0":
+        path = imagenet_file(name, Path()) if weights == "imagenet" else Path(weights)
+        last = last_blocks(None if weights == "random" else read_weights(path)[0])
+        fold_batch_norm(last)
+        last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return TrainingFree(backbone=backbone.to(memory_format=torch.channels_last), last=last)  # type: ignore[call-overload]

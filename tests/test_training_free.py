@@ -1,0 +1,246 @@
+"""Training-free segmentation against a loop over positions, its properties, and its edges."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scenes import ROOT, scene
+from torch import Tensor
+
+from model.training_free import Described, describe_support, join, target_score
+from util.build import build_eval_sampler, build_index
+from util.config import load_config
+from util.edges import sharp_mask
+from util.errors import UserError
+from util.segmenter import NTRESegmenter, TrainingFreeSegmenter
+
+
+def described(seed: int, positions: int = 24, channels: int = 6) -> Described:
+    """Random features; a third of the positions is target, one is at the border and one ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    feature = F.normalize(torch.randn(channels, positions, generator=generator), dim=0)
+    target = (torch.arange(positions) < positions // 3).float()
+    other = 1 - target
+    target[0], other[0] = 0.4, 0.6
+    other[-1] = 0
+    return Described(feature, target, other)
+
+
+def query(seed: int, height: int = 4, width: int = 5, channels: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + seed)
+    return F.normalize(torch.randn(channels, height, width, generator=generator), dim=0)
+
+
+def naive(picture: Tensor, supports: list[Described]) -> np.ndarray:
+    """The formulas of model/training_free.py, a position at a time, in float64."""
+
+    def unit(v: np.ndarray) -> np.ndarray:
+        length = math.sqrt(sum(x * x for x in v))
+        return v / length if length else v
+
+    def deviation(values: list[float]) -> float:
+        mean = sum(values) / len(values)
+        return math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+
+    positions = [
+        (support.feature[:, i].double().numpy(), float(support.target[i]), float(support.other[i]))
+        for support in supports
+        for i in range(support.feature.shape[1])
+    ]
+    p_target = unit(sum(t * s for s, t, _ in positions))
+    p_other = unit(sum(o * s for s, _, o in positions))
+    on_target = [s for s, t, _ in positions if t > 0 and t >= 0.5 * max(t for _, t, _ in positions)]
+    on_other = [s for s, _, o in positions if o > 0 and o >= 0.5 * max(o for _, _, o in positions)]
+    places = [q.double().numpy() for q in picture.flatten(1).T]
+    d1 = [q @ p_target - q @ p_other for q in places]
+    d2 = [max(s @ q for s in on_target) - max(s @ q for s in on_other) for q in places]
+    score = [a / deviation(d1) + b / deviation(d2) for a, b in zip(d1, d2, strict=True)]
+    for _ in range(2):
+        order = sorted(range(len(places)), key=lambda n: -score[n])
+        highest, lowest = max(1, round(0.05 * len(places))), max(1, round(0.3 * len(places)))
+        q_target = unit(sum(places[n] for n in order[:highest]) / highest)
+        q_other = unit(sum(places[n] for n in order[-lowest:]) / lowest)
+        d3 = [q @ unit(p_target + q_target) - q @ unit(p_other + q_other) for q in places]
+        score = [a / deviation(score) + b / deviation(d3) for a, b in zip(score, d3, strict=True)]
+    return (np.array(score) / deviation(score)).reshape(picture.shape[1:])
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_score_is_that_of_a_loop_over_positions(seed: int, shots: int) -> None:
+    supports = [described(10 * seed + n, positions=24 + n) for n in range(shots)]
+    score = target_score(query(seed), join(supports))
+    np.testing.assert_allclose(score.numpy(), naive(query(seed), supports), atol=1e-4)
+
+
+def test_the_order_of_supports_is_of_no_account_and_copies_change_nothing() -> None:
+    supports = [described(n) for n in range(3)]
+    score = target_score(query(0), join(supports))
+    torch.testing.assert_close(target_score(query(0), join(supports[::-1])), score, atol=1e-4, rtol=0)
+    torch.testing.assert_close(target_score(query(0), join(supports * 2)), score, atol=1e-4, rtol=0)
+
+
+def test_what_is_like_the_target_is_found_and_what_is_like_the_rest_is_not() -> None:
+    """Two kinds of features, each around a direction of its own; the first row of the query is of the target's."""
+    kinds = query(0, channels=32).flatten(1)[:, :2]
+    support = described(0, channels=32)
+    kind = (support.target < 0.5).long()
+    support = support._replace(feature=F.normalize(support.feature + kinds[:, kind], dim=0))
+    where = torch.ones(3, 5, dtype=torch.long)
+    where[0] = 0
+    score = target_score(F.normalize(query(1, 3, 5, channels=32) + kinds[:, where], dim=0), support)
+    assert (score[0] > 0).all() and (score[1:] < 0).all()
+
+
+@pytest.mark.parametrize("case", ["no_target", "no_other", "nothing", "same_everywhere", "faint_target", "zeros"])
+def test_every_degenerate_support_or_query_gives_a_finite_score(case: str) -> None:
+    support, picture = described(0), query(0)
+    zeros = torch.zeros_like(support.target)
+    if case in ("no_target", "nothing"):
+        support = support._replace(target=zeros)
+    if case in ("no_other", "nothing"):
+        support = support._replace(other=zeros)
+    if case == "faint_target":
+        support = support._replace(target=zeros.index_fill(0, torch.tensor([3]), 0.02))
+    if case == "same_everywhere":
+        picture = picture[:, :1, :1].expand_as(picture)
+    if case == "zeros":
+        picture = torch.zeros_like(picture)
+    score = target_score(picture, support)
+    assert score.isfinite().all()
+    if case in ("same_everywhere", "zeros"):
+        assert not score.any()
+    if case == "no_other":
+        assert (score > 0).any() and (score < 0).any()  # not everything is target
+    if case == "faint_target":
+        nearest = (support.feature[:, 3] @ picture.flatten(1)).argmax()
+        assert score.flatten()[nearest] > 0
+
+
+def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
+    layers = torch.zeros(2, 17, 25)
+    layers[1] = 1
+    layers[:, :, 16:] = 0  # ignored
+    layers[0, 5, 3], layers[1, 5, 3] = 1, 0
+    found = describe_support(torch.ones(4, 3, 4), layers)
+    target, other = found.target.reshape(3, 4), found.other.reshape(3, 4)
+    assert target[1, 0] == pytest.approx(1 / 45)  # 9 rows and 5 columns of it lie in the picture
+    assert (target > 0).sum() == 1
+    assert (other[:, 3] == 0).all() and (other[0, :2] == 1).all()
+    with pytest.raises(ValueError, match="layers must be"):
+        describe_support(torch.ones(4, 3, 4), layers[:, :16])
+
+
+# On pictures, with EfficientNet-Lite0 as it comes with pip
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> TrainingFreeSegmenter:
+    return NTRESegmenter.training_free(device="cpu", precision="fp32")
+
+
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
+
+
+def test_a_disc_is_found_without_training_and_edges_find_its_border(segmenter: TrainingFreeSegmenter) -> None:
+    support, truth_of = scene(1, 120, 150), scene(2, 150, 120)
+    found = segmenter.segment(*support, truth_of[0])
+    assert found.mask.shape == found.probability.shape == (150, 120)
+    assert found.probability.min() >= 0 and found.probability.max() <= 1
+    np.testing.assert_array_equal(found.mask, found.probability > 0.5)
+    assert found.prior is None and found.bg is None and found.distractor is None
+    sharp = segmenter.segment(*support, truth_of[0], edges=True)
+    np.testing.assert_array_equal(sharp.probability, found.probability)
+    assert iou(found.mask, truth_of[1]) > 0.5
+    assert iou(sharp.mask, truth_of[1]) > max(0.9, iou(found.mask, truth_of[1]))
+
+
+def test_supports_of_any_size_number_and_order_give_one_target(segmenter: TrainingFreeSegmenter) -> None:
+    scenes = [scene(1, 120, 150), scene(2, 60, 61), scene(3, 400, 90)]
+    pictures, masks = (list(part) for part in zip(*scenes, strict=True))
+    whole = segmenter.segment(pictures, masks, scene(4)[0]).probability
+    turned = segmenter.segment(pictures[::-1], masks[::-1], scene(4)[0]).probability
+    np.testing.assert_allclose(whole, turned, atol=1e-4)
+
+
+def test_a_target_that_fills_its_picture_and_one_of_a_few_pixels(segmenter: TrainingFreeSegmenter) -> None:
+    picture, disc = scene(1, 120, 150)
+    full = segmenter.segment(picture, np.ones_like(disc), scene(2)[0])
+    assert np.isfinite(full.probability).all()
+    few = np.zeros_like(disc)
+    few[tuple(np.argwhere(disc)[disc.sum() // 2])] = True
+    found = segmenter.segment(picture, few, picture)
+    assert found.probability[few].min() > 0.5
+    with pytest.raises(UserError, match="shows nothing"):
+        segmenter.encode(picture, np.zeros_like(disc))
+
+
+def test_weights_that_are_not_there_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="does not exist"):
+        NTRESegmenter.training_free(device="cpu", weights=str(tmp_path / "none.pth"))
+
+
+def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_empty() -> None:
+    picture, disc = scene(2, 120, 150)
+    blurred = F.avg_pool2d(torch.from_numpy(disc)[None].float(), 21, stride=1, padding=10)[0].numpy()
+    probability = 0.05 + 0.6 * blurred
+    sharp = sharp_mask(probability, picture, 0.3)
+    assert iou(sharp, disc) > 0.95 > iou(probability > 0.3, disc)
+    assert not sharp_mask(probability, picture, 0.9).any()
+    assert sharp_mask(probability, picture, 0.01).all()
+    assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), picture).any()
+    for side in (1, 9):
+        assert sharp_mask(np.eye(side, dtype=np.float32), picture[:side, :side]).shape == (side, side)
+
+
+# On an evaluation's episodes
+
+
+def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(synthetic: Path, tmp_path: Path) -> None:
+    lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
+    overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=4", "device=cpu", "precision=fp32"]
+    config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
+    out = tmp_path / "r.json"
+    done = evaluation("--config", config, "--baselines", "--out", out, *overrides)
+    assert done.returncode == 0, done.stderr
+    assert "training-free, edges" in done.stdout
+    results = json.loads(out.read_text())
+    assert results["checkpoint"] is None and "miou" not in results
+
+    settings = load_config(config, overrides)
+    index = build_index(settings, "val")
+    sampler = build_eval_sampler(settings, index, 0)
+    method = NTRESegmenter.training_free(device="cpu", precision="fp32")
+    for name, edges in (("training_free", False), ("training_free_edges", True)):
+        counts = np.zeros((5, 2))  # class, intersection and union
+        for number in range(4):
+            episode = sampler(number)
+            pictures = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
+            labels = [np.array(Image.open(index.items[i].mask)) for i in (episode.query, *episode.supports)]
+            found = method.segment(pictures[1:], labels[1:], pictures[0], episode.class_id, edges=edges)
+            truth, valid = labels[0] == episode.class_id, labels[0] != 255
+            counts[episode.class_id - 1] += (found.mask & truth).sum(), ((found.mask | truth) & valid).sum()
+        expected = 100 * (counts[:, 0] / np.maximum(counts[:, 1], 1)).mean()
+        assert results["baselines"][name]["miou"] == pytest.approx(expected, abs=0.01)
+        assert expected > 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"), [([], "--checkpoint, --baselines"), (["--baselines", "--panel", "p.png"], "show a network")]
+)
+def test_an_evaluation_of_nothing_is_refused(words: list[str], message: str) -> None:
+    done = evaluation("--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def evaluation(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, ROOT / "test.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

@@ -1,0 +1,56 @@
+"""Predictions without any training, scored on the episodes of an evaluation: what a network has to beat."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from util.class_index import ClassIndex
+from util.dataset import read_pair
+from util.edges import sharp_mask
+from util.episodes import EpisodeFiles
+from util.metrics import confusion
+from util.rounds import EncodingSize, plan_rounds
+from util.segmenter import TrainingFreeSegmenter
+
+TRAINING_FREE = ("training_free", "training_free_edges")
+"""model/training_free.py, without and with edges"""
+
+
+def evaluate_training_free(
+    segmenter: TrainingFreeSegmenter,
+    index: ClassIndex,
+    episodes: Sequence[EpisodeFiles],
+    *,
+    cache_gib: float,
+    bar: tqdm | None = None,
+) -> dict[str, np.ndarray]:
+    """Counts of each episode at its query's original size, by the rules of :func:`util.engine.evaluate`.
+
+    The pictures are read at the segmenter's own size, whatever the network's.
+
+    Args:
+        cache_gib: memory for what episodes share.
+        bar: advanced by one an episode.
+    Returns:
+        (N, 4) counts of :func:`util.metrics.confusion` for each of ``TRAINING_FREE``
+    """
+    counts = {name: np.zeros((len(episodes), 4), np.int64) for name in TRAINING_FREE}
+    empty = segmenter.encode_query(np.zeros((8, 8, 3), np.uint8)).features
+    size = empty.numel() * empty.element_size()
+    for part in plan_rounds(episodes, index, EncodingSize(query=size, whole=size), cache_gib * 2**30):
+        pairs = {place: read_pair(index.items[place], part.class_id) for place in part.images}
+        queries = {n: segmenter.encode_query(pairs[n][0]) for n, roles in part.images.items() if "query" in roles}
+        targets = {n: segmenter.encode(*pairs[n], class_id=1) for n, roles in part.images.items() if "support" in roles}
+        for number in part.episodes:
+            episode = episodes[number]
+            query, truth = queries[episode.query], torch.from_numpy(pairs[episode.query][1])
+            target = segmenter.join([targets[place] for place in episode.supports])
+            found = segmenter.segment_encoded(target, query)
+            masks = (found.mask, sharp_mask(found.probability, query.pixels))
+            for name, mask in zip(TRAINING_FREE, masks, strict=True):
+                counts[name][number] = confusion(torch.from_numpy(mask), truth).numpy()
+            if bar is not None:
+                bar.update()
+    return counts

@@ -1,0 +1,69 @@
+"""Sharp edges for a map of the target: OpenCV's GrabCut (Rother et al., SIGGRAPH 2004), seeded by the map."""
+
+import cv2
+import numpy as np
+
+CERTAIN_TARGET, CERTAIN_OTHER = 1.0, -0.4
+"""scores, in deviations, beyond which GrabCut leaves a pixel as it is; between them it decides"""
+LONGER_SIDE = 288
+"""of the picture that GrabCut sees: the rest is interpolated"""
+BOX_SIDE = 576
+"""the same where a mask is made of a box: a support is worth more time"""
+FEWEST = 8
+"""pixels of target, and of what is not, that GrabCut needs to know colours"""
+
+
+def grab(picture: np.ndarray, seeds: np.ndarray, iterations: int = 1) -> np.ndarray:
+    """Which pixels are target, boolean (H, W).
+
+    Args:
+        picture: RGB (H, W, 3) uint8
+        seeds: (H, W) of OpenCV's GC_BGD, GC_FGD, GC_PR_BGD and GC_PR_FGD
+    Returns:
+        the seeds' own say where there are too few of either kind
+    """
+    labels = seeds.astype(np.uint8)
+    target = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
+    if min(target.sum(), (~target).sum()) < FEWEST:
+        return target
+    cv2.setRNGSeed(0)  # of its mixtures' first centres
+    colours = np.ascontiguousarray(picture[..., ::-1])
+    cv2.grabCut(colours, labels, (0, 0, 0, 0), np.zeros((1, 65)), np.zeros((1, 65)), iterations, cv2.GC_INIT_WITH_MASK)
+    return np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
+
+
+def sharp_mask(probability: np.ndarray, picture: np.ndarray, threshold: float = 0.5) -> np.ndarray:
+    """Where the target is, boolean (H, W), its border along the edges of a picture (H, W, 3) of RGB uint8.
+
+    The logit of the probability, less that of the threshold, is taken in deviations over the picture. What it is
+    certain of becomes GrabCut's seeds; about the rest, and its colours, GrabCut decides. A map without anything above
+    the threshold stays empty.
+    """
+    p = np.clip(probability.astype(np.float32), 1e-6, 1 - 1e-6)
+    score = np.log(p / (1 - p)) - np.log(threshold / (1 - threshold))
+    score /= max(float(score.std()), 1e-6)
+    height, width = score.shape
+    ratio = min(1.0, LONGER_SIDE / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    coarse = cv2.resize(score, size, interpolation=cv2.INTER_LINEAR)
+    seeds = np.where(coarse > 0, cv2.GC_PR_FGD, cv2.GC_PR_BGD)
+    seeds[coarse > CERTAIN_TARGET], seeds[coarse < CERTAIN_OTHER] = cv2.GC_FGD, cv2.GC_BGD
+    target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds)
+    return cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+
+
+def mask_in_box(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
+    """The object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W), by GrabCut.
+
+    The whole box where GrabCut finds no object in it.
+    """
+    height, width = picture.shape[:2]
+    inside = np.zeros((height, width), np.float32)
+    inside[box[1] : box[3], box[0] : box[2]] = 1
+    ratio = min(1.0, BOX_SIDE / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    coarse = cv2.resize(inside, size, interpolation=cv2.INTER_AREA)
+    seeds = np.where(coarse > 0, cv2.GC_PR_FGD, cv2.GC_BGD)
+    target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds, iterations=5)
+    mask = (cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5) & (inside > 0)
+    return mask if mask.any() else inside > 0
