@@ -99,6 +99,8 @@ def kill_and_resume(config: Path, run: Path, kills: int, seed: int) -> int:
         child = start(config, run, "resume=auto")
         while child.poll() is None and not (tensorboard.exists() and tensorboard.stat().st_mtime_ns != before):
             time.sleep(0.01)  # until this start has opened its own events
+        while hits > 0 and child.poll() is None and not (run / "last.pt").exists():
+            time.sleep(0.01)  # on a slow machine the first kill may have come before the first save
         time.sleep(rng.random() * 1.5)
         if child.poll() is not None:
             assert child.returncode == 0, child.communicate()[1][-2000:]
