@@ -235,9 +235,7 @@ def make_mask(job: Job, *, path: Path, folder: Path, stamp: float) -> Done:
         mask = paint(job, path)
         image = Image.fromarray(mask)
         image.putpalette(PALETTE)
-        temporary = target.with_name(target.name + ".tmp")
-        image.save(temporary, format="PNG")
-        temporary.replace(target)
+        write_atomically(target, partial(image.save, format="PNG"), force=False)
     return Done(int(not kept), int(kept), int((mask == IGNORED).sum()), mask.size)
 
 
@@ -258,14 +256,14 @@ def link_images(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):
         return
     if target.is_symlink():  # to where the images were before
-        target.unlink()
+        target.unlink(missing_ok=True)
     if not target.exists():
         with contextlib.suppress(OSError, NotImplementedError):
             target.symlink_to(source.resolve(), target_is_directory=True)
             return
     target.mkdir(exist_ok=True)
     for image in source.iterdir():
-        if not (target / image.name).exists():
+        with contextlib.suppress(FileExistsError):
             (target / image.name).hardlink_to(image)
 
 
