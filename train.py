@@ -11,14 +11,13 @@ import itertools
 import os
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from model.parallel import processes, rank
@@ -36,7 +35,8 @@ from util.distributed import first_process_first, joined_processes
 from util.engine import evaluate, learning_rate, train
 from util.episodes import EpisodeFiles, EpisodeList
 from util.errors import UserError, run_command
-from util.files import held_alone, write_atomically
+from util.events import Events
+from util.files import held_alone, write_text
 from util.folds import base_classes, novel_classes
 from util.interruption import Interruption, Stopped
 from util.loading import LoadingError, batches_of
@@ -52,6 +52,8 @@ EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
 LOADER_IS_THE_LIMIT = 0.25
 """share of an epoch's time spent waiting for images above which a line says so"""
+BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+"""fits 100 columns with the loss, the learning rate and the share of waiting"""
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
@@ -103,23 +105,24 @@ def run(config: Config) -> None:
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     began = saved = time.monotonic()
     with (
-        SummaryWriter(run_dir / "tensorboard", purge_step=training.step + 1) if first else nullcontext() as writer,
-        progress(total=total_steps, initial=training.step, unit="step", disable=not first) as bar,
+        closing(Events(run_dir / "tensorboard", config, training.step)) if first else nullcontext() as events,
+        progress(total=total_steps, initial=training.step, unit="step", bar_format=BAR, disable=not first) as bar,
         Interruption() as stop,
     ):
 
         def save() -> None:
             nonlocal saved
-            if writer is not None:
-                writer.flush()  # what the checkpoint has behind it; what comes after it is purged when it is resumed
+            if events is not None:
+                events.flush()  # a checkpoint's own events are on the disk before it
             training.save_last()
             saved = time.monotonic()
 
-        def after_step(step: int, lr: float, terms: dict[str, float]) -> None:
+        def after_step(lr: float, terms: dict[str, float], norm: float) -> None:
             training.seconds = before + time.monotonic() - began
-            if writer is not None:
-                write_losses(writer, step + 1, lr, terms)
-            if time.monotonic() - saved >= 60 * options.checkpoint_minutes and (step + 1) % epoch_steps:
+            if events is not None:
+                losses = {f"loss/{name}": value for name, value in terms.items()}
+                events.scalars(training.step, losses | {"lr": lr, "gradient_norm": norm})
+            if time.monotonic() - saved >= 60 * options.checkpoint_minutes and training.step % epoch_steps:
                 save()
 
         try:
@@ -128,7 +131,12 @@ def run(config: Config) -> None:
                 epoch = end // epoch_steps
                 bar.set_description(f"epoch {epoch}/{options.epochs}", refresh=False)
                 epoch_batches = itertools.islice(batches, end - training.step)
+                start, started = training.step, time.monotonic()
                 waiting = train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
+                if events is not None and training.step > start:
+                    speed = (training.step - start) * options.batch_size / (time.monotonic() - started)
+                    memory = peak_memory_mib(hardware.device)
+                    events.scalars(training.step, {"episodes_per_second": speed, "peak_memory_mib": memory})
                 if first and waiting > LOADER_IS_THE_LIMIT:
                     tqdm.write(
                         f"epoch {epoch}: {waiting:.0%} of the time went to waiting for images: the loader is the limit,"
@@ -136,7 +144,7 @@ def run(config: Config) -> None:
                     )
                 improved = False
                 if epoch % config.eval.every == 0 or end == total_steps:
-                    miou = validate(training, val_index, episodes, writer, epoch_steps, stop)
+                    miou = validate(training, val_index, episodes, events, epoch_steps, stop)
                     improved = miou > training.best_miou
                     training.best_miou = max(training.best_miou, miou)
                 training.sums = dict.fromkeys(training.sums, 0.0)
@@ -164,8 +172,7 @@ def run(config: Config) -> None:
 def open_run(training: Training, lists: dict[str, str]) -> None:
     """config.yaml and run.json; what an interrupted run wrote after its last checkpoint goes."""
     config, run_dir = training.config, Path(training.config.run_dir)
-    text = yaml.safe_dump(config.model_dump(), sort_keys=False)
-    write_atomically(run_dir / "config.yaml", lambda file: file.write(text.encode()))
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
     path = run_dir / "run.json"
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -221,42 +228,32 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
     )
 
 
-def write_losses(writer: SummaryWriter, step: int, lr: float, terms: dict[str, float]) -> None:
-    """At the number of steps done, as the validation's scores, so that no event of a resumed run stands twice."""
-    for name, value in terms.items():
-        writer.add_scalar(f"loss/{name}", value, step)
-    writer.add_scalar("lr", lr, step)
-
-
 def validate(
     training: Training,
     index: ClassIndex,
     episodes: list[EpisodeFiles],
-    writer: SummaryWriter | None,
+    events: Events | None,
     epoch_steps: int,
     stop: Interruption,
 ) -> float:
     """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
 
     Args:
-        writer: of the first process; the others have none, and write nothing.
+        events: of the first process; the others have none, and write nothing.
         epoch_steps: that the training's sums of losses are over.
     """
     config, step, hardware = training.config, training.step, training.hardware
-    bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=writer is None)
+    bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=events is None)
     with bar:
         counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=stop)
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
-    if writer is not None:
+    if events is not None:
         tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
-        for name in ("miou", "fb_iou", "precision"):
-            writer.add_scalar(f"val/{name}", getattr(found, name), step)
         losses = {name: value / epoch_steps for name, value in training.sums.items()}
         append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
         loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))
-        picture = draw_rows(episode_rows(training.model, loader, hardware=hardware))
-        writer.add_image("episodes", picture, step, dataformats="HWC")
+        events.evaluation(step, found, draw_rows(episode_rows(training.model, loader, hardware=hardware)))
     return found.miou
 
 

@@ -23,6 +23,7 @@ error, and then no file is left.
 import argparse
 import importlib
 import importlib.util
+import io
 import sys
 import warnings
 from collections.abc import Callable
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model.ntrenet import NTRENet, Query, Target
 from model.ops import IGNORE, foreground, masked_average_pool
 from util.errors import UserError, run_command
+from util.files import naming, write_atomically
 from util.record import require_writable
 from util.segmenter import NTRESegmenter
 from util.transforms import normalize
@@ -138,21 +140,24 @@ Run = Callable[[Episode], Tensor]
 
 def write_pt2(program: ExportedProgram, path: Path) -> Run:
     """What is returned runs the file."""
-    torch.export.save(program, path)
+    buffer = io.BytesIO()  # on a full disk, torch's own writer ends the process
+    torch.export.save(program, buffer)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
     loaded = torch.export.load(path).module()
     return lambda episode: loaded(*episode)
 
 
 def write_onnx(program: ExportedProgram, path: Path) -> Run:
     """What is returned runs the file, in onnxruntime."""
-    torch.onnx.export(
-        program,
-        f=path,
-        input_names=NAMES,
-        output_names=["probability"],
-        external_data=False,  # one file
-        verbose=False,
-    )
+    with naming(path):
+        torch.onnx.export(
+            program,
+            f=path,
+            input_names=NAMES,
+            output_names=["probability"],
+            external_data=False,  # one file
+            verbose=False,
+        )
     session = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(episode: Episode) -> Tensor:

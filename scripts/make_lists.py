@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.check_data import check_item, copies_warning, turned_warning
 from util.class_index import Item, on_all_cores
 from util.errors import UserError, run_command
+from util.files import write_text
 from util.images import image_size
 from util.pictures import SUFFIXES
 from util.record import require_writable
@@ -69,7 +70,7 @@ def main() -> None:
     if in_val.all() or not in_val.any():
         raise UserError(f"{len(items)} images with masks are too few to split; give more")
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
-        path.write_text("".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one), encoding="utf-8")
+        write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
     print(table(names, pixels, in_val))
     print(block(args.root, lists, names, items))
 

@@ -8,6 +8,7 @@ import cv2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.errors import run_command
 from util.progress import progress
 from util.synthetic import CLASS_NAMES, generate
 
@@ -28,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +38,8 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.errors import UserError, first_of, run_command
-from util.files import write_atomically
-from util.images import read_mask
+from util.files import write_bytes, write_text
+from util.images import encoded, read_mask
 from util.progress import progress
 from util.synthetic import voc_palette
 
@@ -235,7 +234,7 @@ def make_mask(job: Job, *, path: Path, folder: Path, stamp: float) -> Done:
         mask = paint(job, path)
         image = Image.fromarray(mask)
         image.putpalette(PALETTE)
-        write_atomically(target, partial(image.save, format="PNG"), force=False)
+        write_bytes(target, encoded(image, "PNG"), force=False)
     return Done(int(not kept), int(kept), int((mask == IGNORED).sum()), mask.size)
 
 
@@ -288,7 +287,7 @@ def prepare(root: Path, out: Path, lists: Path, limit: int | None) -> dict[str, 
     results = {}
     for split, (done, text) in {split: prepare_split(split, root, out, limit) for split in EXPECTED}.items():
         path = lists / (f"{split}.txt" if limit is None else f"{split}_part{done.made + done.kept}.txt")
-        write_atomically(path, methodcaller("write", text.encode()))
+        write_text(path, text)
         results[split] = (path, done)
     return results
 

@@ -25,7 +25,6 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from operator import methodcaller
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,11 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.class_index import load_class_index, read_list
 from util.download import download
 from util.errors import UserError, first_of, run_command
-from util.files import write_atomically
+from util.files import write_bytes
 from util.images import compare_checksums, read_image, read_mask
 from util.progress import progress
 from util.published import LISTS, published
 from util.synthetic import voc_palette
+
+LARGEST = 64 * 2**20
+"""bytes that a photo or a mask may have; theirs have less than a hundredth of it"""
 
 DOWNLOADS = {
     "voc": (
@@ -119,6 +121,11 @@ class Source:
                     if not member.isreg() or not name.startswith(self.prefix):
                         continue
                     name = name.removeprefix(self.prefix)
+                    if name in wanted and member.size > LARGEST:
+                        raise UserError(
+                            f"{self.path} holds {name} of {member.size:,} bytes, which is no photo and no mask; delete"
+                            " it and download it again"
+                        )
                     file = archive.extractfile(member) if name in wanted else None
                     yield name, file.read() if file else b""
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
@@ -230,7 +237,7 @@ def prepare(sources: Sources, out: Path, list_folder: Path, titles: list[str]) -
     for title, items in lists.items():
         path, text = list_folder / f"{title}.txt", (LISTS / f"pascal/{title}.txt").read_bytes()
         if not path.is_file() or path.read_bytes() != text:
-            write_atomically(path, methodcaller("write", text))
+            write_bytes(path, text)
         known, ignored = published(items), int((load_class_index(path, out, NUM_CLASSES).ignored > 0).sum())
         print(f"{'list':<12}{len(items):>6}  {path}: {known.title if known else 'unknown'}; {ignored} masks hold 255")
         if known and known.ignored not in (None, ignored):
@@ -273,7 +280,7 @@ def build(files: list[File]) -> int:
                             bar.update()
                     for name, data in source.read(targets):
                         if name.endswith(".jpg"):
-                            write_atomically(targets[name], methodcaller("write", data), force=False)
+                            write_bytes(targets[name], data, force=False)
                             bar.update()
                         else:
                             job = pool.submit(write_mask, data, targets[name], f"{source.path}: {name}")
@@ -310,7 +317,7 @@ def link(source: Path, target: Path) -> None:
             temporary.replace(target)
             temporary.unlink(missing_ok=True)  # it stays where both were one file already
             return
-    write_atomically(target, methodcaller("write", source.read_bytes()), force=False)
+    write_bytes(target, source.read_bytes(), force=False)
 
 
 def write_mask(data: bytes, target: Path, origin: str) -> None:
@@ -332,7 +339,7 @@ def write_mask(data: bytes, target: Path, origin: str) -> None:
                     raise ValueError(f"mode {image.mode}, want a palette")
     except Exception as error:  # SciPy and Pillow raise many kinds for a damaged file
         raise UserError(f"{origin} is damaged ({' '.join(str(error).split())}); fetch or unpack it again") from error
-    write_atomically(target, methodcaller("write", data), force=False)
+    write_bytes(target, data, force=False)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util import report as tables
 from util.errors import UserError, run_command
+from util.files import write_bytes, write_text
 from util.record import require_writable
 from util.report import CurvePoint, Groups, Order, Record, Results, Row, Run, RunConfig, Setting, Table
 
@@ -90,9 +91,9 @@ def main() -> None:
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
     summary, blocks = compose(found, paper)
     for picture in (block for block in blocks if isinstance(block, Picture)):
-        (args.out / picture.name).write_bytes(picture.png)
-    (args.out / "report.md").write_text(as_markdown(blocks), encoding="utf-8")
-    (args.out / "report.html").write_text(as_html(blocks), encoding="utf-8")
+        write_bytes(args.out / picture.name, picture.png)
+    write_text(args.out / "report.md", as_markdown(blocks))
+    write_text(args.out / "report.html", as_html(blocks))
     print(f"report: {args.out / 'report.md'}, {args.out / 'report.html'}", *summary, sep="\n")
 
 

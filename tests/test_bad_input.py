@@ -37,6 +37,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
+from tqdm import tqdm
 
 import predict
 import train
@@ -1211,6 +1212,21 @@ def test_a_refusal_is_one_line_of_printable_text_whatever_it_names() -> None:
         raise UserError("list a\nb\x1b[31m.txt does not exist")
 
     assert ended(main).err == "error: list a b\\x1b[31m.txt does not exist\n"
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_nothing_but_text_is_printed_whatever_a_name_holds(stream: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name = "a\x1b[2J\x9b1A\x07\u202eb\x1b[A\ud800"
+
+    def main() -> None:
+        print(f"left out: {name}\tgr\xfc\xdfe", file=getattr(sys, stream))
+        tqdm.write(name, getattr(sys, stream))
+
+    with pytest.raises(SystemExit) as end:
+        run_command(main)
+    assert end.value.code == 0
+    escaped = r"a\x1b[2J\x9b1A\x07\u202eb\x1b[A\ud800"
+    assert getattr(capsys.readouterr(), stream[3:]) == f"left out: {escaped}\tgr\xfc\xdfe\n{escaped}\n"
 
 
 def test_too_little_memory_is_no_traceback() -> None:

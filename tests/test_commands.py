@@ -35,6 +35,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 import train
 from util import engine
@@ -525,8 +526,51 @@ def test_tensorboard_holds_the_validation_scores_and_a_picture(run: Run) -> None
     assert picture.ndim == 3 and picture.std() > 10
 
 
+def test_tensorboard_holds_classes_gradients_speed_memory_and_the_config(run: Run, config: Path, steps: int) -> None:
+    recorded, lines = scalars(run.folder), json_lines(run.folder / "metrics.jsonl")
+    for name in NOVEL:
+        expected = [(line["step"], pytest.approx(line["per_class"][name])) for line in lines]
+        assert recorded[f"val_iou/{name}"] == expected
+    norms = recorded["gradient_norm"]
+    assert [step for step, _ in norms] == list(range(1, EPOCHS * steps + 1))
+    assert all(0 < norm < math.inf for _, norm in norms)
+    for name in ("episodes_per_second", "peak_memory_mib"):
+        assert [step for step, _ in recorded[name]] == [steps, EPOCHS * steps]
+        assert all(value > 0 for _, value in recorded[name])
+    events = EventAccumulator(str(run.folder / "tensorboard"))
+    events.Reload()
+    (text,) = events.Tensors("config/text_summary")
+    (shown,) = (value.decode() for value in text.tensor_proto.string_val)
+    assert yaml.safe_load(shown) == yaml.safe_load((run.folder / "config.yaml").read_text())
+
+
+def test_the_gradient_norm_is_that_of_all_trained_weights(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[float] = []
+    step = torch.optim.SGD.step
+
+    def measured(self: torch.optim.SGD, *arguments: Any) -> Any:
+        gradients = [p.grad.double().flatten() for group in self.param_groups for p in group["params"]]
+        found.append(float(torch.cat(gradients).norm()))
+        return step(self, *arguments)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", measured)
+    short_run(config, tmp_path)
+    assert [norm for _, norm in scalars(tmp_path)["gradient_norm"]] == pytest.approx(found, rel=1e-4)
+
+
+def test_the_progress_bar_fits_100_columns() -> None:
+    """At the longest of 200 epochs of PASCAL-5i: nothing is cut, the loss comes first."""
+    line = tqdm.format_meter(
+        n=29_800, total=37_200, elapsed=36_753, ncols=100, prefix="epoch 160/200", unit="step",
+        bar_format=train.BAR, postfix="loss=12.345, lr=0.0300, waiting=13%", rate=1 / 1.23,
+    )  # fmt: skip
+    assert len(line) <= 100 and line.endswith(", loss=12.345, lr=0.0300, waiting=13%]")
+
+
 def test_the_progress_bar_with_loss_and_learning_rate_goes_to_stderr(run: Run, steps: int) -> None:
-    assert re.search(rf"epoch 2/2: .*\d+/{EPOCHS * steps} .*loss=\d+\.\d+.*lr=0\.\d+", run.result.err)
+    assert re.search(rf"epoch 2/2: .*\d+/{EPOCHS * steps} .*step/?s?, loss=\d+\.\d+, lr=0\.\d+", run.result.err)
     assert "loss=" not in run.result.out
 
 

@@ -301,11 +301,10 @@ def test_predictions_of_other_settings_are_not_mixed(world: Path, tmp_path: Path
 def test_a_file_that_cannot_be_written_leaves_nothing_half_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Image.Image, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left"):
         write_outputs(tmp_path, "q", {"mask.png": Image.new("L", (2, 2))})
     assert files_in(tmp_path) == set()

@@ -166,7 +166,7 @@ def test_rerun_changes_nothing_and_mends_what_is_broken(run: Run, sources: Path)
 
 @pytest.mark.parametrize(
     ("step", "given"),
-    [("write_atomically", ("voc.tar", "sbd.tgz", "second")), ("link", (".", ".", "second"))],
+    [("write_bytes", ("voc.tar", "sbd.tgz", "second")), ("link", (".", ".", "second"))],
 )
 def test_goes_on_after_an_interruption(
     step: str, given: tuple[str, ...], run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
@@ -320,6 +320,30 @@ def test_archives_cannot_write_elsewhere(run: Run, sources: Path) -> None:
     names = set(sources.iterdir()) | set(sources.parent.iterdir())
     assert tree(run("voc.tar", "sbd.tgz", "second")) == before
     assert (set(sources.iterdir()) | set(sources.parent.iterdir())) - names == {sources / "second"}
+
+
+def test_a_member_that_swells_is_refused_by_its_size(run: Run, sources: Path) -> None:
+    """20 GB of nothing, sparse, in a few KB of tar."""
+    name = f"{VOC}/JPEGImages/{A}.jpg"
+    with tarfile.open(sources / "voc.tar") as archive:
+        members = [(member, archive.extractfile(member)) for member in archive.getmembers() if member.isreg()]
+        with tarfile.open(sources / "swells.tar", "w", format=tarfile.PAX_FORMAT) as other:
+            for member, file in members:
+                if member.name == name:
+                    sparse = tarfile.TarInfo(name)
+                    data = b"1\n0\n1\n".ljust(512, b"\0") + b"x"
+                    sparse.size = len(data)
+                    sparse.pax_headers = {
+                        "GNU.sparse.major": "1",
+                        "GNU.sparse.minor": "0",
+                        "GNU.sparse.name": name,
+                        "GNU.sparse.realsize": str(20 * 10**9),
+                    }
+                    other.addfile(sparse, io.BytesIO(data))
+                else:
+                    other.addfile(member, file)
+    with pytest.raises(UserError, match=rf"swells\.tar holds JPEGImages/{A}\.jpg of 20,000,000,000 bytes"):
+        run("swells.tar")
 
 
 def cut(path: Path) -> None:

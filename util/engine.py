@@ -53,13 +53,13 @@ def train(
     lr_at: Callable[[int], float],
     stop: Interruption,
     bar: tqdm,
-    on_step: Callable[[int, float, dict[str, float]], None],
+    on_step: Callable[[float, dict[str, float], float], None],
 ) -> float:
     """Train on ``batches``, one step each.
 
     Args:
         lr_at: learning rate of a step.
-        on_step: called with (step, learning rate, loss terms) after each.
+        on_step: called with (learning rate, loss terms, norm of the gradient) after each.
     Returns:
         the share of the time, after the first step, that went to waiting for the loader; the bar shows it
     Raises:
@@ -88,9 +88,12 @@ def train(
                 training.model.backbone.measure_scale(normalize(on_device.query))
         output = forward(training.network, on_device, training.hardware)
         losses = training.criterion(output, on_device.query_mask, on_device.support_masks, on_device.class_id)
+        scaler.scale(losses.total).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
         asked_to_stop = torch.tensor(float(stop.requested or 0), device=device)
-        values = torch.stack([*(term.detach() for term in losses), asked_to_stop])
-        *means, asked = log_mean(values).tolist()  # the step's only synchronisation
+        values = torch.stack([*(term.detach() for term in losses), norm, asked_to_stop])
+        *means, norm_value, asked = log_mean(values).tolist()  # the step's only synchronisation
         terms = dict(zip(LossTerms._fields, means, strict=True))
         if not math.isfinite(terms["total"]):
             shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
@@ -99,23 +102,14 @@ def train(
                 f"the loss of step {training.step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
                 f" the state before it is in {path}; lower train.lr, set precision=fp32, or look at these files"
             )
-        scaler.scale(losses.total).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)  # here, so that no forward pass finds the gradients of the step before
         training.sums = {name: training.sums[name] + value for name, value in terms.items()}
         training.step += 1
-        on_step(training.step - 1, lr, terms)
+        on_step(lr, terms, norm_value)
         share = waited / (time.perf_counter() - began)
-        bar.set_postfix(
-            loss=f"{terms['total']:.3f}",
-            final=f"{terms['final']:.3f}",
-            bg=f"{terms['bg']:.3f}",
-            pcl=f"{terms['pcl']:.2f}",
-            lr=f"{lr:.4f}",
-            waiting=f"{share:.0%}",
-            refresh=False,
-        )
+        bar.set_postfix(loss=f"{terms['total']:.3f}", lr=f"{lr:.4f}", waiting=f"{share:.0%}", refresh=False)
         bar.update()
         if asked > 0:
             raise Stopped(stop.requested or signal.SIGTERM)

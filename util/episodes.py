@@ -9,7 +9,7 @@ import numpy as np
 
 from util.class_index import ClassIndex, line_of
 from util.errors import UserError
-from util.files import refuse_pipe
+from util.files import refuse_pipe, write_text
 
 
 class EpisodeFiles(NamedTuple):
@@ -142,17 +142,19 @@ def read_episodes(
 def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
     """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
     lines = [line_of(item, root) for item in sampler.index.items]
-    with path.open("w", encoding="utf-8") as file:
-        for number in range(count):
-            episode = sampler(number)
-            record = {
-                "query": lines[episode.query],
-                "supports": [lines[place] for place in episode.supports],
-                "class_id": episode.class_id,
-                "class": class_names[episode.class_id - 1],
-                "list_sha256": sampler.index.list_sha256,
-            }
-            file.write(json.dumps(record) + "\n")
+
+    def line(number: int) -> str:
+        episode = sampler(number)
+        record = {
+            "query": lines[episode.query],
+            "supports": [lines[place] for place in episode.supports],
+            "class_id": episode.class_id,
+            "class": class_names[episode.class_id - 1],
+            "list_sha256": sampler.index.list_sha256,
+        }
+        return json.dumps(record) + "\n"
+
+    write_text(path, "".join(map(line, range(count))))
 
 
 def _read_episode(

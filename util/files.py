@@ -19,6 +19,27 @@ def refuse_pipe(path: Path) -> None:
         raise OSError("it is a pipe or a device")
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about; what comes from writing to an open one does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:  # not what Pillow says of formats
+            error.filename = str(path)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
+    """Write a file atomically."""
+    write_atomically(path, lambda file: file.write(data), force=force)
+
+
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None, force: bool = True
 ) -> None:
@@ -33,24 +54,20 @@ def write_atomically(
         OSError: the disk is full, or the folder cannot be written; and whatever ``write`` raises.
     """
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        with _opened_alone(temporary) as file:
-            try:
-                write(file)
-                file.flush()
-                if force:
-                    os.fsync(file.fileno())
-                if keep is not None and path.exists():
-                    _name_also(path, keep)
-                temporary.replace(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-        if force:
-            sync_folder(path.parent)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
+    with naming(path), _opened_alone(temporary) as file:
+        try:
+            write(file)
+            file.flush()
+            if force:
+                os.fsync(file.fileno())
+            if keep is not None and path.exists():
+                _name_also(path, keep)
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    if force:
+        sync_folder(path.parent)
 
 
 def _opened_alone(path: Path) -> BinaryIO:
@@ -104,7 +121,8 @@ def held_alone(folder: Path) -> Iterator[None]:
     native = isinstance(lock, UnixFileLock)  # else, without flock, its file has contents of its own
     try:
         if native:
-            place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            with naming(place):
+                place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         if native:

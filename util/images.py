@@ -4,11 +4,13 @@ Pillow reads both: OpenCV decodes palette masks wrongly, and returns part of a t
 """
 
 import contextlib
+import io
 import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -127,3 +129,13 @@ def _opened(kind: str, path: Path, formats: tuple[str, ...], *, decoded: bool = 
         raise UserError(f"{kind} {path} does not exist{hint_at(path)}; check data.root and the list") from None
     except Exception as error:  # Pillow's readers raise many kinds for damaged files
         raise UserError(f"{kind} {path} cannot be read ({error}); replace it or take it off the list") from error
+
+
+def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+    """A picture as the bytes of a file of a Pillow format; ``options`` are those of its ``save``.
+
+    To be written by Python: where a disk fills up in the middle of a JPEG, Pillow's own writing ends in silence.
+    """
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()

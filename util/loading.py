@@ -2,7 +2,7 @@
 
 import atexit
 import multiprocessing
-import re
+import multiprocessing.connection
 import signal
 import threading
 from collections.abc import Iterator
@@ -45,15 +45,18 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
     Raises:
         LoadingError: a file cannot be read, or a worker was killed.
     """
+    others = set(multiprocessing.active_children())
     batches = iter(loader)
+    workers = set(multiprocessing.active_children()) - others
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
         yield from batches
     except UserError as error:
         raise LoadingError(str(error)) from error
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
+    except (RuntimeError, OSError, EOFError) as error:  # also of the connection over which a batch was on its way
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        if not any(worker.exitcode for worker in workers):
             raise
         raise LoadingError(
             "the system ended a loader process, most often for want of memory: lower workers, or give the job more"

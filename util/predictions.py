@@ -11,6 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from model.ntrenet import Target
 from util.errors import UserError
+from util.files import write_bytes
+from util.images import encoded
 from util.record import read_json, write_json
 from util.segmenter import NTRESegmenter
 from util.visualize import TARGET, overlay
@@ -92,13 +94,11 @@ def write_outputs(out: Path, name: str, outputs: Outputs) -> None:
     """
     for ending, picture in outputs.items():
         path = output_path(out, name, ending)
-        temporary = path.with_name(f".{path.name}.tmp")
+        data = encoded(picture, "JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(temporary, format="JPEG" if path.suffix == ".jpg" else "PNG", quality=90)
-            temporary.replace(path)
+            write_bytes(path, data)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise UserError(f"cannot write {path} ({error}); free some space or choose another --out") from error
 
 

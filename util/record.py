@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from util.errors import UserError
-from util.files import write_atomically
+from util.files import naming, write_text
 from util.metrics import Scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,8 +65,7 @@ def _git(*arguments: str) -> str | None:
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write atomically, indented."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(values, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -111,11 +110,11 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
             raise UserError(
                 f"{path} holds a damaged line ({error!r:.100}); take it out, or name another run_dir"
             ) from error
-        write_atomically(path, lambda file: file.write(kept.encode()))
+        write_text(path, kept)
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())

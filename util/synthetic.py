@@ -16,6 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from util.files import naming, write_text
+from util.images import encoded
+
 Array = NDArray[Any]
 Texture = Callable[[Array, Array, Array], Array]
 
@@ -374,11 +377,13 @@ def generate(
     for split, index in progress(items):
         image, mask = make_image(seed, split, index)
         image_name, mask_name = file_names(split, index)
-        Image.fromarray(image).save(root / image_name, quality=JPEG_QUALITY)
         indexed = Image.fromarray(mask)
         indexed.putpalette(palette)
-        indexed.save(root / mask_name)
+        with naming(root / image_name):
+            (root / image_name).write_bytes(encoded(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY))
+        with naming(root / mask_name):
+            (root / mask_name).write_bytes(encoded(indexed, "PNG"))
     for name, rows in texts.items():
-        (root / name).write_text("".join(f"{row}\n" for row in rows))
-    record.write_text(parameters)
+        write_text(root / name, "".join(f"{row}\n" for row in rows))
+    write_text(record, parameters)
     return True

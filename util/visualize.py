@@ -14,6 +14,8 @@ from model.ops import IGNORE, resize
 from util.build import Hardware
 from util.dataset import Episode
 from util.engine import forward
+from util.files import write_bytes
+from util.images import encoded
 
 TARGET, DISTRACTOR, BACKGROUND = (230, 60, 60), (70, 120, 235), (60, 180, 90)
 TILE, GAP, CAPTION = 220, 6, 26
@@ -100,7 +102,7 @@ def draw_rows(rows: list[list[Tile]]) -> np.ndarray:
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path)
+    write_bytes(path, encoded(Image.fromarray(picture), "PNG"))
 
 
 def _image(tensor: Tensor) -> np.ndarray:

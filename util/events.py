@@ -1,0 +1,49 @@
+"""A run's TensorBoard events."""
+
+from pathlib import Path
+
+import numpy as np
+import yaml
+from torch.utils.tensorboard import SummaryWriter
+
+from util.config import Config
+from util.files import naming
+from util.metrics import Scores
+
+
+class Events:
+    """What a run shows. Everything stands at the number of steps done, so that nothing stands twice after a resume:
+    what was written behind the checkpoint is purged by the next start.
+
+    Raises:
+        OSError: the disk is full; names the folder.
+    """
+
+    def __init__(self, folder: Path, config: Config, step: int) -> None:
+        self.folder = folder
+        with naming(folder):
+            self._writer = SummaryWriter(folder, purge_step=step + 1)
+            text = yaml.safe_dump(config.model_dump(), sort_keys=False)
+            self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        with naming(self.folder):
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def evaluation(self, step: int, found: Scores, picture: np.ndarray) -> None:
+        """Scores, also of each class, and a picture (H, W, 3) of some episodes."""
+        per_class = {f"val_iou/{name}": iou for name, iou in found.per_class.items()}
+        totals = {"val/miou": found.miou, "val/fb_iou": found.fb_iou, "val/precision": found.precision}
+        self.scalars(step, totals | per_class)
+        with naming(self.folder):
+            self._writer.add_image("episodes", picture, step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Put on the disk what was written so far."""
+        with naming(self.folder):
+            self._writer.flush()
+
+    def close(self) -> None:
+        with naming(self.folder):
+            self._writer.close()
