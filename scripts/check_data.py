@@ -7,7 +7,8 @@ be wrong, 0 otherwise; a warning does not change it. The class index of a sound 
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from model.weights import sha256_of
 from util.class_index import (
     ClassIndex,
     Item,
@@ -57,6 +59,7 @@ def main() -> None:
     shared = overlap(*(split.index.items for split in splits.values()))
     if shared:
         (splits["val"].problems if is_benchmark(config.data.dataset) else splits["val"].warnings).append(shared)
+    splits["val"].warnings += copies_warning(photo for split in splits.values() for photo in split.photos)
     report: dict[str, Any] = {
         "dataset": config.data.dataset,
         "shots": config.data.shots,
@@ -83,6 +86,8 @@ class Split:
     lines: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    photos: list[tuple[Path, str]] = field(default_factory=list)
+    """each line's image and the SHA-256 of its file"""
 
 
 def check_list(config: Config, path: str) -> Split:
@@ -107,7 +112,8 @@ def check_list(config: Config, path: str) -> Split:
     if key is not None and not problems:
         write_cache(list_path, key, counts)
     index = ClassIndex(tuple(item for item, _ in good), counts[:, :-1], list_path, sha256, counts[:, -1])
-    return Split(index, len(items), problems, turned_warning(items, checked))
+    photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
+    return Split(index, len(items), problems, turned_warning(items, checked), photos)
 
 
 class Checked(NamedTuple):
@@ -116,8 +122,10 @@ class Checked(NamedTuple):
     counts: np.ndarray | None
     """of :func:`count_pixels`"""
     problem: str | None
-    turned: bool
+    turned: bool = False
     """viewers turn the image by its EXIF orientation, and the mask's size does not tell whether it was turned too"""
+    photo: str = ""
+    """SHA-256 of the image file"""
 
 
 def check_item(item: Item, num_classes: int) -> Checked:
@@ -126,9 +134,10 @@ def check_item(item: Item, num_classes: int) -> Checked:
         height, width, _ = read_image(item.image).shape
         turned = orientation(item.image)
         counts = count_pixels(item, num_classes)
-        return Checked(counts, None, turned in (2, 3, 4) or (turned > 4 and height == width))
+        turned_unseen = turned in (2, 3, 4) or (turned > 4 and height == width)
+        return Checked(counts, None, turned_unseen, sha256_of(item.image))
     except UserError as error:
-        return Checked(None, str(error), False)
+        return Checked(None, str(error))
 
 
 def turned_warning(items: Sequence[Item], checked: Sequence[Checked]) -> list[str]:
@@ -140,6 +149,20 @@ def turned_warning(items: Sequence[Item], checked: Sequence[Checked]) -> list[st
         f"{len(turned)} images are turned on screen by their EXIF orientation ({first_of(turned, separator=', ')});"
         " masks must lie on the pixels as stored: where they were drawn on the picture as seen, store that, by"
         " mogrify -auto-orient"
+    ]
+
+
+def copies_warning(photos: Iterable[tuple[Path, str]]) -> list[str]:
+    """A hint, where one photo has several files, as people make them to give it a mask a class."""
+    names = defaultdict[str, set[str]](set)
+    for path, digest in photos:
+        names[digest].add(str(path))
+    copies = [first_of(sorted(same), separator=" = ") for digest, same in names.items() if len(same) > 1 and digest]
+    if not copies:
+        return []
+    return [
+        f"{len(copies)} photos stand under several names ({first_of(copies)}): a copy can be the support of its own"
+        " query, or lie in both lists; let all lines of a photo name one file, each with its mask"
     ]
 
 
@@ -237,7 +260,7 @@ def table(config: Config, report: dict[str, Any]) -> str:
     if others:
         lines.append(f"also with problems: {', '.join(others)}")
     verdict = "training would be wrong" if problems else "ready to train"
-    lines.append(f"fold {data.fold}: {verdict}" + (", but see the warnings" if report["warnings"] else ""))
+    lines.append(f"fold {data.fold}: {verdict}" + ("; see the warnings" if report["warnings"] else ""))
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.check_data import check_item, turned_warning
+from scripts.check_data import check_item, copies_warning, turned_warning
 from util.class_index import Item, on_all_cores
 from util.errors import UserError, run_command
 from util.files import write_text
@@ -121,7 +121,8 @@ def count_classes(items: list[Item]) -> np.ndarray:
         for problem in problems[1:]:
             print(f"also: {problem}", file=sys.stderr)
         raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
-    for warning in turned_warning(items, checked):
+    photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
+    for warning in turned_warning(items, checked) + copies_warning(photos):
         print(f"note: {warning}")
     return np.array([found.counts for found in checked])[:, : LARGEST_ID + 1]
 

@@ -27,7 +27,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +38,8 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.errors import UserError, first_of, run_command
-from util.files import write_atomically
-from util.images import read_mask
+from util.files import write_bytes, write_text
+from util.images import encoded, read_mask
 from util.progress import progress
 from util.synthetic import voc_palette
 
@@ -235,9 +234,7 @@ def make_mask(job: Job, *, path: Path, folder: Path, stamp: float) -> Done:
         mask = paint(job, path)
         image = Image.fromarray(mask)
         image.putpalette(PALETTE)
-        temporary = target.with_name(target.name + ".tmp")
-        image.save(temporary, format="PNG")
-        temporary.replace(target)
+        write_bytes(target, encoded(image, "PNG"), force=False)
     return Done(int(not kept), int(kept), int((mask == IGNORED).sum()), mask.size)
 
 
@@ -258,14 +255,14 @@ def link_images(source: Path, target: Path) -> None:
     if target.exists() and target.samefile(source):
         return
     if target.is_symlink():  # to where the images were before
-        target.unlink()
+        target.unlink(missing_ok=True)
     if not target.exists():
         with contextlib.suppress(OSError, NotImplementedError):
             target.symlink_to(source.resolve(), target_is_directory=True)
             return
     target.mkdir(exist_ok=True)
     for image in source.iterdir():
-        if not (target / image.name).exists():
+        with contextlib.suppress(FileExistsError):
             (target / image.name).hardlink_to(image)
 
 
@@ -290,7 +287,7 @@ def prepare(root: Path, out: Path, lists: Path, limit: int | None) -> dict[str, 
     results = {}
     for split, (done, text) in {split: prepare_split(split, root, out, limit) for split in EXPECTED}.items():
         path = lists / (f"{split}.txt" if limit is None else f"{split}_part{done.made + done.kept}.txt")
-        write_atomically(path, methodcaller("write", text.encode()))
+        write_text(path, text)
         results[split] = (path, done)
     return results
 

@@ -37,13 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.class_index import load_class_index, read_list
 from util.download import download
 from util.errors import UserError, first_of, run_command
+from util.files import write_bytes
 from util.images import compare_checksums, read_image, read_mask
 from util.progress import progress
 from util.published import LISTS, published
 from util.synthetic import voc_palette
 
 LARGEST = 64 * 2**20
-"""bytes that a photo, a mask or a list may have; theirs have less than a hundredth of it"""
+"""bytes that a photo or a mask may have; theirs have less than a hundredth of it"""
 DOWNLOADS = {
     "voc": (
         "VOCtrainval_11-May-2012.tar",
@@ -235,7 +236,7 @@ def prepare(sources: Sources, out: Path, list_folder: Path, titles: list[str]) -
     for title, items in lists.items():
         path, text = list_folder / f"{title}.txt", (LISTS / f"pascal/{title}.txt").read_bytes()
         if not path.is_file() or path.read_bytes() != text:
-            write_atomically(path, text)
+            write_bytes(path, text)
         known, ignored = published(items), int((load_class_index(path, out, NUM_CLASSES).ignored > 0).sum())
         print(f"{'list':<12}{len(items):>6}  {path}: {known.title if known else 'unknown'}; {ignored} masks hold 255")
         if known and known.ignored not in (None, ignored):
@@ -278,7 +279,7 @@ def build(files: list[File]) -> int:
                             bar.update()
                     for name, data in source.read(targets):
                         if name.endswith(".jpg"):
-                            write_atomically(targets[name], data)
+                            write_bytes(targets[name], data, force=False)
                             bar.update()
                         else:
                             job = pool.submit(write_mask, data, targets[name], f"{source.path}: {name}")
@@ -302,16 +303,20 @@ def is_good(path: Path) -> bool:
 
 
 def link(source: Path, target: Path) -> None:
-    """Hard link, else symbolic link, else copy."""
+    """Hard link, else symbolic link, else copy; ``target`` is never missing in between."""
     if target.exists() and target.samefile(source):
+        if is_good(target):
+            return  # another preparation has linked it meanwhile
         raise UserError(f"{source} is damaged; unpack it again")
-    target.unlink(missing_ok=True)
-    source = source.resolve()
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     for make_link in (os.link, os.symlink):
         with contextlib.suppress(OSError):
-            make_link(source, target)
+            temporary.unlink(missing_ok=True)
+            make_link(source.resolve(), temporary)
+            temporary.replace(target)
+            temporary.unlink(missing_ok=True)  # it stays where both were one file already
             return
-    write_atomically(target, source.read_bytes())
+    write_bytes(target, source.read_bytes(), force=False)
 
 
 def write_mask(data: bytes, target: Path, origin: str) -> None:
@@ -333,14 +338,7 @@ def write_mask(data: bytes, target: Path, origin: str) -> None:
                     raise ValueError(f"mode {image.mode}, want a palette")
     except Exception as error:  # SciPy and Pillow raise many kinds for a damaged file
         raise UserError(f"{origin} is damaged ({' '.join(str(error).split())}); fetch or unpack it again") from error
-    write_atomically(target, data)
-
-
-def write_atomically(target: Path, data: bytes) -> None:
-    """A file that has its name is whole."""
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_bytes(data)
-    temporary.replace(target)
+    write_bytes(target, data, force=False)
 
 
 if __name__ == "__main__":

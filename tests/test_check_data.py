@@ -3,8 +3,10 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -165,12 +167,10 @@ def pascal(tmp_path: Path, monkeypatch) -> tuple[Path, list[str]]:
 
 
 def write(root: Path, name: str, mask: np.ndarray) -> None:
-    for folder, suffix, picture in (
-        ("JPEGImages", "jpg", np.zeros((20, 30, 3), np.uint8)),
-        ("SegmentationClassAug", "png", mask),
-    ):
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(root / f"{folder}/{name}.{suffix}")
+    photo = np.full((20, 30, 3), (int(name[2:4]) * 100, int(name[-2:]) * 9, 0), np.uint8)
+    for file, values in ((f"JPEGImages/{name}.jpg", photo), (f"SegmentationClassAug/{name}.png", mask)):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(root / file)
 
 
 def test_published_lists_are_named_whatever_their_order_and_line_ends(pascal, monkeypatch) -> None:
@@ -300,6 +300,21 @@ def test_a_mask_of_the_pixels_as_stored_is_not_hinted_at(pascal, monkeypatch) ->
     assert check(monkeypatch, root, overrides)[1]["warnings"] == []
 
 
+def test_copies_of_a_photo_in_one_list_or_both_are_warned_of(data, monkeypatch) -> None:
+    root, overrides = data
+    assert check(monkeypatch, root, overrides)[1]["warnings"] == []
+    images = root / "JPEGImages"
+    for original, copy in (("val_00001", "val_00002"), ("train_00001", "val_00003")):
+        for folder, suffix in ((images, "jpg"), (root / "SegmentationClassAug", "png")):
+            shutil.copyfile(folder / f"{original}.{suffix}", folder / f"{copy}.{suffix}")
+    code, report = check(monkeypatch, root, overrides)
+    assert code == 0
+    (warning,) = report["warnings"]
+    assert warning.startswith("2 photos stand under several names (")
+    for names in (("train_00001", "val_00003"), ("val_00001", "val_00002")):
+        assert " = ".join(f"{images}/{name}.jpg" for name in names) in warning
+
+
 # ---------------------------------------------------------------- messages
 
 
@@ -335,6 +350,15 @@ def test_the_mistakes_that_lists_have_get_a_hint(data, monkeypatch, mistake) -> 
         lines = rewrite_train.read_text().splitlines()
         rewrite_train.write_text("".join(" ".join(f"{root}/{p}" for p in line.split()) + "\n" for line in lines))
         assert check(monkeypatch, root, rewritten)[0] == 0
+
+
+def test_a_name_that_another_system_spells_otherwise_gets_a_hint(data) -> None:
+    """As archives from macOS have them."""
+    root, _ = data
+    (root / "JPEGImages/val_00001.jpg").rename(root / unicodedata.normalize("NFD", "JPEGImages/Bär.jpg"))
+    (root / "l.txt").write_text(unicodedata.normalize("NFC", "JPEGImages/Bär.jpg SegmentationClassAug/val_00001.png\n"))
+    with pytest.raises(UserError, match=r"does not exist, but there is"):
+        load_class_index(root / "l.txt", root, 20, progress=False)
 
 
 def test_paths_that_begin_with_the_root_get_a_hint(data, monkeypatch) -> None:

@@ -134,10 +134,11 @@ def test_a_line_that_stands_twice_is_refused_with_both_numbers(again: str, tmp_p
 
 
 def test_one_photo_named_in_two_ways_is_one_photo(tmp_path: Path) -> None:
-    lines = b"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\ni/b.jpg m/d.png\n"
-    path = write_list(tmp_path / "l.txt", lines)
-    index = ClassIndex(read_list(path, tmp_path), np.zeros((4, 2), int), path, "", np.zeros(4, int))
-    assert index.photos.tolist() == [0, 0, 0, 3]
+    detour = f"../{tmp_path.name}/i/a.jpg"
+    lines = f"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\n../b.jpg m/d.png\n{detour} m/e.png\n"
+    path = write_list(tmp_path / "l.txt", lines.encode())
+    index = ClassIndex(read_list(path, tmp_path), np.zeros((5, 2), int), path, "", np.zeros(5, int))
+    assert index.photos.tolist() == [0, 0, 0, 3, 0]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \r\n\n"])

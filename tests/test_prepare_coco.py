@@ -227,6 +227,20 @@ def test_as_a_process(coco: Path, tmp_path: Path) -> None:
     assert "loading" not in done.stdout and same(made(tmp_path / "o"))
 
 
+def test_preparations_at_the_same_time_disturb_neither(coco: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: Path("nowhere").stat())  # so that every image is linked
+    for turn in range(3):
+        children = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                os._exit(run("--out", f"o{turn}", "--lists", "l")[0])
+            children.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+        assert same(made(Path(f"o{turn}"))) and len(list(Path("l").iterdir())) == 2
+        assert not list(Path(f"o{turn}").rglob("*.tmp"))
+
+
 def test_categories_by_name(coco: Path, run: Run) -> None:
     edit(coco, lambda data: data["categories"].pop(1))
     code, _, err = run()

@@ -166,7 +166,7 @@ def test_rerun_changes_nothing_and_mends_what_is_broken(run: Run, sources: Path)
 
 @pytest.mark.parametrize(
     ("step", "given"),
-    [("write_atomically", ("voc.tar", "sbd.tgz", "second")), ("link", (".", ".", "second"))],
+    [("write_bytes", ("voc.tar", "sbd.tgz", "second")), ("link", (".", ".", "second"))],
 )
 def test_goes_on_after_an_interruption(
     step: str, given: tuple[str, ...], run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
@@ -174,10 +174,10 @@ def test_goes_on_after_an_interruption(
     complete, out = tree(run()), sources / "second"
     real, calls = getattr(prepare_pascal, step), iter(range(3))
 
-    def interrupted(*args: object) -> None:
+    def interrupted(*args: object, **options: object) -> None:
         if next(calls, None) is None:
             raise KeyboardInterrupt
-        real(*args)
+        real(*args, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_pascal, step, interrupted)
@@ -186,6 +186,38 @@ def test_goes_on_after_an_interruption(
     assert len(stamps) >= 3 and not list(out.glob("lists/*"))
     assert tree(run(*given)) == complete
     assert stamps.items() <= times(out).items()
+
+
+@pytest.mark.parametrize("given", [("voc.tar", "sbd.tgz"), (".", ".")])
+def test_a_preparation_in_the_midst_of_another_disturbs_neither(
+    given: tuple[str, str], run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete, real, calls = tree(run(*given, "first")), prepare_pascal.Source.read, iter(range(1))
+
+    def read(self: prepare_pascal.Source, names: list[str]) -> Iterator[tuple[str, bytes]]:
+        if next(calls, None) is not None:  # the first has surveyed what there is to do; now the second does it all
+            run(*given, "second")
+        yield from real(self, names)
+
+    monkeypatch.setattr(prepare_pascal.Source, "read", read)
+    assert tree(run(*given, "second")) == complete
+
+
+def test_preparations_at_the_same_time_disturb_neither(run: Run, sources: Path) -> None:
+    complete = tree(run(".", ".", "first"))
+    for turn in range(3):
+        children = []
+        for _ in range(3):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    run(".", ".", f"together{turn}")
+                except BaseException:
+                    os._exit(1)
+                os._exit(0)
+            children.append(pid)
+        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
+        assert tree(sources / f"together{turn}") == complete
 
 
 def test_aug_has_a_list_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,7 +88,7 @@ def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
     for number, line in enumerate(lines, 1):
         parts = line.split()
         if len(parts) == 2 and "\0" not in line:
-            item = Item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
+            item = Item(*(root / _plain(part.lstrip("/"), root) for part in parts))
             if items.setdefault(item, number) != number:
                 problems.append(f"line {number}: the same as line {items[item]}")
         elif parts:
@@ -96,6 +96,11 @@ def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
     if not items and not problems:
         raise UserError(f"list {path} holds no lines")
     return tuple(items), problems
+
+
+def _plain(path: str, root: Path) -> str:
+    """A path below ``root`` without detours, so that one file has one name."""
+    return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
 
 
 def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress: bool = True) -> ClassIndex:

@@ -35,18 +35,21 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
     """Write a file atomically."""
-    write_atomically(path, lambda file: file.write(data))
+    write_atomically(path, lambda file: file.write(data), force=force)
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None) -> None:
+def write_atomically(
+    path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None, force: bool = True
+) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in its place, both forced to the disk.
 
     ``path`` holds the old file or the new one at any moment; where ``write`` fails, the old one stays.
 
     Args:
         keep: where the old file is found afterwards.
+        force: to the disk; not worth its time for thousands of files that can be made again.
     Raises:
         OSError: the disk is full, or the folder cannot be written; and whatever ``write`` raises.
     """
@@ -55,14 +58,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], *, keep: P
         try:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if force:
+                os.fsync(file.fileno())
             if keep is not None and path.exists():
                 _name_also(path, keep)
             temporary.replace(path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-    sync_folder(path.parent)
+    if force:
+        sync_folder(path.parent)
 
 
 def _opened_alone(path: Path) -> BinaryIO:

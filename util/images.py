@@ -5,6 +5,7 @@ Pillow reads both: OpenCV decodes palette masks wrongly, and returns part of a t
 
 import contextlib
 import io
+import unicodedata
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,7 @@ def hint_at(path: Path) -> str:
         return "; write / in place of \\ in the list"
     suffixes = [suffix for known in FORMATS.values() for suffix in known]
     renamed = [path.with_suffix(suffix) for lower in suffixes for suffix in (lower, lower.upper())]
+    renamed += [path.with_name(unicodedata.normalize(form, path.name)) for form in ("NFC", "NFD")]  # ü as one or as two
     if found := [other for other in renamed if other.is_file()]:
         return f", but there is {found[0].name}"
     for root in ("/", "."):  # the list's paths are absolute, or begin with data.root
