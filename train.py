@@ -25,12 +25,15 @@ from util.build import (
     build_eval_loader,
     build_eval_sampler,
     build_index,
+    build_saved_model,
     build_train_loader,
     build_train_sampler,
     select_hardware,
 )
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.class_index import ClassIndex
 from util.config import Config, add_config_argument, load_config, parse_arguments
+from util.diagnosis import calibrated_threshold
 from util.distributed import first_process_first, joined_processes
 from util.engine import evaluate, learning_rate, train
 from util.episodes import EpisodeFiles, EpisodeList
@@ -166,7 +169,7 @@ def run(config: Config) -> None:
             save()
             raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
     if first:
-        close_run(training)
+        close_run(training, val_index)
 
 
 def open_run(training: Training, lists: dict[str, str]) -> None:
@@ -194,14 +197,27 @@ def open_run(training: Training, lists: dict[str, str]) -> None:
     keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
 
 
-def close_run(training: Training) -> None:
-    """Say that the run is done, on screen and in run.json."""
+def close_run(training: Training, val_index: ClassIndex) -> None:
+    """Calibrate best.pt, and say that the run is done, on screen and in run.json."""
     run_dir = Path(training.config.run_dir)
+    if (run_dir / "best.pt").exists():
+        calibrate(run_dir / "best.pt", val_index, training)
     write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"finished": cost(training)})
     best = run_dir / "best.pt"
     select = SELECTION[training.config.eval.select]
     kept = f"{best} is {select}" if best.exists() else "nothing improved on where it began"
     print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
+
+
+def calibrate(path: Path, index: ClassIndex, training: Training) -> None:
+    """Store in a checkpoint the threshold that predictions use; test.py stays at 0.5 and shows both."""
+    checkpoint = load_checkpoint(path)
+    if "threshold" in checkpoint:
+        return
+    model = build_saved_model(training.config, checkpoint, path).to(training.hardware.device)
+    threshold = calibrated_threshold(model, index, config=training.config, hardware=training.hardware)
+    save_checkpoint(path, checkpoint | {"threshold": threshold})
+    print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
 
 
 def cost(training: Training) -> dict[str, float]:

@@ -1,6 +1,11 @@
 # Sourced by the scripts that train and evaluate. fold_arguments DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
 # sets: configs (a fold's YAML and the ablation's), run (its folder) and overrides. `do_run` ends the script by becoming
 # a command, which thus gets its signals, or with DRY_RUN prints it.
+# Where the quick start made an environment, it is used.
+if [ -x .venv/bin/python ]; then
+    export PATH="$PWD/.venv/bin:$PATH"
+fi
+
 fold_arguments() {
     local name=$2_fold$3_$4shot word
     configs=(configs/$1/$name.yaml) overrides=()

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from util import diagnosis
+from util.build import build_index, build_model, find_hardware
+from util.checkpoint import load_checkpoint, save_checkpoint
+from util.config import load_config
 from util.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
+from util.episodes import EpisodeFiles
+from util.segmenter import NTRESegmenter
 from util.synthetic import generate
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,7 +78,7 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
         *(f"data.val_list={lists / 'val.txt'}", f"run_dir={tmp_path / 'run'}", "data.image_size=65"),
         *("data.min_area=256", "eval.episodes=10", "workers=0", "device=cpu", "train.epochs=1", "train.batch_size=8"),
     ]
-    run("train.py", "--config", CONFIG, *options)
+    trained = run("train.py", "--config", CONFIG, *options)
     checkpoint = ["--config", CONFIG, "--checkpoint", tmp_path / "run" / "best.pt", *options]
     run("test.py", *checkpoint, "--out", tmp_path / "results.json")
     shown = run("scripts/diagnose.py", *checkpoint, "--out", tmp_path / "diagnosis.json")
@@ -84,3 +90,37 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
         assert 0 <= found[kind]["auc"]["other objects"] <= 100
         assert set(found[kind]["miou_with_the_target_as_distractor"]) == {str(t) for t in THRESHOLDS}
     assert "AUC, target against other objects" in shown
+
+    path = tmp_path / "run" / "best.pt"
+    threshold, base = load_checkpoint(path)["threshold"], found["base"]["miou"]
+    assert base[str(threshold)] == max(base.values())
+    assert f"threshold {threshold:g} is best on held-out episodes of base classes" in trained
+    save_checkpoint(path, load_checkpoint(path) | {"threshold": 0.3})
+    assert NTRESegmenter.from_checkpoint(path, "cpu").threshold == 0.3
+    again = run("test.py", *checkpoint, "--out", tmp_path / "results.json")
+    assert "mIoU at 0.3, the threshold chosen on base classes" in again
+    calibrated = json.loads((tmp_path / "results.json").read_text())
+    assert calibrated["miou"] == scored["miou"]
+    assert calibrated["calibrated"]["miou"]["mean"] == pytest.approx(found["novel"]["miou"]["0.3"], abs=0.1)
+
+
+def test_a_threshold_is_chosen_on_base_classes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate(tmp_path, train=1, val=60, seed=0)
+    options = [f"data.root={tmp_path}", f"data.val_list={tmp_path / 'lists/val.txt'}", "data.min_area=256"]
+    config = load_config(ROOT / CONFIG, options)
+    index, seen = build_index(config, "val"), list[int]()
+
+    def counted(_model: object, _index: object, episodes: list[EpisodeFiles], **_options: object) -> Counts:
+        """Target pixels at a probability of 0.15, all others at 0.08: best cut at 0.1."""
+        seen.extend(episode.class_id for episode in episodes)
+        histogram = np.zeros((len(episodes), 3, len(EDGES) + 1), int)
+        for region, probability in enumerate((0.15, 0.08, 0.08)):
+            histogram[:, region, np.digitize(np.log(probability / (1 - probability)), EDGES)] = 10
+        return Counts(histogram, np.zeros((len(episodes), 3)), np.array([e.class_id for e in episodes]))
+
+    monkeypatch.setattr(diagnosis, "count", counted)
+    model, hardware = build_model(config, "random")[0], find_hardware("cpu", "fp32")
+    assert diagnosis.calibrated_threshold(model, index, config=config, hardware=hardware) == 0.1
+    assert len(seen) == 200 and set(seen) <= set(range(6, 21)) and len(set(seen)) > 10
+    rare = config.model_copy(update={"data": config.data.model_copy(update={"min_area": 10**9})})
+    assert diagnosis.calibrated_threshold(model, index, config=rare, hardware=hardware) == 0.5

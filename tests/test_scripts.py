@@ -201,3 +201,15 @@ def test_a_preempted_slurm_task_lets_the_run_save_and_goes_back_into_the_queue(p
     assert task.wait(timeout=30) == 0
     assert (place.folder / "scontrol.txt").read_text() == "requeue 77_1\n"
     assert [call[1] for call in place.calls()] == ["train.py"]
+
+
+def test_the_quick_starts_environment_is_used_where_none_is_active(tmp_path: Path) -> None:
+    for folder in ("scripts", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    python = tmp_path / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "of the environment: $*"\n')
+    python.chmod(0o755)
+    command = ["bash", "scripts/train_fold.sh", "synthetic", "efficientnet_lite0", "0", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.startswith("of the environment: train.py --config"), done

@@ -71,6 +71,8 @@ class _Contents(BaseModel):
     seconds: float
     model: dict[str, Any]
     unknown: list[str] = []
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """of the probability, chosen on base classes at the end of training; 0.5 before, and in files that lack it"""
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:

@@ -14,11 +14,12 @@ from tqdm import tqdm
 
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import IGNORE, masked_average_pool, resize
-from util.build import Hardware, build_eval_loader
+from util.build import Hardware, build_eval_loader, build_eval_sampler
 from util.class_index import ClassIndex
 from util.config import Config
 from util.engine import forward
 from util.episodes import EpisodeFiles, EpisodeList
+from util.folds import base_classes
 from util.images import read_mask
 from util.metrics import scores
 from util.transforms import to_original
@@ -27,6 +28,10 @@ REGIONS = ("target", "other objects", "background")
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 EDGES = np.unique([*np.linspace(-15, 15, 601), *(np.log(t / (1 - t)) for t in THRESHOLDS)])
 """of the bins of logits; every threshold is an edge"""
+
+
+CALIBRATION_EPISODES = 200
+"""at most so many; they take as long as so many of an evaluation"""
 
 
 class Counts(NamedTuple):
@@ -138,3 +143,27 @@ def area_under_curve(counts: Counts, region: int) -> float:
     below = np.cumsum(other, 1) - other / 2
     areas = (target * below).sum(1)[both] / (target.sum(1) * other.sum(1))[both]
     return float(areas.mean()) if both.any() else float("nan")
+
+
+def calibrated_threshold(model: NTRENet, index: ClassIndex, *, config: Config, hardware: Hardware) -> float:
+    """The one of :data:`THRESHOLDS` with the highest mIoU on held-out episodes of base classes, never of novel ones.
+
+    A network is too careful on classes it was not trained on, and 0.5 leaves most of them out.
+
+    Args:
+        index: of the validation list, whose pictures the network was not trained on.
+    Returns:
+        0.5 where no base class has pictures enough in the list
+    """
+    classes = [c for c in base_classes(config.data) if _has_episodes(index, c, config)]
+    if not classes:
+        return 0.5
+    sampler = build_eval_sampler(config, index, seed=0, classes=tuple(classes))
+    episodes = [sampler(number) for number in range(min(config.eval.episodes, CALIBRATION_EPISODES))]
+    names = {c: config.data.classes[c - 1] for c in sorted({episode.class_id for episode in episodes})}
+    found = miou_by_threshold(count(model, index, episodes, config=config, hardware=hardware), names)
+    return max(found, key=lambda threshold: found[threshold])
+
+
+def _has_episodes(index: ClassIndex, class_id: int, config: Config) -> bool:
+    return len(index.qualifying(class_id, config.data.min_area)) > config.data.shots

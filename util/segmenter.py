@@ -199,7 +199,9 @@ class NTRESegmenter(Segmenter[Query, Target]):
         hardware = find_hardware(device, precision)
         checkpoint = load_checkpoint(Path(path))
         config = saved_config(checkpoint, Path(path))
-        return cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
+        segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
+        segmenter.threshold = checkpoint.get("threshold", 0.5)
+        return segmenter
 
     @staticmethod
     def training_free(
