@@ -19,6 +19,7 @@ from util.class_index import ClassIndex
 from util.config import Config
 from util.engine import forward
 from util.episodes import EpisodeFiles, EpisodeList
+from util.errors import UserError
 from util.folds import base_classes
 from util.images import read_mask
 from util.metrics import scores
@@ -166,4 +167,8 @@ def calibrated_threshold(model: NTRENet, index: ClassIndex, *, config: Config, h
 
 
 def _has_episodes(index: ClassIndex, class_id: int, config: Config) -> bool:
-    return len(index.qualifying(class_id, config.data.min_area)) > config.data.shots
+    try:
+        build_eval_sampler(config, index, seed=0, classes=(class_id,))
+    except UserError:
+        return False
+    return True
