@@ -47,8 +47,9 @@ LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
 LAST_OF_DEEP_STEM = "layer0.6."
 """third convolution of a ResNet's deep stem; a standard stem ends before it, and VGG has a pool there"""
 
-UNUSED = ("num_batches_tracked",)
-"""endings of the entries that carry nothing: nothing reads the counter of a batch norm with a fixed momentum"""
+UNUSED = ("num_batches_tracked", "middle_scale")
+"""endings of the entries that have no counterpart: nothing reads the counter of a batch norm with a fixed momentum, and
+PFENet's features are not scaled, for which a new model's 1 stands"""
 
 SCALES = range(4)
 MODULES = {
