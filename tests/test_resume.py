@@ -32,7 +32,7 @@ data:
   val_list: {root}/lists/val.txt
   min_area: 64
   image_size: 65
-train: {{epochs: 2, batch_size: 4, warmup: 2, checkpoint_minutes: 0}}
+train: {{epochs: 2, batch_size: 4, warmup: 20, checkpoint_minutes: 0}}
 eval: {{episodes: 8, every: 1, select: miou}}
 precision: fp32
 workers: 0
