@@ -31,8 +31,8 @@ def mine_distracting_objects(
         P_DO = sum(X^q * Y_DO) / (h w)              average="image", the authors' code
 
     Both maps are binarised at probability 0.5, which is logit 0, so no gradient flows through the mask. An empty
-    Y_DO gives a zero prototype. Eq. 8 gives a prototype of full length however few positions Y_DO has, be they
-    spurious; the mean over the whole image is shorter the smaller Y_DO is, so its length says how much of the
+    Y_DO gives a zero prototype. Eq. 8 gives a prototype of full length even where Y_DO has few positions that
+    are all spurious; the mean over the whole image is shorter the smaller Y_DO is, so its length says how much of the
     query is distracting.
 
     Args:

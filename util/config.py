@@ -102,7 +102,7 @@ class ModelConfig(Section):
     fem_prior: bool = True
     """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
     do_similarity: bool = True
-    """that C_p is given less S_DO, the cosine similarity of each position with P_DO; needs fem_prior"""
+    """S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     base_learner: bool = False
     """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
     prototype_channels: Count = 640
