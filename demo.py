@@ -23,7 +23,7 @@ from PIL import Image
 
 from model.backbone import BACKBONES
 from util.errors import UserError, run_command
-from util.segmenter import NTRESegmenter, Segmenter
+from util.segment.segmenter import NTRESegmenter, Segmenter
 
 HOST = "127.0.0.1"
 
@@ -31,7 +31,7 @@ HOST = "127.0.0.1"
 def main() -> None:
     args = parse_arguments()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does, so that the folder is removed
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.pictures has a limit of its own
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.segment.pictures has a limit of its own
     with tempfile.TemporaryDirectory(prefix="ntrenet_demo_", ignore_cleanup_errors=True) as folder:
         require_gradio(folder)
         require_free(args.port)
@@ -78,7 +78,7 @@ def require_free(port: int) -> None:
 
 def serve(segmenter: Segmenter[Any, Any], port: int, folder: Path) -> None:
     """Until Ctrl-C or SIGTERM."""
-    from util.demo_page import CSS, THEME, build_page
+    from util.demo.page import CSS, THEME, build_page
 
     page = build_page(segmenter, folder)
     page.launch(

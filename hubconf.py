@@ -1,4 +1,4 @@
-"""For torch.hub: a segmenter from a checkpoint of yours, or without any; see util/segmenter.py for what it does.
+"""For torch.hub: a segmenter from a checkpoint of yours, or without any; util/segment/segmenter.py says what it does.
 
 segmenter = torch.hub.load("path/to/this/repository", "training_free", source="local")
 segmenter = torch.hub.load("path/to/this/repository", "ntrenet_resnet50", source="local", checkpoint="best.pt")
@@ -8,7 +8,7 @@ result = segmenter.segment(supports, masks, query)
 from pathlib import Path
 
 from util.errors import UserError
-from util.segmenter import NTRESegmenter, TrainingFreeSegmenter
+from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
 

@@ -35,10 +35,12 @@ from PIL import Image
 
 from model.backbone import BACKBONES
 from model.weights import sha256_of
-from util.edges import mask_in_box
+from util.engine.record import require_writable, write_json
 from util.errors import UserError, run_command
-from util.pictures import Picture, read_mask, read_picture, target_mask
-from util.predictions import (
+from util.progress import progress
+from util.segment.edges import mask_in_box
+from util.segment.pictures import Picture, read_mask, read_picture, target_mask
+from util.segment.predictions import (
     Outputs,
     draw_labels,
     draw_one,
@@ -50,11 +52,9 @@ from util.predictions import (
     shows_nothing,
     write_outputs,
 )
-from util.progress import progress
-from util.queries import find_queries, find_truths, intersection_over_union, read_ahead, unread_pictures
-from util.record import require_writable, write_json
-from util.segmenter import NTRESegmenter, Segmenter
-from util.targets import TargetFiles, encode_target, read_targets
+from util.segment.queries import find_queries, find_truths, intersection_over_union, read_ahead, unread_pictures
+from util.segment.segmenter import NTRESegmenter, Segmenter
+from util.segment.targets import TargetFiles, encode_target, read_targets
 
 ONLY = ""
 """name of the target of --support and --mask"""
@@ -62,7 +62,7 @@ ONLY = ""
 
 def main() -> None:
     args = parse_arguments()
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.pictures has a limit of its own
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.segment.pictures has a limit of its own
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     if args.box is not None:
         args.mask = masks_of_boxes(args.support, args.box, args.out)

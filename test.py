@@ -20,23 +20,30 @@ import numpy as np
 from model.ntrenet import NTRENet
 from model.training_free import build_training_free, on_backbone
 from model.weights import sha256_of
-from util.baselines import evaluate_training_free
-from util.build import Hardware, build_eval_loader, build_eval_sampler, build_index, build_saved_model, select_hardware
-from util.checkpoint import load_checkpoint, require_same, saved_config
-from util.class_index import ClassIndex
 from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.engine import BASELINES, NETWORK, Predictor, evaluate
-from util.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
+from util.data.class_index import ClassIndex
+from util.data.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
+from util.data.folds import novel_classes
+from util.engine.build import (
+    Hardware,
+    build_eval_loader,
+    build_eval_sampler,
+    build_index,
+    build_saved_model,
+    select_hardware,
+)
+from util.engine.checkpoint import load_checkpoint, require_same, saved_config
+from util.engine.loops import BASELINES, NETWORK, Predictor, evaluate
+from util.engine.memory import peak_memory_mib, return_freed_memory
+from util.engine.metrics import scores
+from util.engine.record import environment, over_seeds, require_writable, write_json
+from util.engine.rounds import batched
 from util.errors import UserError, run_command
-from util.folds import novel_classes
-from util.memory import peak_memory_mib, return_freed_memory
-from util.metrics import scores
-from util.panels import save_panels
 from util.progress import progress
-from util.record import environment, over_seeds, require_writable, write_json
-from util.rounds import batched
-from util.segmenter import TrainingFreeSegmenter
-from util.visualize import draw_rows, episode_rows, save_picture
+from util.segment.baselines import evaluate_training_free
+from util.segment.panels import save_panels
+from util.segment.segmenter import TrainingFreeSegmenter
+from util.segment.visualize import draw_rows, episode_rows, save_picture
 
 PANEL_ROWS = 4
 TITLES = {

@@ -21,7 +21,13 @@ import yaml
 from tqdm import tqdm
 
 from model.parallel import processes, rank
-from util.build import (
+from util.config import Config, add_config_argument, load_config, parse_arguments
+from util.data.class_index import ClassIndex
+from util.data.episodes import EpisodeFiles, EpisodeList
+from util.data.folds import base_classes, novel_classes
+from util.data.loading import LoadingError, batches_of
+from util.data.published import is_benchmark, overlap, title_of
+from util.engine.build import (
     build_eval_loader,
     build_eval_sampler,
     build_index,
@@ -30,26 +36,20 @@ from util.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.class_index import ClassIndex
-from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.diagnosis import calibrated_threshold
-from util.distributed import first_process_first, joined_processes
-from util.engine import evaluate, learning_rate, train
-from util.episodes import EpisodeFiles, EpisodeList
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.diagnosis import calibrated_threshold
+from util.engine.distributed import first_process_first, joined_processes
+from util.engine.events import Events
+from util.engine.interruption import Interruption, Stopped
+from util.engine.loops import evaluate, learning_rate, train
+from util.engine.memory import peak_memory_mib, return_freed_memory
+from util.engine.metrics import scores
+from util.engine.record import append_json_line, environment, keep_json_lines, read_json, write_json
+from util.engine.run_state import LAST, Training, start_or_resume
 from util.errors import UserError, run_command
-from util.events import Events
 from util.files import held_alone, write_text
-from util.folds import base_classes, novel_classes
-from util.interruption import Interruption, Stopped
-from util.loading import LoadingError, batches_of
-from util.memory import peak_memory_mib, return_freed_memory
-from util.metrics import scores
 from util.progress import progress
-from util.published import is_benchmark, overlap, title_of
-from util.record import append_json_line, environment, keep_json_lines, read_json, write_json
-from util.training import LAST, Training, start_or_resume
-from util.visualize import draw_rows, episode_rows
+from util.segment.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""

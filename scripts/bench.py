@@ -7,13 +7,13 @@
 
 train: a step (forward, losses, backward, SGD) on the same batches from the same weights; peak memory of a process that
     runs nothing else; the largest difference of the logits and of the losses, dropout off.
-eval: util.engine.evaluate on all episodes against one episode after another, of which --plain-episodes are run and
-    their time scaled up; their counts are compared.
+eval: util.engine.loops.evaluate on all episodes against one episode after another, of which --plain-episodes are run
+    and their time scaled up; their counts are compared.
 loader: training images a second in one process, from JPEG and PNG to the network's input, against a resampling for
     each of scale, rotation, flip and crop and a float picture; how far the pictures differ.
 index: the class index of a list of masks, built anew (cold) and from its cache (warm), against a plain loop.
 
-The plain formulation is scripts/plain.py, in fp32. Pictures are generated at 500x375. --json OUT keeps everything.
+The plain formulation is tests/plain.py, in fp32. Pictures are generated at 500x375. --json OUT keeps everything.
 """
 
 import argparse
@@ -39,8 +39,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.ntrenet import NTRENet
 from model.ops import IGNORE
-from scripts.plain import plain_counts, plain_forward
-from util.build import (
+from tests.plain import plain_counts, plain_forward
+from util.config import Config, load_config, parse_arguments
+from util.data.class_index import ClassIndex, load_class_index, read_list
+from util.data.dataset import Episode, read_pair
+from util.data.episodes import EpisodeList
+from util.data.folds import novel_classes
+from util.data.synthetic import CLASS_NAMES, make_image
+from util.data.transforms import MEAN, STD, augment, normalize
+from util.engine.build import (
     Hardware,
     build_eval_loader,
     build_eval_sampler,
@@ -52,19 +59,12 @@ from util.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.class_index import ClassIndex, load_class_index, read_list
-from util.config import Config, load_config, parse_arguments
-from util.dataset import Episode, read_pair
-from util.engine import evaluate, forward
-from util.episodes import EpisodeList
+from util.engine.loops import evaluate, forward
+from util.engine.memory import return_freed_memory
+from util.engine.metrics import scores
+from util.engine.record import environment, require_writable, write_json
 from util.errors import UserError, run_command
-from util.folds import novel_classes
-from util.memory import return_freed_memory
-from util.metrics import scores
 from util.progress import progress
-from util.record import environment, require_writable, write_json
-from util.synthetic import CLASS_NAMES, make_image
-from util.transforms import MEAN, STD, augment, normalize
 
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
@@ -364,7 +364,7 @@ def plain_augment(
     scale: tuple[float, float],
     rotation: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`util.transforms.augment` with one resampling a step, and the picture normalised to float."""
+    """:func:`util.data.transforms.augment` with one resampling a step, and the picture normalised to float."""
     height, width = mask.shape
     factor = rng.uniform(*scale)
     angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0

@@ -19,7 +19,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.weights import sha256_of
-from util.class_index import (
+from util.config import Config, add_config_argument, load_config, parse_arguments
+from util.data.class_index import (
     ClassIndex,
     Item,
     count_pixels,
@@ -30,13 +31,12 @@ from util.class_index import (
     require_root,
     write_cache,
 )
-from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.episodes import find_supports
+from util.data.episodes import find_supports
+from util.data.folds import base_classes, novel_classes
+from util.data.images import orientation, read_image
+from util.data.published import is_benchmark, overlap, published, title_of
+from util.engine.record import require_writable, write_json
 from util.errors import UserError, first_of, run_command
-from util.folds import base_classes, novel_classes
-from util.images import orientation, read_image
-from util.published import is_benchmark, overlap, published, title_of
-from util.record import require_writable, write_json
 
 SHOWN = 20
 """problems listed on screen; --json has them all"""

@@ -20,11 +20,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.weights import WeightsError, read_weights
-from util.build import build_model
-from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import load_config
+from util.engine.build import build_model
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.record import ROOT, require_writable
 from util.errors import UserError, run_command
-from util.record import ROOT, require_writable
 
 ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
 

@@ -15,10 +15,11 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.ntrenet import NTRENet
-from util.build import build_eval_sampler, build_index, build_saved_model, select_hardware
-from util.checkpoint import load_checkpoint, require_same, saved_config
 from util.config import add_config_argument, load_config, parse_arguments
-from util.diagnosis import (
+from util.data.folds import base_classes, novel_classes
+from util.engine.build import build_eval_sampler, build_index, build_saved_model, select_hardware
+from util.engine.checkpoint import load_checkpoint, require_same, saved_config
+from util.engine.diagnosis import (
     REGIONS,
     Counts,
     area_under_curve,
@@ -26,9 +27,8 @@ from util.diagnosis import (
     miou_by_threshold,
     predicted_share,
 )
+from util.engine.record import environment, require_writable, write_json
 from util.errors import run_command
-from util.folds import base_classes, novel_classes
-from util.record import environment, require_writable, write_json
 
 
 def main() -> None:

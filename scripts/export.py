@@ -12,9 +12,9 @@ The file takes one episode of K supports, K = --shots, in squares of S = --size 
     probability    float32 (1, 1, S, S)     of the target in the query
 
 Pixels go in as they are, the normalisation is inside, so that no program has to repeat it. How a picture comes into the
-square and the probability out of it is ``fit`` and ``to_original`` in util/transforms.py. K, S, one episode a call and
-float32 are fixed in the file: a dynamic K or size, several queries a call, and the other maps (prior, background,
-distracting objects) are not exported; predict.py and util/segmenter.py have them.
+square and the probability out of it is ``fit`` and ``to_original`` in util/data/transforms.py. K, S, one episode a call
+and float32 are fixed in the file: a dynamic K or size, several queries a call, and the other maps (prior, background,
+distracting objects) are not exported; predict.py and util/segment/segmenter.py have them.
 
 What was written is read back, run, and compared with the network on random episodes; a difference above 1e-3 is an
 error, and then no file is left.
@@ -38,11 +38,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.ntrenet import NTRENet, Query, Target
 from model.ops import IGNORE, foreground, masked_average_pool
+from util.data.transforms import normalize
+from util.engine.record import require_writable
 from util.errors import UserError, run_command
 from util.files import naming, write_atomically
-from util.record import require_writable
-from util.segmenter import NTRESegmenter
-from util.transforms import normalize
+from util.segment.segmenter import NTRESegmenter
 
 Episode = tuple[Tensor, Tensor, Tensor]
 """query, supports, support_masks, all uint8"""

@@ -23,12 +23,12 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from scripts.check_data import check_item, copies_warning, turned_warning
-from util.class_index import Item, on_all_cores
+from util.data.class_index import Item, on_all_cores
+from util.data.images import image_size
+from util.engine.record import require_writable
 from util.errors import UserError, run_command
 from util.files import write_text
-from util.images import image_size
-from util.pictures import SUFFIXES
-from util.record import require_writable
+from util.segment.pictures import SUFFIXES
 
 LARGEST_ID = 254
 CUSTOM_SIZE = 321

@@ -8,9 +8,9 @@ import cv2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.data.synthetic import CLASS_NAMES, generate
 from util.errors import run_command
 from util.progress import progress
-from util.synthetic import CLASS_NAMES, generate
 
 
 def main() -> None:

@@ -37,11 +37,11 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.data.images import encoded, read_mask
+from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of, run_command
 from util.files import write_bytes, write_text
-from util.images import encoded, read_mask
 from util.progress import progress
-from util.synthetic import voc_palette
 
 EXPECTED = {"train": 82081, "val": 40137}
 """images with at least one annotation, of 82783 and 40504"""

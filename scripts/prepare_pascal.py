@@ -34,14 +34,14 @@ from scipy.io import loadmat  # type: ignore[import-untyped]
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.class_index import load_class_index, read_list
-from util.download import download
+from util.data.class_index import load_class_index, read_list
+from util.data.download import download
+from util.data.images import compare_checksums, read_image, read_mask
+from util.data.published import LISTS, published
+from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of, run_command
 from util.files import write_bytes
-from util.images import compare_checksums, read_image, read_mask
 from util.progress import progress
-from util.published import LISTS, published
-from util.synthetic import voc_palette
 
 LARGEST = 64 * 2**20
 """bytes that a photo or a mask may have; theirs have less than a hundredth of it"""

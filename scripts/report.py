@@ -26,11 +26,11 @@ from pydantic import BaseModel, ValidationError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util import report as tables
+from util.engine.record import require_writable
 from util.errors import UserError, run_command
 from util.files import write_bytes, write_text
-from util.record import require_writable
-from util.report import CurvePoint, Groups, Order, Record, Results, Row, Run, RunConfig, Setting, Table
+from util.report import tables
+from util.report.tables import CurvePoint, Groups, Order, Record, Results, Row, Run, RunConfig, Setting, Table
 
 M = TypeVar("M", bound=BaseModel)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from util import synthetic as generator
+from util.data import synthetic as generator
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.build import select_hardware
-from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import load_config
-from util.segmenter import NTRESegmenter
-from util.training import start_or_resume
-from util.transforms import normalize
+from util.data.transforms import normalize
+from util.engine.build import select_hardware
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.run_state import start_or_resume
+from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 65

@@ -44,16 +44,16 @@ import train
 from model.weights import load_exactly, read_weights
 from scripts import check_data, prepare_pascal
 from tests.scenes import SMALL, scene
-from util import pictures
-from util.build import build_model
-from util.checkpoint import load_checkpoint, save_checkpoint, saved_config
-from util.class_index import load_class_index, read_list
 from util.config import Config, config_from_dict, flatten, known_keys, load_config
-from util.episodes import EpisodeSampler, read_episodes, write_episodes
+from util.data.class_index import load_class_index, read_list
+from util.data.episodes import EpisodeSampler, read_episodes, write_episodes
+from util.data.images import MAX_PIXELS, read_image, read_mask
+from util.engine.build import build_model
+from util.engine.checkpoint import load_checkpoint, save_checkpoint, saved_config
+from util.engine.record import keep_json_lines
 from util.errors import UserError, run_command
-from util.images import MAX_PIXELS, read_image, read_mask
-from util.record import keep_json_lines
-from util.targets import read_targets
+from util.segment import pictures
+from util.segment.targets import read_targets
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = ["cat", "dog", "Großer Hund", "猫"]

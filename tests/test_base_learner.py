@@ -16,9 +16,9 @@ from model.losses import NTRELoss, base_loss
 from model.ntrenet import NTRENet, build_ntrenet
 from model.ops import foreground, masked_average_pool
 from model.prototype_bank import PrototypeBank
-from util.class_index import Item
-from util.dataset import EpisodeDataset
-from util.episodes import EpisodeFiles
+from util.data.class_index import Item
+from util.data.dataset import EpisodeDataset
+from util.data.episodes import EpisodeFiles
 
 
 @pytest.fixture(scope="module")

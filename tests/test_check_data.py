@@ -14,15 +14,15 @@ import pytest
 from PIL import Image
 
 from scripts import check_data
-from util import class_index
-from util.build import build_eval_sampler, build_index
-from util.class_index import load_class_index
 from util.config import load_config
-from util.episodes import EpisodeFiles, read_episodes, write_episodes
+from util.data import class_index
+from util.data.class_index import load_class_index
+from util.data.episodes import EpisodeFiles, read_episodes, write_episodes
+from util.data.folds import novel_classes
+from util.data.published import PUBLISHED, Published
+from util.data.synthetic import CLASS_NAMES, generate
+from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
-from util.folds import novel_classes
-from util.published import PUBLISHED, Published
-from util.synthetic import CLASS_NAMES, generate
 
 CONFIG = Path("configs/synthetic/efficientnet_lite0_fold0_1shot.yaml")
 

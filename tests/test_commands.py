@@ -38,15 +38,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 import train
-from util import engine
-from util.build import build_eval_sampler, build_index, build_model, build_train_sampler
 from util.config import Config, load_config
-from util.dataset import Episode, EpisodeDataset
-from util.episodes import EpisodeSampler
+from util.data.dataset import Episode, EpisodeDataset
+from util.data.episodes import EpisodeSampler
+from util.data.synthetic import generate
+from util.engine import loops
+from util.engine.build import build_eval_sampler, build_index, build_model, build_train_sampler
+from util.engine.metrics import Scores
 from util.errors import run_command
-from util.metrics import Scores
-from util.synthetic import generate
-from util.visualize import GAP, TILE
+from util.segment.visualize import GAP, TILE
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN_IMAGES, VAL_IMAGES = 24, 32  # 3 and 4 images of each of the 20 classes
@@ -730,7 +730,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_saves(
     config: Path, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     """Also within a destructor, where an exception would be swallowed."""
-    segment = engine.segment
+    segment = loops.segment
 
     class Closing:
         def __del__(self) -> None:
@@ -743,7 +743,7 @@ def test_a_signal_in_an_evaluation_stops_it_and_saves(
             Closing()
         return segment(*arguments)
 
-    monkeypatch.setattr(engine, "segment", asked)
+    monkeypatch.setattr(loops, "segment", asked)
     result = call(train, "--config", config, f"run_dir={tmp_path}")
     assert result.code == 143 and beside_progress_bars(result.err) == []
     state = load(tmp_path / "last.pt")

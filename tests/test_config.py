@@ -10,8 +10,8 @@ import yaml
 
 from model.torchvision_compat import import_models
 from util.config import Config, config_from_dict, flatten, known_keys, load_config
+from util.data.synthetic import CLASS_NAMES
 from util.errors import UserError
-from util.synthetic import CLASS_NAMES
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = {"pascal": ("vgg16_bn", "resnet50", "resnet101"), "coco": ("resnet50", "resnet101")}

@@ -35,11 +35,11 @@ from torch import Tensor
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
 from scripts import convert_pfenet
-from util.build import build_model
 from util.config import config_from_dict, load_config
+from util.data.synthetic import generate
+from util.engine.build import build_model
+from util.engine.run_state import _checkpoint_to_resume
 from util.errors import UserError, run_command
-from util.synthetic import generate
-from util.training import _checkpoint_to_resume
 
 ROOT = Path(__file__).resolve().parent.parent
 State = dict[str, Tensor]

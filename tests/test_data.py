@@ -18,18 +18,24 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from util import class_index
-from util.build import build_eval_loader, build_eval_sampler, build_index, build_train_loader, build_train_sampler
-from util.class_index import ClassIndex, Item, load_class_index, read_list
 from util.config import Config, DataConfig, load_config
-from util.dataset import Episode, collate, read_pair
-from util.episodes import EpisodeFiles, EpisodeSampler
+from util.data import class_index
+from util.data.class_index import ClassIndex, Item, load_class_index, read_list
+from util.data.dataset import Episode, collate, read_pair
+from util.data.episodes import EpisodeFiles, EpisodeSampler
+from util.data.folds import base_classes, novel_classes
+from util.data.images import image_size, read_image, read_mask
+from util.data.transforms import augment, fit, fitted_size, normalize, to_original
+from util.engine.build import (
+    build_eval_loader,
+    build_eval_sampler,
+    build_index,
+    build_train_loader,
+    build_train_sampler,
+)
+from util.engine.rounds import EncodingSize, plan_rounds
 from util.errors import UserError
 from util.files import write_atomically
-from util.folds import base_classes, novel_classes
-from util.images import image_size, read_image, read_mask
-from util.rounds import EncodingSize, plan_rounds
-from util.transforms import augment, fit, fitted_size, normalize, to_original
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN_COLOUR = (124, 116, 104)  # 255 * (0.485, 0.456, 0.406) = 123.7, 116.3, 103.5

@@ -23,10 +23,10 @@ from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
 from demo import require_free
-from util import demo_steps as steps
-from util import synthetic
+from util.data import synthetic
+from util.demo import steps
 from util.errors import UserError
-from util.segmenter import NTRESegmenter
+from util.segment.segmenter import NTRESegmenter
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ORIENTATION = 0x0112

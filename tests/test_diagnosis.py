@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from util import diagnosis
-from util.build import build_index, build_model, find_hardware
-from util.checkpoint import load_checkpoint, save_checkpoint
 from util.config import load_config
-from util.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
-from util.episodes import EpisodeFiles
-from util.segmenter import NTRESegmenter
-from util.synthetic import generate
+from util.data.episodes import EpisodeFiles
+from util.data.synthetic import generate
+from util.engine import diagnosis
+from util.engine.build import build_index, build_model, find_hardware
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
+from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"

@@ -11,9 +11,9 @@ import torch
 from scenes import SIDE, scene, spread, write_checkpoint
 
 from scripts import export
+from util.data.transforms import fit, normalize
 from util.errors import UserError
-from util.segmenter import NTRESegmenter
-from util.transforms import fit, normalize
+from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 LARGER = SIDE + 8

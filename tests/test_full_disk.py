@@ -22,9 +22,9 @@ import pytest
 import predict
 import train
 from scripts import check_data, make_lists, make_synthetic, report
+from util.data.images import read_mask
+from util.data.synthetic import generate
 from util.errors import run_command
-from util.images import read_mask
-from util.synthetic import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

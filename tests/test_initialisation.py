@@ -9,7 +9,7 @@ from model.backbone import BACKBONES, Backbone, Features, build_backbone
 from model.losses import LossTerms, NTRELoss
 from model.ntrenet import NTRENet, build_ntrenet
 from model.prototype_bank import PrototypeBank
-from util.engine import learning_rate
+from util.engine.loops import learning_rate
 
 
 def measured_backbone(name: str, factor: float = 1.0) -> Backbone:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from sklearn.metrics import confusion_matrix, jaccard_score, precision_score
 
-from util.metrics import Scores, confusion, episode_iou, scores
-from util.record import over_seeds
+from util.engine.metrics import Scores, confusion, episode_iou, scores
+from util.engine.record import over_seeds
 
 CLASSES = {3: "cat", 7: "dog", 4: "cow"}
 

@@ -54,7 +54,7 @@ from model.parallel import Dropout2d
 from model.prior import prior_mask, target_positions
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsError
-from scripts.plain import plain_forward
+from tests.plain import plain_forward
 
 PASCAL_BINS, COCO_BINS = (60, 30, 15, 8), (1.0, 0.5, 0.25, 0.125)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from util.panels import choose
+from util.segment.panels import choose
 
 
 def test_best_and_worst_are_the_highest_and_lowest_and_random_ones_are_others() -> None:

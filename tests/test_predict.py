@@ -20,11 +20,11 @@ from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
 import predict
-from util import pictures, queries
 from util.errors import UserError, run_command
-from util.predictions import write_outputs
-from util.queries import QueryFile, read_ahead
-from util.segmenter import NTRESegmenter
+from util.segment import pictures, queries
+from util.segment.predictions import write_outputs
+from util.segment.queries import QueryFile, read_ahead
+from util.segment.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -17,9 +17,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from scripts import prepare_coco
-from util.class_index import load_class_index, read_list
+from util.data.class_index import load_class_index, read_list
+from util.data.images import read_mask
 from util.errors import run_command
-from util.images import read_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,4 @@
-"""scripts/prepare_pascal.py on tiny trees in the official layouts, and util/download.py against a local server."""
+"""scripts/prepare_pascal.py on tiny trees in the official layouts, and util/data/download.py against a local server."""
 
 import hashlib
 import http.server
@@ -18,11 +18,11 @@ import scipy.io  # type: ignore[import-untyped]
 from PIL import Image
 
 from scripts import prepare_pascal
-from util.class_index import read_list
-from util.download import download
+from util.data.class_index import read_list
+from util.data.download import download
+from util.data.published import LISTS, PUBLISHED, Published
+from util.data.synthetic import voc_palette
 from util.errors import UserError
-from util.published import LISTS, PUBLISHED, Published
-from util.synthetic import voc_palette
 
 A, B, C, D, E, F, G, H = (f"20{year:02}_00{year:04}" for year in range(1, 9))
 VOC_TRAIN, VOC_VAL = {A, B}, {C, D}

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from scripts import report
-from util.report import (
+from util.report.tables import (
     LADDER,
     NEGATIVES,
     Line,

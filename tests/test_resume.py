@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from util.checkpoint import load_checkpoint, save_checkpoint
-from util.synthetic import generate
+from util.data.synthetic import generate
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

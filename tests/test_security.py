@@ -17,7 +17,7 @@ from scripts.prepare_coco import read_jobs
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-MAY_FETCH = ("util/download.py", "model/weights.py")
+MAY_FETCH = ("util/data/download.py", "model/weights.py")
 """the sources that open addresses: each compares a hash with what came"""
 
 FORBIDDEN = {
@@ -137,7 +137,7 @@ def sources(pattern: str) -> list[str]:
 
 def test_no_source_makes_an_unsafe_call() -> None:
     places = [place for place in sources("*.py") if not place.startswith("tests/")]
-    assert {"train.py", "util/checkpoint.py", "model/weights.py", "scripts/prepare_pascal.py"} <= set(places)
+    assert {"train.py", "util/engine/checkpoint.py", "model/weights.py", "scripts/prepare_pascal.py"} <= set(places)
     assert [f for place in places for f in unsafe_calls((ROOT / place).read_text(encoding="utf-8"), place)] == []
 
 

@@ -13,7 +13,7 @@ from scenes import SIDE, scene, spread, write_checkpoint
 
 from model.ntrenet import NTRENetOutput
 from util.errors import UserError
-from util.segmenter import NTRESegmenter, Segmentation
+from util.segment.segmenter import NTRESegmenter, Segmentation
 
 SUPPORTS = [scene(1), scene(2, 40, 90), scene(3, 130, 70)]
 SUPPORTS[1][1][:] = True  # a target that fills its picture, so that no position lies beside it but the padding

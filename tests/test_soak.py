@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from util.synthetic import generate
+from util.data.synthetic import generate
 
 ROOT = Path(__file__).resolve().parent.parent
 MINUTES = float(os.environ.get("SOAK_MINUTES", "60"))
@@ -54,7 +54,7 @@ import os
 
 import torch
 from tests.test_soak import sample
-from util.memory import return_freed_memory
+from util.engine.memory import return_freed_memory
 
 return_freed_memory()
 torch.empty(4 * 2**20)  # of 16 MiB: freed, it would teach malloc to keep what is smaller

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from util import synthetic as generator
-from util.class_index import read_list
-from util.synthetic import CLASS_NAMES, generate
+from util.data import synthetic as generator
+from util.data.class_index import read_list
+from util.data.synthetic import CLASS_NAMES, generate
 
 Pair = tuple[np.ndarray, np.ndarray]
 

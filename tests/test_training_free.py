@@ -15,11 +15,11 @@ from scenes import ROOT, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
-from util.build import build_eval_sampler, build_index
 from util.config import load_config
-from util.edges import sharp_mask
+from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
-from util.segmenter import NTRESegmenter, TrainingFreeSegmenter
+from util.segment.edges import sharp_mask
+from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 
 def described(seed: int, positions: int = 24, channels: int = 6) -> Described:

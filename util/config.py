@@ -105,6 +105,8 @@ class ModelConfig(Section):
     """S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     base_learner: bool = False
     """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
+    channels: Count = 256
+    """C, the channels of X^q and X^s and of all that follows; fewer train faster, 64 on a CPU"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
     fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]

@@ -15,11 +15,11 @@ from typing import Any
 import numpy
 import torch
 
+from util.engine.metrics import Scores
 from util.errors import UserError
 from util.files import naming, write_text
-from util.metrics import Scores
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

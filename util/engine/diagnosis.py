@@ -14,16 +14,16 @@ from tqdm import tqdm
 
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import IGNORE, masked_average_pool, resize
-from util.build import Hardware, build_eval_loader, build_eval_sampler
-from util.class_index import ClassIndex
 from util.config import Config
-from util.engine import forward
-from util.episodes import EpisodeFiles, EpisodeList
+from util.data.class_index import ClassIndex
+from util.data.episodes import EpisodeFiles, EpisodeList
+from util.data.folds import base_classes
+from util.data.images import read_mask
+from util.data.transforms import to_original
+from util.engine.build import Hardware, build_eval_loader, build_eval_sampler
+from util.engine.loops import forward
+from util.engine.metrics import scores
 from util.errors import UserError
-from util.folds import base_classes
-from util.images import read_mask
-from util.metrics import scores
-from util.transforms import to_original
 
 REGIONS = ("target", "other objects", "background")
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)

@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from util.class_index import Item
+from util.data.class_index import Item
 from util.errors import first_of
 
-LISTS = Path(__file__).resolve().parent.parent / "lists"
+LISTS = Path(__file__).resolve().parents[2] / "lists"
 
 
 class Published(NamedTuple):

@@ -9,8 +9,8 @@ from pydantic import Field, ValidationError
 from model.weights import sha256_of
 from util.config import Section, read_yaml
 from util.errors import UserError
-from util.pictures import read_mask, read_picture
-from util.segmenter import Segmenter, T
+from util.segment.pictures import read_mask, read_picture
+from util.segment.segmenter import Segmenter, T
 
 MAX_TARGETS = 254
 """ids of a labelled map: 0 is background, 255 means ignored wherever masks are read"""

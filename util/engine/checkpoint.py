@@ -58,7 +58,7 @@ class _Stem(BaseModel):
 
 
 class _Contents(BaseModel):
-    """What every checkpoint holds; see Training in util/training.py."""
+    """What every checkpoint holds; see Training in util/engine/run_state.py."""
 
     model_config = ConfigDict(strict=True)
 

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from util.data.images import encoded
+from util.engine.record import read_json, write_json
 from util.errors import UserError
 from util.files import write_bytes
-from util.images import encoded
-from util.record import read_json, write_json
-from util.segmenter import Q, Segmenter, T
-from util.visualize import TARGET, overlay
+from util.segment.segmenter import Q, Segmenter, T
+from util.segment.visualize import TARGET, overlay
 
 Outputs = dict[str, Image.Image]
 """by the ending of their names, such as 'mask.png'"""

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import IGNORE, resize
-from util.build import Hardware
-from util.dataset import Episode
-from util.engine import forward
+from util.data.dataset import Episode
+from util.data.images import encoded
+from util.engine.build import Hardware
+from util.engine.loops import forward
 from util.files import write_bytes
-from util.images import encoded
 
 TARGET, DISTRACTOR, BACKGROUND = (230, 60, 60), (70, 120, 235), (60, 180, 90)
 TILE, GAP, CAPTION = 220, 6, 26

@@ -1,4 +1,4 @@
-"""The demo's page: where everything stands, and which step of util/demo_steps.py each control calls. Needs gradio."""
+"""The demo's page: where everything stands, and which step of util/demo/steps.py each control calls. Needs gradio."""
 
 import functools
 from collections.abc import Callable
@@ -8,11 +8,11 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from util import demo_steps as steps
-from util.demo_steps import Photo, Support
+from util.demo import steps
+from util.demo.steps import Photo, Support
 from util.errors import UserError
-from util.segmenter import NTRESegmenter, Segmentation, Segmenter
-from util.visualize import DISTRACTOR, TARGET
+from util.segment.segmenter import NTRESegmenter, Segmentation, Segmenter
+from util.segment.visualize import DISTRACTOR, TARGET
 
 FONT = ("system-ui", "sans-serif")  # the visitor's own: nothing is fetched
 THEME = gr.themes.Soft(primary_hue="red", neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
@@ -203,7 +203,7 @@ def step(number: int, title: str, sentence: str) -> None:
 
 
 def drop(name: str, count: str) -> gr.File:
-    """Where files are dropped. What they hold is judged here, by util/pictures.py, not by the browser."""
+    """Where files are dropped. What they hold is judged here, by util/segment/pictures.py, not by the browser."""
     return gr.File(
         show_label=False, file_types=["image"], file_count=count, height=64, elem_id=name, elem_classes="drop"
     )

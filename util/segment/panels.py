@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 
 from model.ntrenet import NTRENet
-from util.build import Hardware, build_eval_loader
 from util.config import Config
-from util.episodes import EpisodeList
-from util.metrics import episode_iou
-from util.visualize import Tile, draw_rows, episode_rows, save_picture
+from util.data.episodes import EpisodeList
+from util.engine.build import Hardware, build_eval_loader
+from util.engine.metrics import episode_iou
+from util.segment.visualize import Tile, draw_rows, episode_rows, save_picture
 
 
 def save_panels(

@@ -7,8 +7,8 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from util.config import Config
+from util.engine.metrics import Scores
 from util.files import naming
-from util.metrics import Scores
 
 
 class Events:

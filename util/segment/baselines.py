@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from util.class_index import ClassIndex
-from util.dataset import read_pair
-from util.edges import sharp_mask
-from util.episodes import EpisodeFiles
-from util.metrics import confusion
-from util.rounds import EncodingSize, plan_rounds
-from util.segmenter import TrainingFreeSegmenter
+from util.data.class_index import ClassIndex
+from util.data.dataset import read_pair
+from util.data.episodes import EpisodeFiles
+from util.engine.metrics import confusion
+from util.engine.rounds import EncodingSize, plan_rounds
+from util.segment.edges import sharp_mask
+from util.segment.segmenter import TrainingFreeSegmenter
 
 TRAINING_FREE = ("training_free", "training_free_edges")
 """model/training_free.py, without and with edges"""
@@ -26,7 +26,7 @@ def evaluate_training_free(
     cache_gib: float,
     bar: tqdm | None = None,
 ) -> dict[str, np.ndarray]:
-    """Counts of each episode at its query's original size, by the rules of :func:`util.engine.evaluate`.
+    """Counts of each episode at its query's original size, by the rules of :func:`util.engine.loops.evaluate`.
 
     The pictures are read at the segmenter's own size, whatever the network's.
 
@@ -34,7 +34,7 @@ def evaluate_training_free(
         cache_gib: memory for what episodes share.
         bar: advanced by one an episode.
     Returns:
-        (N, 4) counts of :func:`util.metrics.confusion` for each of ``TRAINING_FREE``
+        (N, 4) counts of :func:`util.engine.metrics.confusion` for each of ``TRAINING_FREE``
     """
     counts = {name: np.zeros((len(episodes), 4), np.int64) for name in TRAINING_FREE}
     empty = segmenter.encode_query(np.zeros((8, 8, 3), np.uint8)).features

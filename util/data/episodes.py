@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from util.class_index import ClassIndex, line_of
+from util.data.class_index import ClassIndex, line_of
 from util.errors import UserError
 from util.files import refuse_pipe, write_text
 

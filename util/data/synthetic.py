@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from util.data.images import encoded
 from util.files import naming, write_text
-from util.images import encoded
 
 Array = NDArray[Any]
 Texture = Callable[[Array, Array, Array], Array]

@@ -21,9 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from model.ops import IGNORE
+from util.data.images import hint_at, image_size, orientation, read_mask
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically
-from util.images import hint_at, image_size, orientation, read_mask
 from util.progress import progress as progress_bar
 
 

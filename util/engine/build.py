@@ -18,17 +18,16 @@ from model.ntrenet import NTRENet, build_ntrenet
 from model.parallel import processes, rank
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsInfo
-from util.class_index import ClassIndex, load_class_index
 from util.config import Config
-from util.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
-from util.episodes import Episodes, EpisodeSampler
+from util.data.class_index import ClassIndex, load_class_index
+from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
+from util.data.episodes import Episodes, EpisodeSampler
+from util.data.folds import base_classes, novel_classes
+from util.data.loading import ignore_signals
+from util.data.transforms import augment, fit
+from util.engine.rounds import Round, batched
 from util.errors import UserError
-from util.folds import base_classes, novel_classes
-from util.loading import ignore_signals
-from util.rounds import Round, batched
-from util.transforms import augment, fit
 
-CHANNELS = 256
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,7 +99,7 @@ def build_model(
         fem_prior=config.model.fem_prior,
         do_similarity=config.model.do_similarity,
         base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
-        channels=CHANNELS,
+        channels=config.model.channels,
         prototype_channels=config.model.prototype_channels,
         fem_scales=config.model.fem_scales,
     )
@@ -126,7 +125,7 @@ def build_loss(config: Config) -> NTRELoss:
     options = config.loss
     bank = PrototypeBank(
         num_classes=len(config.data.classes),
-        channels=CHANNELS,
+        channels=config.model.channels,
         capacity=options.bank_size,
         keep_empty=options.pcl_regions == "ground_truth",
     )

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from util.class_index import ClassIndex
-from util.episodes import EpisodeFiles
+from util.data.class_index import ClassIndex
+from util.data.episodes import EpisodeFiles
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""What the steps of the demo's page do, as plain functions on plain values; util/demo_page.py lays them out."""
+"""What the steps of the demo's page do, as plain functions on plain values; util/demo/page.py lays them out."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from util import synthetic
 from util.config import DataConfig
-from util.edges import sharp_mask
+from util.data import synthetic
+from util.data.folds import base_classes
 from util.errors import UserError
-from util.folds import base_classes
-from util.pictures import read_picture
-from util.segmenter import Segmentation, Segmenter
-from util.visualize import DISTRACTOR, TARGET, heat, overlay
+from util.segment.edges import sharp_mask
+from util.segment.pictures import read_picture
+from util.segment.segmenter import Segmentation, Segmenter
+from util.segment.visualize import DISTRACTOR, TARGET, heat, overlay
 
 LONGEST = 1024
 """Larger pictures are shrunk to this side for painting and viewing; the network itself sees fewer pixels."""
@@ -103,7 +103,7 @@ def add_support(editor: Editor | None, supports: Sequence[Support]) -> list[Supp
 
 
 def read_photo(path: str) -> Photo:
-    """Raises UserError: what util/pictures.py refuses, naming the file as its owner does."""
+    """Raises UserError: what util/segment/pictures.py refuses, naming the file as its owner does."""
     file = Path(path)
     try:
         pixels = read_picture(file).pixels

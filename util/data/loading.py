@@ -10,8 +10,8 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
+from util.engine.interruption import SIGNALS
 from util.errors import UserError
-from util.interruption import SIGNALS
 
 T = TypeVar("T")
 

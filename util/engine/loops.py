@@ -17,18 +17,18 @@ from model.losses import LossTerms
 from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_shots
 from model.ops import resize
 from model.parallel import log_mean, processes, rank
-from util.build import Hardware, build_image_loader
-from util.class_index import ClassIndex
 from util.config import Config
-from util.dataset import Episode, ImageBatch
-from util.episodes import EpisodeFiles
+from util.data.class_index import ClassIndex
+from util.data.dataset import Episode, ImageBatch
+from util.data.episodes import EpisodeFiles
+from util.data.loading import batches_of
+from util.data.transforms import normalize, to_original
+from util.engine.build import Hardware, build_image_loader
+from util.engine.interruption import Interruption, Stopped
+from util.engine.metrics import confusion, scores
+from util.engine.rounds import EncodingSize, Round, batched, plan_rounds
+from util.engine.run_state import Training
 from util.errors import UserError
-from util.interruption import Interruption, Stopped
-from util.loading import batches_of
-from util.metrics import confusion, scores
-from util.rounds import EncodingSize, Round, batched, plan_rounds
-from util.training import Training
-from util.transforms import normalize, to_original
 
 Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
@@ -148,15 +148,15 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Run every predictor on the same episodes: the counts of each episode at its query's original size.
 
-    Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.rounds`). Several
-    processes share the rounds and sum their counts.
+    Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.engine.rounds`).
+    Several processes share the rounds and sum their counts.
 
     Args:
         bar: of ``len(episodes)``; reading an image counts as part of its episodes. Shows the mIoU of the first
             predictor so far.
         stop: looked at between two batches.
     Returns:
-        (N, 4) counts of :func:`util.metrics.confusion` a predictor, in the order of ``episodes``
+        (N, 4) counts of :func:`util.engine.metrics.confusion` a predictor, in the order of ``episodes``
     Raises:
         Stopped: one of the processes was asked to.
     """

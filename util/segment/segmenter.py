@@ -33,14 +33,14 @@ from model.training_free import (
     join,
     target_score,
 )
-from util.build import Hardware, build_saved_model, find_hardware
-from util.checkpoint import load_checkpoint, saved_config
 from util.config import Config
-from util.edges import sharp_mask
+from util.data.synthetic import CLASS_NAMES
+from util.data.transforms import fit, normalize, to_original
+from util.engine.build import Hardware, build_saved_model, find_hardware
+from util.engine.checkpoint import load_checkpoint, saved_config
 from util.errors import UserError
-from util.pictures import as_rgb, mask_values, target_mask
-from util.synthetic import CLASS_NAMES
-from util.transforms import fit, normalize, to_original
+from util.segment.edges import sharp_mask
+from util.segment.pictures import as_rgb, mask_values, target_mask
 
 AnyPicture = np.ndarray | Image.Image
 Q = TypeVar("Q")
@@ -107,7 +107,8 @@ class Segmenter(ABC, Generic[Q, T]):
         Args:
             class_id: which value of the masks is the target, where they hold class ids (255 is ignored then).
         Raises:
-            UserError: naming the support; see util/pictures.py, or its mask shows nothing, or too little to be seen.
+            UserError: naming the support; see util/segment/pictures.py, or its mask shows nothing, or too little to be
+                seen.
         """
         pictures, shown = _as_list(supports), _as_list(masks)
         count = len(pictures)
@@ -140,7 +141,7 @@ class Segmenter(ABC, Generic[Q, T]):
 
         Args:
             threshold: of the probability; by default the segmenter's own.
-            edges: draw the mask's border along the picture's edges, see util/edges.py; the maps stay.
+            edges: draw the mask's border along the picture's edges, see util/segment/edges.py; the maps stay.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
         maps = self._maps(target, features, (pixels.shape[0], pixels.shape[1]))

@@ -13,12 +13,12 @@ from model.losses import LossTerms, NTRELoss
 from model.ntrenet import NTRENet
 from model.parallel import processes, rank
 from model.weights import WeightsInfo
-from util.build import Hardware, build_loss, build_model, build_optimizer
-from util.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.config import Config, config_from_dict, read_yaml
-from util.distributed import first_process_first
+from util.engine.build import Hardware, build_loss, build_model, build_optimizer
+from util.engine.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
+from util.engine.distributed import first_process_first
+from util.engine.record import code_sha256
 from util.errors import UserError
-from util.record import code_sha256
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from model.ops import IGNORE
-from util.class_index import Item
-from util.episodes import Episodes
+from util.data.class_index import Item
+from util.data.episodes import Episodes
+from util.data.images import read_image, read_mask
+from util.data.transforms import fit
 from util.errors import UserError
-from util.images import read_image, read_mask
-from util.transforms import fit
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 

@@ -1,6 +1,7 @@
 """A user's own pictures and masks, from files, numpy or Pillow, as the network takes them.
 
-Data sets are read by util/images.py, which is stricter: there a mask refers to the stored pixels and holds class ids.
+Data sets are read by util/data/images.py, which is stricter: there a mask refers to the stored pixels and holds
+class ids.
 """
 
 import warnings
@@ -13,8 +14,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from model.ops import IGNORE
+from util.data.images import FORMATS, MAX_PIXELS, open_checked, refuse_scaled
 from util.errors import UserError
-from util.images import FORMATS, MAX_PIXELS, open_checked, refuse_scaled
 
 LOSSY = ("JPEG", "WEBP")
 """formats that are no good for masks, but for the alpha of a picture"""

@@ -18,8 +18,8 @@ from model.fem import FEM, FEMScale
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import foreground, masked_average_pool, resize
 from util.config import Config
-from util.dataset import Episode
-from util.transforms import normalize, to_original
+from util.data.dataset import Episode
+from util.data.transforms import normalize, to_original
 
 
 def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:

@@ -10,7 +10,7 @@ import numpy as np
 
 from model.ops import IGNORE
 from util.errors import UserError
-from util.pictures import SUFFIXES, UNREAD, Picture, read_picture
+from util.segment.pictures import SUFFIXES, UNREAD, Picture, read_picture
 
 AHEAD = 3
 """pictures read while another is being segmented; as many are in memory"""
