@@ -5,8 +5,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from util.engine.record import read_json
-from util.files import write_text
+from util.files import read_json, write_text
 
 SCORES = ("miou", "fb_iou", "precision")
 KEPT = (
