@@ -33,6 +33,7 @@ UNKNOWN = [
     "data.classes",
     "data.fold_scheme",
     "data.folds",
+    "data.base_classes",
     "data.fold",
     "data.image_size",
     "model.fem_scales",

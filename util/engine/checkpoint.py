@@ -20,6 +20,7 @@ FIXED_IN_TEST = (
     "data.classes",
     "data.fold_scheme",
     "data.folds",
+    "data.base_classes",
     "data.fold",
     "data.image_size",
     "model.backbone",
@@ -140,6 +141,8 @@ def require_same(
     """
     old, new = (dict(flatten(config.model_dump())) for config in (saved, given))
     keys = [k for k in new if k not in FREE_IN_RESUME] if resume else FIXED_IN_TEST
+    if not resume and given.data.base_classes is not None:  # all folds train on the same classes
+        keys = [k for k in keys if k != "data.fold"]
     different = [
         f"{k} is {_short(old.get(k))} there and {_short(new[k])} here"
         for k in keys
