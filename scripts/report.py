@@ -18,17 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from util.engine.record import require_writable
-from util.errors import UserError, run_command
-from util.files import write_bytes, write_text
+from util.errors import UserError
+from util.files import require_writable, write_bytes, write_text
 from util.report import tables
 from util.report.tables import CurvePoint, Groups, Order, Record, Results, Row, Run, RunConfig, Setting, Table
 

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from scripts import report
+from util.config import load_config
+from util.report import tables
 from util.report.tables import (
     LADDER,
     NEGATIVES,
@@ -180,7 +182,34 @@ def test_an_older_config_without_elimination_is_single_and_mixed_departures_are_
     assert variant_of(RunConfig.model_validate(older)) == "full"
     assert variant_of(RunConfig.model_validate(config("bgem", model={"prototype_channels": 64}))) == "other"
     assert variant_of(RunConfig.model_validate(config("negatives_bg", model={"prototype_channels": 64}))) == "other"
-    assert variant_of(RunConfig.model_validate(config("pfenet", model={"prototype_channels": 64}))) == "pfenet"
+
+
+def test_a_run_whose_model_or_loss_departs_from_every_known_variant_is_never_counted_as_one() -> None:
+    """A fork's switch, another C, another weight of a loss: none may take the place of NTRENet or PFENet."""
+    for variant in ("full", "pfenet"):
+        for section, changes in (("model", {"x": True}), ("model", {"channels": 64}), ("loss", {"gamma": 0.1})):
+            changed = config(variant)
+            changed[section] |= changes
+            assert variant_of(RunConfig.model_validate(changed)) == "other"
+    unlike = results("full", 0, 0, (90.0,), config=config("full", model={"x": True}))
+    runs = [run("full", 0, 0, (50.0,), modified=1), Run("fork", 2, Results.model_validate(unlike))]
+    counted, replaced = newest(runs)
+    assert not replaced
+    assert group_runs(counted)[SETTING, "full"] == {0: runs[:1]}
+
+
+def test_a_variant_is_a_file_of_configs_ablation_on_any_config() -> None:
+    for path in (ROOT / "configs").glob("*/*_fold0_1shot.yaml"):
+        for variant in (None, *(ROOT / "configs/ablation").glob("*.yaml")):
+            config = load_config([path, *([variant] if variant else [])])
+            name = variant_of(RunConfig.model_validate(config.model_dump()))
+            assert name == (variant.stem if variant else "full")
+
+
+def test_a_row_that_the_paper_does_not_have_is_ours_alone() -> None:
+    paper = {variant: row for variant, row in PAPER["table3"]["rows"].items() if variant != "bgem_doem"}
+    table = tables.ladder("", group_runs([run("bgem_doem")]), SETTING, paper)
+    assert [row.cells[3] for row in table.rows if row.cells[:3] == ["✓", "✓", ""]] == ["ours"]
 
 
 def test_several_training_seeds_give_their_mean_and_sample_deviation_each_averaged_over_evaluation_seeds() -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from scipy.sparse import csc_array, csr_array  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.data.images import hint_at, image_size, orientation, read_class_ids
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically

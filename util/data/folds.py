@@ -1,6 +1,7 @@
 """Which classes of a data set are novel in a fold, and which are base. Class ids run from 1."""
 
 from util.config import DataConfig
+from util.errors import UserError
 
 
 def novel_classes(data: DataConfig) -> tuple[int, ...]:
@@ -19,10 +20,18 @@ def novel_classes(data: DataConfig) -> tuple[int, ...]:
 
 
 def base_classes(data: DataConfig) -> tuple[int, ...]:
-    """Ids of the classes that fold ``data.fold`` trains on: ``data.base_classes``, or all that are not novel."""
-    if data.base_classes is not None:
-        return _ids(data, data.base_classes)
+    """Ids of the classes that fold ``data.fold`` trains on: ``data.base_classes``, or all that are not novel.
+
+    Raises:
+        UserError: ``data.base_classes`` names a novel class.
+    """
     novel = set(novel_classes(data))
+    if data.base_classes is not None:
+        base = _ids(data, data.base_classes)
+        if shared := novel.intersection(base):
+            name = data.classes[min(shared) - 1]
+            raise UserError(f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them")
+        return base
     return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)
 
 

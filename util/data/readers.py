@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.config import DataConfig
 from util.data.class_index import Item, MakeItem
 from util.data.images import MASK_MODES, open_mask

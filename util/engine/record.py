@@ -62,39 +62,6 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write atomically, indented."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote; empty where there is no such file, or a damaged one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def require_writable(path: Path, suffix: str) -> None:
-    """Find out before the work, not after it.
-
-    Raises:
-        UserError: ``path`` has another suffix, is a folder, or its folder cannot be written.
-    """
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{path} must end in {suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-
-
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     """Drop the lines that ``keep`` refuses: what an interrupted run wrote after its last checkpoint.
 
