@@ -633,6 +633,23 @@ def test_a_restored_bank_goes_on_as_if_never_saved():
     assert [n for n, _ in bank_content(restored, 1)] == [6, 100, 102, 104]
 
 
+def test_a_bank_of_base_classes_takes_its_rows_from_one_of_all_classes():
+    """Checkpoints of earlier versions hold a row for every class."""
+    everything = PrototypeBank(class_ids=range(1, 7), channels=2, capacity=3)
+    base = PrototypeBank(class_ids=(1, 4, 6), channels=2, capacity=3)
+    calls = [(numbered(10 * n, 5), torch.tensor([4, 1, 6, 6, 4])) for n in range(2)]
+    everything.store(*calls[0])
+    base.load_state_dict({name: value.clone() for name, value in everything.state_dict().items()})
+    for bank in (everything, base):
+        bank.store(*calls[1])
+    for class_id in (1, 4, 6):
+        assert bank_content(base, class_id) == bank_content(everything, class_id)
+    assert base.prototypes.shape == (3, 3, 2)
+    for foreign in (0, 2, 5):
+        with pytest.raises((IndexError, RuntimeError)):
+            base.store(numbered(1, 1), torch.tensor([foreign]))
+
+
 def test_stored_prototypes_are_detached_copies():
     bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2)
     source = numbered(1, 1)

@@ -127,8 +127,8 @@ class DataConfig(Section):
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
             raise ValueError(f"fold must be 0 to {self.num_folds - 1}")
-        if unknown := set(self.base_classes or ()) - set(self.classes):
-            raise ValueError(f"base_classes names '{min(unknown)}', which is not among classes")
+        if foreign := set(self.base_classes or ()) - set(self.classes):
+            raise ValueError(f"base_classes names '{min(foreign)}', which is not among classes")
         if self.base_classes == []:
             raise ValueError("base_classes must name a class")
         return self

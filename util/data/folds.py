@@ -30,7 +30,9 @@ def base_classes(data: DataConfig) -> tuple[int, ...]:
         base = _ids(data, data.base_classes)
         if shared := novel.intersection(base):
             name = data.classes[min(shared) - 1]
-            raise UserError(f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them")
+            raise UserError(
+                f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them"
+            )
         return base
     return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)
 

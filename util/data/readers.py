@@ -13,7 +13,7 @@ import numpy as np
 
 from model import IGNORE
 from util.config import DataConfig
-from util.data.class_index import Item, MakeItem
+from util.data.class_index import Item, MakeItem, count_values
 from util.data.images import MASK_MODES, open_mask
 from util.errors import UserError
 
@@ -65,7 +65,7 @@ def read_binary_mask(path: Path) -> np.ndarray:
     """
     with open_mask(path) as image:
         values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8, copy=False)
-    found = set(np.unique(values).tolist())
+    found = set(np.flatnonzero(count_values(values)).tolist())
     if image.mode == "P" and (strange := found - {0, 1, IGNORE}):
         raise UserError(f"mask {path} holds palette index {max(strange)}; a mask of one class is black and white")
     if {1, IGNORE} <= found <= {0, 1, IGNORE}:

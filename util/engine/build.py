@@ -144,7 +144,7 @@ def build_loss(config: Config) -> NTRELoss:
         pcl_drawn=options.pcl_drawn,
         pcl_temperature=options.pcl_temperature,
         base=options.base,
-        base_ids=base_classes(config.data),
+        base_ids=base_classes(config.data) if config.model.base_learner else (),
     )
 
 
