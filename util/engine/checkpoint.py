@@ -47,7 +47,6 @@ FREE_IN_RESUME = (
     "eval.batch_size",
     "eval.cache_gib",
     "train.checkpoint_minutes",
-    "resume_changed_code",
 )
 
 
