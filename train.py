@@ -6,6 +6,8 @@ SIGTERM and a closed terminal save first. torchrun --nproc_per_node=N train.py .
 result.
 """
 
+from util.command import run_command
+
 import argparse
 import itertools
 from contextlib import nullcontext
@@ -41,10 +43,10 @@ from util.engine.loops import evaluate, learning_rate, train
 from util.engine.memory import peak_memory_mib, return_freed_memory
 from util.engine.metrics import scores
 from util.engine.monitor import Monitor, monitored
-from util.engine.record import append_json_line, environment, keep_json_lines, read_json, write_json
+from util.engine.record import append_json_line, environment, keep_json_lines
 from util.engine.run_state import Training, start_or_resume
-from util.errors import UserError, run_command
-from util.files import held_alone, write_text
+from util.errors import UserError
+from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
 from util.segment.visualize import draw_rows, episode_rows
 

@@ -30,15 +30,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from model import IGNORE
 from model.ntrenet import NTRENet
-from model.ops import IGNORE
 from tests.plain import plain_counts, plain_forward
 from util.config import Config, load_config, parse_arguments
 from util.data.class_index import ClassIndex, load_class_index, read_list
@@ -62,8 +64,9 @@ from util.engine.build import (
 from util.engine.loops import evaluate, forward
 from util.engine.memory import return_freed_memory
 from util.engine.metrics import scores
-from util.engine.record import environment, require_writable, write_json
-from util.errors import UserError, run_command
+from util.engine.record import environment
+from util.errors import UserError
+from util.files import require_writable, write_json
 from util.progress import progress
 
 R = TypeVar("R")

@@ -6,6 +6,7 @@ be wrong, 0 otherwise; a warning does not change it. The class index of a sound 
 """
 
 import argparse
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.weights import sha256_of
+from util.command import run_command
+
+import numpy as np
+
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import (
     ClassIndex,
@@ -35,8 +37,8 @@ from util.data.episodes import find_supports
 from util.data.folds import base_classes, novel_classes
 from util.data.images import orientation, read_image
 from util.data.published import is_benchmark, overlap, published, title_of
-from util.engine.record import require_writable, write_json
-from util.errors import UserError, first_of, run_command
+from util.errors import UserError, first_of
+from util.files import require_writable, write_json
 
 SHOWN = 20
 """problems listed on screen; --json has them all"""
@@ -135,7 +137,7 @@ def check_item(item: Item, num_classes: int) -> Checked:
         turned = orientation(item.image)
         counts = count_pixels(item, num_classes)
         turned_unseen = turned in (2, 3, 4) or (turned > 4 and height == width)
-        return Checked(counts, None, turned_unseen, sha256_of(item.image))
+        return Checked(counts, None, turned_unseen, hashlib.sha256(item.image.read_bytes()).hexdigest())
     except UserError as error:
         return Checked(None, str(error))
 

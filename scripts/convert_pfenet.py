@@ -15,30 +15,23 @@ import shlex
 import sys
 from pathlib import Path
 
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.command import run_command
+
+from torch import Tensor
+
 from model.weights import WeightsError, read_weights
-from util.config import load_config
+from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
-from util.engine.record import ROOT, require_writable
-from util.errors import UserError, run_command
+from util.engine.record import ROOT
+from util.errors import UserError
+from util.files import require_writable
 
 ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
 
-UNKNOWN = [
-    "data.dataset",
-    "data.classes",
-    "data.fold_scheme",
-    "data.folds",
-    "data.fold",
-    "data.image_size",
-    "model.fem_scales",
-    "model.prototype_channels",
-    "seed",
-]
+UNKNOWN = [*sorted(keys_with(TASK)), "model.fem_scales", "model.prototype_channels", "seed"]
 """config keys of which PFENet's file says nothing: test.py does not compare them"""
 
 LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}

@@ -11,6 +11,8 @@ A case damages one sound file and reads it as the commands do. Its verdict is on
 Never a traceback, other numbers, or code that runs.
 """
 
+from util.command import run_command
+
 import contextlib
 import functools
 import io
@@ -51,7 +53,7 @@ from util.data.images import MAX_PIXELS, read_image, read_mask
 from util.engine.build import build_model
 from util.engine.checkpoint import load_checkpoint, save_checkpoint, saved_config
 from util.engine.record import keep_json_lines
-from util.errors import UserError, run_command
+from util.errors import UserError
 from util.segment import pictures
 from util.segment.targets import read_targets
 

@@ -3,14 +3,16 @@
 import importlib
 import itertools
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import yaml
 
 from model.torchvision_compat import import_models
-from util.config import Config, config_from_dict, flatten, known_keys, load_config
+from util.config import Config, Meaning, config_from_dict, flatten, keys_with, known_keys, load_config
 from util.data.synthetic import CLASS_NAMES
+from util.engine.checkpoint import require_same
 from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,6 +166,7 @@ OTHER_VALUES = {
     "model.fem_prior": False,
     "model.do_similarity": False,
     "model.base_learner": True,
+    "model.channels": 8,
     "model.prototype_channels": 12,
     "model.fem_scales": [1.0, 0.5],
     "loss.alpha": 0.25,
@@ -206,6 +209,24 @@ OTHER_VALUES = {
 def test_known_keys_are_the_keys_of_a_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "c.yaml", MINIMAL))
     assert set(known_keys()) == {key for key, _ in flatten(config.model_dump())} == set(OTHER_VALUES)
+    assert set(known_keys()) == keys_with(*Meaning)
+    assert set(known_keys()) == keys_with(*Meaning)
+
+
+def test_a_checkpoint_may_differ_from_a_config_in_what_its_use_leaves_open(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    saved = load_config(path)
+    for key, free_in_test, free_in_resume in [
+        ("model.channels", False, False),
+        ("data.image_size", False, False),
+        ("data.shots", True, False),
+        ("loss.gamma", True, False),
+        ("workers", True, True),
+    ]:
+        given = load_config(path, [f"{key}={OTHER_VALUES[key]}"])
+        for resume, free in ((False, free_in_test), (True, free_in_resume)):
+            with nullcontext() if free else pytest.raises(UserError, match=key):
+                require_same(saved, given, tmp_path / "best.pt", resume=resume)
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)

@@ -3,6 +3,8 @@
 A limit on the size of files stands for the disk: it lets writes fail in the system, wherever they come from.
 """
 
+from util.command import run_command
+
 import contextlib
 import errno
 import importlib.util
@@ -24,7 +26,6 @@ import train
 from scripts import check_data, make_lists, make_synthetic, report
 from util.data.images import read_mask
 from util.data.synthetic import generate
-from util.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -1,5 +1,7 @@
 """scripts/prepare_coco.py on a tiny tree in the official layout. Shapes are rectangles, drawn here by slicing."""
 
+from util.command import run_command
+
 import json
 import os
 import re
@@ -19,7 +21,6 @@ from pycocotools import mask as coco_mask
 from scripts import prepare_coco
 from util.data.class_index import load_class_index, read_list
 from util.data.images import read_mask
-from util.errors import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,9 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from scripts import report
+from util.config import load_config
+from util.engine.record import environment, processor
+from util.report import tables
 from util.report.tables import (
     LADDER,
     NEGATIVES,
@@ -180,7 +184,34 @@ def test_an_older_config_without_elimination_is_single_and_mixed_departures_are_
     assert variant_of(RunConfig.model_validate(older)) == "full"
     assert variant_of(RunConfig.model_validate(config("bgem", model={"prototype_channels": 64}))) == "other"
     assert variant_of(RunConfig.model_validate(config("negatives_bg", model={"prototype_channels": 64}))) == "other"
-    assert variant_of(RunConfig.model_validate(config("pfenet", model={"prototype_channels": 64}))) == "pfenet"
+
+
+def test_a_run_whose_model_or_loss_departs_from_every_known_variant_is_never_counted_as_one() -> None:
+    """A fork's switch, another C, another weight of a loss: none may take the place of NTRENet or PFENet."""
+    for variant in ("full", "pfenet"):
+        for section, changes in (("model", {"x": True}), ("model", {"channels": 64}), ("loss", {"gamma": 0.1})):
+            changed = config(variant)
+            changed[section] |= changes
+            assert variant_of(RunConfig.model_validate(changed)) == "other"
+    unlike = results("full", 0, 0, (90.0,), config=config("full", model={"x": True}))
+    runs = [run("full", 0, 0, (50.0,), modified=1), Run("fork", 2, Results.model_validate(unlike))]
+    counted, replaced = newest(runs)
+    assert not replaced
+    assert group_runs(counted)[SETTING, "full"] == {0: runs[:1]}
+
+
+def test_a_variant_is_a_file_of_configs_ablation_on_any_config() -> None:
+    for path in (ROOT / "configs").glob("*/*_fold0_1shot.yaml"):
+        for variant in (None, *(ROOT / "configs/ablation").glob("*.yaml")):
+            config = load_config([path, *([variant] if variant else [])])
+            name = variant_of(RunConfig.model_validate(config.model_dump()))
+            assert name == (variant.stem if variant else "full")
+
+
+def test_a_row_that_the_paper_does_not_have_is_ours_alone() -> None:
+    paper = {variant: row for variant, row in PAPER["table3"]["rows"].items() if variant != "bgem_doem"}
+    table = tables.ladder("", group_runs([run("bgem_doem")]), SETTING, paper)
+    assert [row.cells[3] for row in table.rows if row.cells[:3] == ["✓", "✓", ""]] == ["ours"]
 
 
 def test_several_training_seeds_give_their_mean_and_sample_deviation_each_averaged_over_evaluation_seeds() -> None:
@@ -316,6 +347,13 @@ def test_without_all_folds_no_statement_on_the_mean_is_made() -> None:
 def test_a_single_run_a_cell_has_no_deviation_to_compare_with() -> None:
     groups = group_runs(run(v, fold, 0, [50.0 + i]) for i, v in enumerate(NEGATIVES) for fold in range(4))
     assert order(groups, SETTING, NEGATIVES).sentence.count("no std to compare with") == 2
+
+
+def test_a_record_names_the_processor(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 9000\n")
+    assert processor(tmp_path / "cpuinfo") == "Abacus 9000"
+    assert processor(tmp_path / "missing") != ""
+    assert processor() in environment(torch.device("cpu"))["device"]
 
 
 # The command
@@ -464,6 +502,21 @@ def test_the_same_runs_give_the_same_files(runs: Path, tmp_path: Path, monkeypat
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_a_file_of_lines_gives_the_same_tables_as_its_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_runs, lines = command(monkeypatch, runs, tmp_path / "a"), tmp_path / "results.jsonl"
+    for source, target in ((runs, lines), (lines, tmp_path / "again.jsonl")):
+        monkeypatch.setattr(sys, "argv", ["report.py", str(source), "--lines", str(target)])
+        report.main()
+    assert lines.read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(lines), "--out", str(tmp_path / "b")])
+    report.main()
+    from_lines = (tmp_path / "b/report.md").read_text()
+    for cells in (["ResNet-50", "NTRENet, ours"], ["PASCAL-5i", "ResNet-50", "1", "full"], ["✓", "", "", "ours"]):
+        assert row_of(from_lines, *cells) == row_of(from_runs, *cells)
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

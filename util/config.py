@@ -1,14 +1,16 @@
 """Typed, strict configuration: a YAML file with at most one ``base:``, files that vary it, ``key=value`` overrides.
 
 The value written is the value used. Unknown keys, duplicate keys, wrong types and values out of range are errors
-that name the file, the key and the remedy. Every field is documented where it is declared.
+that name the file, the key and the remedy. Every field is documented where it is declared, and so is what it means
+elsewhere, see :class:`Meaning`.
 """
 
 import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum, auto
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,33 +25,54 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 
 
+class Meaning(Enum):
+    """What a key means outside the config. A key without a meaning of its own has that of its section."""
+
+    TASK = auto()
+    """what a checkpoint was trained to do: a test must say the same"""
+    NETWORK = auto()
+    """what the weights fit: a test must say the same"""
+    VARIANT = auto()
+    """anything but its default makes another network than the paper's: the report never counts the run as NTRENet"""
+    COMPARED = auto()
+    """the runs of one table should share it: the report warns where they do not"""
+    SHOWN = auto()
+    """the report shows it beside the figures"""
+    MACHINE = auto()
+    """it changes no figure: it may change when a run is resumed"""
+
+
+TASK, NETWORK, VARIANT = Meaning.TASK, Meaning.NETWORK, Meaning.VARIANT
+COMPARED, SHOWN, MACHINE = Meaning.COMPARED, Meaning.SHOWN, Meaning.MACHINE
+
+
 class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class DataConfig(Section):
-    dataset: str
+    dataset: Annotated[str, TASK, COMPARED]
     """name in tables and results"""
-    root: str
+    root: Annotated[str, MACHINE]
     """folder to which the lists' paths are relative"""
-    train_list: str
+    train_list: Annotated[str, MACHINE]
     """file of 'image mask' lines: the base classes are trained on it"""
-    val_list: str
+    val_list: Annotated[str, MACHINE]
     """likewise: the novel classes are evaluated on it"""
-    classes: list[str]
+    classes: Annotated[list[str], TASK, COMPARED]
     """names of the classes; their mask values are 1, 2, ... in this order (0 background, 255 ignored)"""
-    fold_scheme: Literal["contiguous", "interleaved"] = "contiguous"
+    fold_scheme: Annotated[Literal["contiguous", "interleaved"], TASK, COMPARED] = "contiguous"
     """novel classes of fold i of 4: a run of neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
-    folds: list[list[str]] | None = None
+    folds: Annotated[list[list[str]] | None, TASK, COMPARED] = None
     """class names of each fold, instead of a scheme"""
-    fold: Annotated[int, Field(ge=0)] = 0
-    shots: Count = 1
+    fold: Annotated[int, Field(ge=0), TASK] = 0
+    shots: Annotated[Count, SHOWN] = 1
     """supports an episode"""
     min_area: Count = 2048
     """pixels a class needs in an image to qualify it as a support, and for the fold"""
     novel_in_train: Literal["keep", "drop"] = "keep"
     """training images that also hold novel classes: keep them with those pixels as background, or drop them"""
-    image_size: Annotated[int, Field(ge=9, le=10_001)] = 473
+    image_size: Annotated[int, Field(ge=9, le=10_001), TASK, COMPARED] = 473
     """side of the network's square input; 8n + 1"""
     scale: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=2)] = [0.9, 1.1]
     """random scaling in training, from and to"""
@@ -88,8 +111,8 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Literal["resnet50", "resnet101", "vgg16_bn", "efficientnet_lite0"] = "resnet50"
-    weights: str = "imagenet"
+    backbone: Annotated[Literal["resnet50", "resnet101", "vgg16_bn", "efficientnet_lite0"], NETWORK, SHOWN] = "resnet50"
+    weights: Annotated[str, COMPARED] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
     bgem: bool = True
     """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
@@ -109,7 +132,7 @@ class ModelConfig(Section):
     """C, the channels of X^q and X^s and of all that follows; fewer train faster, 64 on a CPU"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
-    fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
+    fem_scales: Annotated[list[Positive], Field(min_length=1), NETWORK, COMPARED] = [60, 30, 15, 8]
     """FEM's scales, fine to coarse: sides above 1, or shares of the feature's side up to 1"""
 
     @model_validator(mode="after")
@@ -164,21 +187,21 @@ class TrainConfig(Section):
     """of the polynomial decay of the learning rate, a step at a time"""
     warmup: Annotated[int, Field(ge=0, le=10**9)] = 100
     """steps over which the learning rate rises to lr; 0 for none"""
-    checkpoint_minutes: NonNegative = 10.0
+    checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
     """at most so long between checkpoints; one is written at the end of each epoch in any case"""
 
 
 class EvalConfig(Section):
     episodes: Count = 1000
-    batch_size: Count = 1
+    batch_size: Annotated[Count, MACHINE] = 1
     """images encoded, and episodes segmented, at a time"""
-    cache_gib: Positive = 4.0
+    cache_gib: Annotated[Positive, MACHINE] = 4.0
     """memory for what episodes share: features of the images they have in common"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
-    every: Count = 1
+    every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
-    select: Literal["miou", "last"] = "miou"
+    select: Annotated[Literal["miou", "last"], COMPARED] = "miou"
     """what best.pt is: the highest novel-fold mIoU, as in the lineage, or simply the last"""
 
 
@@ -187,21 +210,21 @@ RETIRED = ("resume_changed_code",)
 
 
 class Config(Section):
-    data: DataConfig
-    model: ModelConfig = ModelConfig()
-    loss: LossConfig = LossConfig()
-    train: TrainConfig = TrainConfig()
-    eval: EvalConfig = EvalConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: Annotated[DataConfig, COMPARED]
+    model: Annotated[ModelConfig, NETWORK, VARIANT] = ModelConfig()
+    loss: Annotated[LossConfig, VARIANT] = LossConfig()
+    train: Annotated[TrainConfig, COMPARED] = TrainConfig()
+    eval: Annotated[EvalConfig, SHOWN] = EvalConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**63), SHOWN] = 0
     """of weights, dropout, training episodes and augmentation"""
-    run_dir: str = ""
+    run_dir: Annotated[str, MACHINE] = ""
     """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
-    resume: str = "none"
+    resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], SHOWN] = "auto"
     """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
-    workers: Annotated[int, Field(ge=0)] = 4
+    workers: Annotated[int, Field(ge=0), MACHINE] = 4
     """loader processes, at most one a core; the results do not depend on it"""
 
     @model_validator(mode="after")
@@ -385,10 +408,36 @@ def _validate(values: dict[str, Any], origin: dict[str, str], file: str, contrad
     raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
 
 
-def known_keys(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[str]:
+def known_keys() -> Iterator[str]:
     """Every key a config can hold: 'data.fold', 'train.lr', 'seed' ..."""
+    return (key for key, _ in _keys_and_meanings())
+
+
+def keys_with(*meanings: Meaning) -> frozenset[str]:
+    """The keys that have one of these meanings."""
+    return frozenset(key for key, its in _keys_and_meanings() if not its.isdisjoint(meanings))
+
+
+def departures(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
+
+    A key that this version does not know, as a fork's or a later version's run has it, counts as well.
+
+    Args:
+        values: a config's ``model`` and ``loss``, whole or in part; what else it holds plays no part
+    """
+    default = dict(flatten({"model": ModelConfig().model_dump(), "loss": LossConfig().model_dump()}))
+    given = flatten({section: values.get(section, {}) for section in ("model", "loss")})
+    variant = keys_with(VARIANT)
+    return {k: value for k, value in given if k not in default or (k in variant and value != default[k])}
+
+
+def _keys_and_meanings(
+    section: type[BaseModel] = Config, prefix: str = "", meaning: frozenset[Meaning] = frozenset()
+) -> Iterator[tuple[str, frozenset[Meaning]]]:
     for name, field in section.model_fields.items():
+        own = frozenset(mark for mark in field.metadata if isinstance(mark, Meaning)) or meaning
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from known_keys(field.annotation, f"{prefix}{name}.")
+            yield from _keys_and_meanings(field.annotation, f"{prefix}{name}.", own)
         else:
-            yield prefix + name
+            yield prefix + name, own

@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.data.images import hint_at, image_size, orientation, read_mask
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically

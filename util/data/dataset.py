@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.data.class_index import Item
 from util.data.episodes import Episodes
 from util.data.images import read_image, read_mask

@@ -8,46 +8,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from model.weights import is_plain, load_data
-from util.config import Config, config_from_dict, flatten
+from util.config import MACHINE, NETWORK, TASK, Config, config_from_dict, flatten, keys_with
 from util.errors import UserError
 from util.files import refuse_pipe, write_atomically
 
 FORMAT: Literal[3] = 3
 """counts the changes that earlier checkpoints do not survive; 3: the scale of the middle features is measured"""
-
-FIXED_IN_TEST = (
-    "data.dataset",
-    "data.classes",
-    "data.fold_scheme",
-    "data.folds",
-    "data.fold",
-    "data.image_size",
-    "model.backbone",
-    "model.bgem",
-    "model.doem",
-    "model.elimination",
-    "model.do_average",
-    "model.fem_prior",
-    "model.do_similarity",
-    "model.base_learner",
-    "model.prototype_channels",
-    "model.fem_scales",
-)
-"""what a checkpoint was trained for; the number of shots, paths and machine settings are free"""
-
-FREE_IN_RESUME = (
-    "run_dir",
-    "resume",
-    "device",
-    "workers",
-    "data.root",
-    "data.train_list",
-    "data.val_list",
-    "eval.every",
-    "eval.batch_size",
-    "eval.cache_gib",
-    "train.checkpoint_minutes",
-)
 
 
 class _Stem(BaseModel):
@@ -138,11 +104,11 @@ def require_same(
         UserError: naming every key that differs, with both values.
     """
     old, new = (dict(flatten(config.model_dump())) for config in (saved, given))
-    keys = [k for k in new if k not in FREE_IN_RESUME] if resume else FIXED_IN_TEST
+    compared = new.keys() - keys_with(MACHINE) if resume else keys_with(TASK, NETWORK)
     different = [
         f"{k} is {_short(old.get(k))} there and {_short(new[k])} here"
-        for k in keys
-        if k not in unknown and old.get(k) != new[k]
+        for k in new
+        if k in compared and k not in unknown and old.get(k) != new[k]
     ]
     if different:
         remedy = (

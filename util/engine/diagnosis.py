@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model import IGNORE
 from model.ntrenet import NTRENet, NTRENetOutput
-from model.ops import IGNORE, masked_average_pool, resize
+from model.ops import masked_average_pool, resize
 from util.config import Config
 from util.data.class_index import ClassIndex
 from util.data.episodes import EpisodeFiles, EpisodeList

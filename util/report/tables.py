@@ -3,17 +3,19 @@
 A cell is (data set, backbone, shots, variant, fold). All its training seeds count, none is chosen. Figures in percent.
 """
 
+import functools
 import itertools
 import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from util.config import Count, flatten
+from util.config import COMPARED, Count, departures, flatten, keys_with, read_yaml
 
 BACKBONES = {
     "vgg16_bn": "VGG-16",
@@ -45,14 +47,10 @@ NOT_RUN, NO_MEAN = "not run", "-"
 ROUNDING = 0.1
 """a printed mean and the mean of four printed folds: each is at most 0.05 off"""
 
-MAY_DIFFER = {
-    *("data.root", "data.train_list", "data.val_list", "data.fold", "data.shots"),
-    *("model.backbone", "model.bgem", "model.doem", "model.prototype_channels", "model.elimination"),
-    *("model.do_average", "model.fem_prior", "model.do_similarity", "model.base_learner"),
-    *("loss.pcl", "loss.pcl_negatives", "eval.episodes", "eval.batch_size", "eval.every", "eval.geometry"),
-    *("seed", "run_dir", "resume", "device", "precision", "workers"),
-}
-"""settings that are the table's own subject, are reported otherwise, or change no result"""
+ABLATIONS = Path(__file__).resolve().parents[2] / "configs/ablation"
+"""a file a variant"""
+OF_DOEM = ("model.do_average", "model.fem_prior", "model.do_similarity")
+"""keys that say how DOEM works"""
 
 
 class Part(BaseModel):
@@ -176,6 +174,7 @@ class Run:
     modified: float
     """seconds since 1970"""
     results: Results
+    line: dict[str, Any] = field(default_factory=dict)
     record: Record | None = None
     trained: RunConfig | None = None
     curve: list[CurvePoint] = field(default_factory=list)
@@ -249,24 +248,22 @@ class Order(NamedTuple):
 
 
 def variant_of(config: RunConfig) -> str:
-    """A row of LADDER, NEGATIVES or ELIMINATIONS, or channels_*; 'other' for what no table shows."""
-    model, loss = config.model, config.loss
-    switches = (model.bgem, model.doem, loss.pcl)
-    step = next((name for name, (_, *on) in LADDER.items() if switches == tuple(on)), "other")
-    if step == "pfenet":
-        return step
-    channels = 256 if model.elimination == "authors" else CHANNELS
-    departures = [f"channels_{model.prototype_channels}"] if model.prototype_channels != channels else []
-    form = (model.do_average, model.fem_prior, model.do_similarity)
-    if model.elimination != "single":
-        departures += [model.elimination] if model.do_average == "image" else ["other"]
-    elif model.doem and form != ("image", True, True):
-        departures += ["printed"] if form == ("region", False, False) else ["other"]
-    departures += ["base_learner"] if model.base_learner else []
-    departures += [f"negatives_{loss.pcl_negatives}"] if loss.pcl and loss.pcl_negatives != "do" else []
-    if not departures:
-        return step
-    return departures[0] if step == "full" and len(departures) == 1 else "other"
+    """'full' for NTRENet, else the file of ABLATIONS that sets what the run sets, or channels_* for another D.
+
+    'other' is what no file sets, and so what no table shows.
+    """
+    changed = departures(config.model_dump())
+    if not config.model.doem:
+        changed = {key: value for key, value in changed.items() if key not in OF_DOEM}
+    if changed.keys() == {"model.prototype_channels"}:
+        return f"channels_{config.model.prototype_channels}"
+    return next((name for name, changes in variants().items() if changes == changed), "other")
+
+
+@functools.cache
+def variants() -> dict[str, dict[str, Any]]:
+    """What each variant sets in model and loss."""
+    return {"full": {}} | {path.stem: departures(read_yaml(path)) for path in sorted(ABLATIONS.glob("*.yaml"))}
 
 
 def newest(runs: Iterable[Run]) -> tuple[list[Run], list[Run]]:
@@ -460,7 +457,7 @@ def ladder(title: str, groups: Groups, setting: Setting, paper: dict[str, list[f
     lines: list[Line] = []
     for variant, (_, *switches) in LADDER.items():
         marks = ["✓" if on else "" for on in switches]
-        lines += with_paper(marks, groups.get((setting, variant), {}), paper[variant] if paper else None)
+        lines += with_paper(marks, groups.get((setting, variant), {}), paper.get(variant) if paper else None)
     return make_table(
         title, ["BGEM", "DOEM", "PCL", "From"], lines, folds_of(groups, setting.dataset), "precision", bold=True
     )
@@ -470,7 +467,7 @@ def negatives(title: str, groups: Groups, setting: Setting, paper: dict[str, lis
     """Table 4: what the contrastive loss pushes away."""
     lines = []
     for variant, name in NEGATIVES.items():
-        lines += with_paper([name], groups.get((setting, variant), {}), paper[variant] if paper else None)
+        lines += with_paper([name], groups.get((setting, variant), {}), paper.get(variant) if paper else None)
     return make_table(title, ["Negatives", "From"], lines, folds_of(groups, setting.dataset), bold=True)
 
 
@@ -590,6 +587,7 @@ def warnings(tables: Iterable[Table]) -> list[str]:
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """What differs between runs, and its values; settings of the training are compared within a backbone."""
     seen: dict[str, set[str]] = defaultdict(set)
+    compared = keys_with(COMPARED)
     for run in runs:
         config = run.results.config.model_dump()
         seen["code revisions"].update(run.revisions)
@@ -600,6 +598,6 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
         if run.record and train_list in run.record.list_sha256:
             seen["training lists"].add(run.record.list_sha256[train_list][:12])
         for key, value in flatten((run.trained or run.results.config).model_dump()):
-            if key not in MAY_DIFFER:
+            if key in compared:
                 seen[f"settings {key} ({run.setting.backbone})"].add(f"{value}"[:60])
     return {what: sorted(values) for what, values in seen.items() if len(values) > 1}
