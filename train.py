@@ -45,7 +45,7 @@ from util.engine.metrics import scores
 from util.engine.monitor import Monitor, monitored
 from util.engine.record import append_json_line, environment, keep_json_lines
 from util.engine.run_state import Training, start_or_resume
-from util.errors import UserError
+from util.errors import UserError, first_of
 from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
 from util.segment.visualize import draw_rows, episode_rows
@@ -195,7 +195,7 @@ def announce(training: Training, data: Data, steps: int) -> None:
         f" {steps} steps of {config.train.batch_size} episodes"
         f"{f', resumed at step {training.step}' if training.step else ''}\n"
         f"validation: {config.eval.episodes} episodes over {len(data.val_sampler)} images of"
-        f" {', '.join(options.classes[c - 1] for c in novel_classes(options))}\n"
+        f" {first_of([options.classes[c - 1] for c in novel_classes(options)], shown=20, separator=', ')}\n"
         f"best.pt is {SELECTION[config.eval.select]}; everything goes to {config.run_dir}",
         flush=True,
     )
