@@ -25,7 +25,7 @@ import numpy as np
 import yaml
 
 from scripts.check_data import check_item, copies_warning, turned_warning
-from util.data.class_index import Item, on_all_cores
+from util.data.class_index import Item, on_all_cores, tabulate
 from util.data.images import image_size
 from util.errors import UserError
 from util.files import require_writable, write_text
@@ -125,7 +125,7 @@ def count_classes(items: list[Item]) -> np.ndarray:
     photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
     for warning in turned_warning(items, checked) + copies_warning(photos):
         print(f"note: {warning}")
-    return np.array([found.counts for found in checked])[:, : LARGEST_ID + 1]
+    return tabulate([found.counts for found in checked if found.counts is not None], LARGEST_ID).pixels.toarray()
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:

@@ -39,7 +39,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
-from util.data.images import encoded, read_mask
+from util.data.images import encoded, read_class_ids
 from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of
 from util.files import write_bytes, write_text
@@ -221,7 +221,7 @@ def paint(job: Job, path: Path) -> np.ndarray:
 def finished_mask(path: Path, job: Job, stamp: float) -> np.ndarray | None:
     """The mask of an earlier run, if there is a sound one not older than `stamp`."""
     try:
-        mask = read_mask(path) if path.stat().st_mtime >= stamp else None
+        mask = read_class_ids(path) if path.stat().st_mtime >= stamp else None
     except (OSError, UserError):
         return None
     return mask if mask is not None and mask.shape == (job.height, job.width) else None

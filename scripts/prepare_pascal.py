@@ -38,7 +38,7 @@ from scipy.io import loadmat  # type: ignore[import-untyped]
 
 from util.data.class_index import load_class_index, read_list
 from util.data.download import download
-from util.data.images import compare_checksums, read_image, read_mask
+from util.data.images import compare_checksums, read_class_ids, read_image
 from util.data.published import LISTS, published
 from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of
@@ -298,7 +298,7 @@ def build(files: list[File]) -> int:
 def is_good(path: Path) -> bool:
     """Whether a picture or mask can be read to its end."""
     try:
-        read_mask(path) if path.suffix == ".png" else read_image(path)
+        read_class_ids(path) if path.suffix == ".png" else read_image(path)
     except UserError:
         return False
     return True

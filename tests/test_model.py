@@ -787,7 +787,9 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
         assert torch.allclose(got, wanted, atol=1e-4)
     assert torch.equal(out.do_mask, mined[0])
     query_masks = (torch.rand(2, 65, 65) < 0.3).long()
-    terms = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))(out, query_masks, masks, torch.tensor([1, 2]))
+    terms = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))(
+        out, query_masks, masks, torch.tensor([1, 2])
+    )
     assert terms.initial.item() == pytest.approx(sum(target_loss(y, query_masks).item() for y in initial) / 3, rel=1e-5)
 
 
@@ -842,7 +844,7 @@ def test_gradients_equal_those_of_the_plain_formulation(lite0):
     gradients = []
     for run in (model, partial(plain_forward, model)):
         model.zero_grad()
-        loss = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))
+        loss = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))
         loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2])).total.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, expected in gradients[1].items():
@@ -949,7 +951,7 @@ def test_images_need_not_be_square(lite0):
 def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
     bgem, doem, pcl = ROWS[row]
     model = network(lite0, row)
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if pcl else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if pcl else None
     query, supports, masks = episode(2, 3)
     out = model(query, supports, masks)
     shapes = {
@@ -989,7 +991,7 @@ def test_doem_without_bgem_is_refused(lite0):
 @pytest.mark.parametrize("row", ROWS)
 def test_every_trainable_parameter_gets_a_gradient_and_the_backbone_none(lite0, row):
     model = network(lite0, row, as_built=True).train()
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if ROWS[row][2] else None
     query, supports, masks = episode(2, 2)
     loss = NTRELoss(bank=bank)(model(query, supports, masks), masks[:, 0].flip(-1), masks, torch.tensor([1, 2]))
     loss.total.backward()
@@ -1015,7 +1017,7 @@ def test_a_train_mode_forward_moves_nothing_in_the_backbone(lite0, kind):
 def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
     model = network(lite0, row)
     query, supports, masks = episode(2, 2)
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if ROWS[row][2] else None
     expected = model(query, supports, masks).logits
     with torch.autocast("cpu", torch.bfloat16):
         out = model(query, supports, masks)

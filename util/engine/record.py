@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        else f"cpu ({processor()}, {os.cpu_count()} cores), {torch.get_num_threads()} threads",
         "git_revision": _git("rev-parse", "HEAD"),
         "git_clean": _git("status", "--porcelain") == "",
     }
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's model name, such as 'AMD EPYC 7763', or at least its architecture."""
+    with suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown processor"
 
 
 def code_sha256(entry: Path = ROOT / "train.py") -> str:
