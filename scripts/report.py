@@ -76,7 +76,7 @@ def main() -> None:
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
     runs = tables.frame(found.runs, paper)
     if args.out is None:
-        print(*own_tables(runs[~runs.replaced], paper), sep="\n\n")
+        print(*filter(None, own_tables(runs[~runs.replaced], paper)), sep="\n\n")
         return
     pictures = draw_pictures(runs[~runs.replaced], paper)
     summary = summarise(found, runs, paper)
@@ -147,6 +147,7 @@ def own_tables(runs: pd.DataFrame, paper: Mapping[str, Any]) -> Iterator[str]:
     names = {key for table in ablations.values() for key in table["rows"]}
     for setting, group in runs.groupby(tables.SETTING):
         yield f"## {title(setting)}"
+        yield f"All runs here have {group.common.iloc[0]}." if group.common.iloc[0] else ""
         others = {"title": "Other networks", "rows": {key: {"label": key} for key in sorted(set(group.row) - names)}}
         for name, table in [*ablations.items(), ("others", others)]:
             rows = table["rows"]
@@ -222,7 +223,7 @@ def plot_curves(name: str, by_row: Mapping[str, list[pd.DataFrame]]) -> bytes:
         )
     scores.set(title=name, ylabel="validation mIoU, %")
     losses.set(xlabel="step", ylabel="total training loss", yscale="log")
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return png(figure)
 
 

@@ -63,30 +63,41 @@ def of_runs(runs: Sequence[Run]) -> pd.DataFrame:
 def frame(runs: Sequence[Run], paper: Mapping[str, Any]) -> pd.DataFrame:
     """Make a line of each run, with the row it belongs to and whether a newer run of the same seed replaces it.
 
-    A row's name is its key in ``paper``. A run that no row there describes is a row of its own, named by the keys in
-    which it differs from NTRENet. A number in which all runs of a data set that the paper does not have differ alike,
-    such as a small network's channels, is their common setting and names no row.
+    A row's name is its key in ``paper``. A run that no row there describes is a row of its own, named by the nearest
+    one and the keys in which it differs from that. A number in which all runs of a data set that the paper does not
+    have differ from NTRENet alike, such as a small network's channels, names no row: column ``common`` holds it.
     """
     found = of_runs(runs)
     named = {key: switches(row) for table in ablations(paper).values() for key, row in table["rows"].items()}
     known = {key for row in named.values() for key in row}
     published = {table.get("dataset") for table in paper.values()}
-    found["row"] = ""
     for (dataset, _), group in found.groupby(["dataset", "backbone"]):
         changes = [departures(run.config.model_dump()) for run in group.run]
         common = {
-            key
+            key: value
             for key, value in changes[0].items()
             if dataset not in published and key not in known and not isinstance(value, bool | str)
             if all(key in changed and changed[key] == value for changed in changes)
         }
-        for place, changed in zip(group.index, changes, strict=True):
-            own = {key: value for key, value in changed.items() if key not in common}
-            text = ", ".join(f"{key}={json.dumps(value)}" for key, value in own.items())
-            found.loc[place, "row"] = next((key for key, row in named.items() if row == own), text)
+        found.loc[group.index, "common"] = ", ".join(as_text(common))
+        found.loc[group.index, "row"] = [
+            name_of({k: v for k, v in c.items() if k not in common}, named) for c in changes
+        ]
     found["backbone"] = [paper["backbones"].get(backbone, backbone) for backbone in found.backbone]
     found = found.sort_values([*CELL, "modified"], ignore_index=True)
     return found.assign(replaced=found.duplicated(CELL, keep="last"))
+
+
+def name_of(changed: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> str:
+    """The row with these switches, or the one with most of them and what is beside it."""
+    within = [key for key, row in named.items() if row.items() <= changed.items()]
+    nearest = max(within, key=lambda key: len(named[key]), default="full")
+    rest = as_text({key: value for key, value in changed.items() if key not in named.get(nearest, {})})
+    return ", ".join([nearest, *rest]) if nearest != "full" or not rest else ", ".join(rest)
+
+
+def as_text(changed: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
 
 
 def score(runs: pd.DataFrame, measure: str) -> Score:
