@@ -10,6 +10,8 @@ from util.command import run_command
 
 import argparse
 import itertools
+import json
+import math
 import os
 import sys
 import time
@@ -17,6 +19,7 @@ from contextlib import closing, nullcontext, suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -51,6 +54,7 @@ from util.engine.run_state import LAST, Training, start_or_resume
 from util.errors import UserError, first_of
 from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
+from util.segment.baselines import better_of
 from util.segment.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
@@ -59,6 +63,8 @@ LOADER_IS_THE_LIMIT = 0.25
 """share of an epoch's time spent waiting for images above which a line says so"""
 BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 """fits 100 columns with the loss, the learning rate and the share of waiting"""
+SHORT, USUAL = 300, 600
+"""steps below which a run has hardly begun to learn, and those of a short run that has; the quick start takes 584"""
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
@@ -171,7 +177,7 @@ def run(config: Config) -> None:
             save()
             raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
     if first:
-        close_run(training, val_index)
+        close_run(training, val_index, episodes)
 
 
 def open_run(training: Training, lists: dict[str, str]) -> None:
@@ -199,27 +205,33 @@ def open_run(training: Training, lists: dict[str, str]) -> None:
     keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
 
 
-def close_run(training: Training, val_index: ClassIndex) -> None:
-    """Calibrate best.pt, and say that the run is done, on screen and in run.json."""
+def close_run(training: Training, val_index: ClassIndex, episodes: list[EpisodeFiles]) -> None:
+    """Calibrate best.pt, compare it with what needs no training, and say that the run is done, here and in run.json."""
     run_dir = Path(training.config.run_dir)
-    if (run_dir / "best.pt").exists():
-        calibrate(run_dir / "best.pt", val_index, training)
+    best, kept = run_dir / "best.pt", "nothing improved on where it began"
+    if best.exists():
+        checkpoint = load_checkpoint(best)
+        if "threshold" not in checkpoint:
+            calibrate(best, checkpoint, val_index, episodes, training)
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        miou = next(line["miou"] for line in lines if line["step"] == checkpoint["step"])
+        kept = f"{best} is {SELECTION[training.config.eval.select]}, of step {checkpoint['step']},"
+        kept += f" with a validation mIoU of {100 * miou:.1f}"
     write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"finished": cost(training)})
-    best = run_dir / "best.pt"
-    select = SELECTION[training.config.eval.select]
-    kept = f"{best} is {select}" if best.exists() else "nothing improved on where it began"
-    print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
+    print(f"done: {kept}")
 
 
-def calibrate(path: Path, index: ClassIndex, training: Training) -> None:
+def calibrate(
+    path: Path, checkpoint: dict[str, Any], index: ClassIndex, episodes: list[EpisodeFiles], training: Training
+) -> None:
     """Store in a checkpoint the threshold that predictions use; test.py stays at 0.5 and shows both."""
-    checkpoint = load_checkpoint(path)
-    if "threshold" in checkpoint:
-        return
-    model = build_saved_model(training.config, checkpoint, path).to(training.hardware.device)
-    threshold = calibrated_threshold(model, index, config=training.config, hardware=training.hardware)
+    config, hardware = training.config, training.hardware
+    model = build_saved_model(config, checkpoint, path).to(hardware.device)
+    threshold = calibrated_threshold(model, index, config=config, hardware=hardware)
     save_checkpoint(path, checkpoint | {"threshold": threshold})
     print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
+    if training.step >= SHORT:
+        print(better_of(model, threshold, index, episodes, config=config, hardware=hardware))
 
 
 def cost(training: Training) -> dict[str, float]:
@@ -244,6 +256,11 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
         f"best.pt is {SELECTION[config.eval.select]}; everything goes to {config.run_dir}",
         flush=True,
     )
+    if steps < SHORT:
+        print(
+            f"warning: {steps} steps are too few to learn from (the quick start takes 584): raise train.epochs to"
+            f" {math.ceil(USUAL * config.train.epochs / steps)}, or leave out training: predict.py without --checkpoint"
+        )
 
 
 def validate(
