@@ -254,13 +254,16 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
     loader = build_eval_loader(alone, EpisodeList(index, episodes), chosen)
     plain_times: list[float] = []
     plain_table: list[np.ndarray] = []
-    batches = iter(loader)
+    batches = zip(loader, (episodes[number] for number in chosen), strict=True)
+
+    def one() -> np.ndarray:
+        batch, episode = next(batches)
+        _, truth = read_pair(index.items[episode.query], episode.class_id)
+        return plain_counts(plain, batch.to(hardware.device), truth, config)
 
     def some(count: int) -> None:
         for _ in range(count):
-            seconds, table = timed(
-                lambda: plain_counts(plain, next(batches).to(hardware.device), config), hardware.device
-            )
+            seconds, table = timed(one, hardware.device)
             plain_times.append(seconds)
             plain_table.append(table)
 
