@@ -6,6 +6,7 @@ Shapes: K shots, S the side of the network's input, (H, W) the query's own size,
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from util.data.episodes import Episodes
 from util.data.images import read_image
 from util.data.transforms import fit
 from util.errors import UserError
+
+TARGET = np.zeros(256, np.uint8)
+TARGET[[1, IGNORE]] = 1, IGNORE
 
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
@@ -179,7 +183,7 @@ def read_swapped_mask(item: Item, class_id: int) -> np.ndarray:
 def _swapped(classes: np.ndarray, class_id: int) -> np.ndarray:
     exchange = np.arange(256, dtype=np.uint8)
     exchange[[1, class_id]] = class_id, 1
-    return exchange[classes]
+    return cv2.LUT(classes, exchange)
 
 
 def _classes_of(item: Item, swapped: np.ndarray, class_id: int) -> np.ndarray:
@@ -191,7 +195,7 @@ def _classes_of(item: Item, swapped: np.ndarray, class_id: int) -> np.ndarray:
 
 def _target_of(swapped: np.ndarray) -> np.ndarray:
     """Swapped class ids -> 1 target, 0 other, 255 ignored."""
-    return np.where(swapped == IGNORE, IGNORE, swapped == 1).astype(np.uint8)
+    return cv2.LUT(swapped, TARGET)
 
 
 def collate(episodes: list[Episode], join: Join = default_collate) -> Episode:
