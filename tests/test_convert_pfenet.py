@@ -185,7 +185,7 @@ def test_the_logit_of_the_converted_model_is_pfenets_difference_of_two(
     assert difference(expected).std() > 0.1
     assert difference(expected).abs().max() > 1
     assert (got.logits - difference(expected)).abs().max() < 1e-3
-    for logits, wanted in zip(got.scale_logits, inner, strict=True):
+    for logits, wanted in zip(got.fem.scale_logits, inner, strict=True):
         assert (logits - difference(wanted)).abs().max() < 1e-3
 
 

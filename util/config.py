@@ -176,6 +176,18 @@ class LossConfig(Section):
     bank_size: Count = 2000
     """prototypes kept a class"""
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of model.losses.NTRELoss in the total."""
+        return {
+            "final": self.beta,
+            "initial": self.beta * self.initial,
+            "fem_aux": self.beta * self.fem_aux,
+            "bg": self.lambda_bg,
+            "pcl": self.gamma,
+            "base": self.base,
+        }
+
 
 class TrainConfig(Section):
     epochs: Count = 200

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.backbone import Features
-from model.losses import LossTerms
-from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_shots
+from model.ntrenet import NTRENet, NTRENetOutput, QueryEncoding, SupportEncoding, join_shots
 from model.ops import resize
 from model.parallel import log_mean, processes, rank
 from util.config import Config
@@ -90,13 +89,13 @@ def train(
         losses = training.criterion(
             output, on_device.query_mask, on_device.support_masks, on_device.class_id, on_device.query_classes
         )
-        scaler.scale(losses.total).backward()
+        scaler.scale(losses["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
         asked_to_stop = torch.full((), float(stop.requested or 0), device=device)
-        values = torch.stack([*(term.detach() for term in losses), norm, asked_to_stop])
+        values = torch.stack([*(term.detach() for term in losses.values()), norm, asked_to_stop])
         *means, norm_value, stopping = log_mean(values).tolist()
-        terms = dict(zip(LossTerms._fields, means, strict=True))
+        terms = dict(zip(losses, means, strict=True))
         if not math.isfinite(terms["total"]):
             shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
             path = training.save_for_inspection(batch.names, terms)
@@ -130,8 +129,8 @@ class Encoded(NamedTuple):
     """What is kept of one image while its round lasts."""
 
     truth: Tensor
-    query: Query | None
-    target: Target | None
+    query: QueryEncoding | None
+    support: SupportEncoding | None
 
 
 @torch.inference_mode()
@@ -211,24 +210,26 @@ def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -
     masks = batch.masks.to(hardware.device, non_blocking=True)
     with hardware.autocast():
         features = model.backbone(normalize(images))
-        queries, targets = (
+        queries, supports = (
             [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
         )
-        query_of: dict[int, Query] = {}
+        query_of: dict[int, QueryEncoding] = {}
         if queries:
             query = model.read_query(Features(*(feature[queries] for feature in features)))
-            query_of = {n: Query(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)}
-        target_of: dict[int, Target] = {}
-        if targets:
-            target, _ = model.read_targets(Features(*(feature[targets] for feature in features)), masks[targets])
-            row = torch.arange(1, target.high.shape[2] + 1, device=images.device)
-            last = ((target.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
-            target_of = {
-                n: Target(prototype[None], high[None, :, : rows + 1].clone(), base[None])
-                for n, rows, prototype, high, base in zip(targets, last, *target, strict=True)
+            query_of = {
+                n: QueryEncoding(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)
+            }
+        support_of: dict[int, SupportEncoding] = {}
+        if supports:
+            support, _ = model.read_supports(Features(*(feature[supports] for feature in features)), masks[supports])
+            row = torch.arange(1, support.high.shape[2] + 1, device=images.device)
+            last = ((support.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
+            support_of = {
+                n: SupportEncoding(prototype[None], high[None, :, : rows + 1].clone(), base[None])
+                for n, rows, prototype, high, base in zip(supports, last, *support, strict=True)
             }
     return {
-        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), target_of.get(n))
+        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), support_of.get(n))
         for n, (place, truth) in enumerate(zip(batch.places, batch.truths, strict=True))
     }
 
@@ -238,8 +239,8 @@ def segment(
 ) -> NTRENetOutput:
     """Run episodes whose images are encoded as one batch."""
     queries = [encoded[episode.query].query for episode in episodes]
-    targets = [[encoded[place].target for place in episode.supports] for episode in episodes]
-    joined = [join_shots([t for t in shots if t is not None]) for shots in targets]
+    supports = [[encoded[place].support for place in episode.supports] for episode in episodes]
+    joined = [join_shots([s for s in shots if s is not None]) for shots in supports]
     with hardware.autocast():
         return model.segment([q for q in queries if q is not None], joined, (side, side))
 

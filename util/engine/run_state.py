@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.losses import LossTerms, NTRELoss
+from model.losses import NTRELoss
 from model.ntrenet import NTRENet
 from model.parallel import processes, rank
 from model.weights import WeightsInfo
@@ -41,7 +41,7 @@ class Training:
     best_miou: float = -1.0
     seconds: float = 0.0
     """spent so far, evaluations included, over all resumptions"""
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LossTerms._fields, 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *NTRELoss.TERMS), 0.0))
     """of every loss term over the steps of the epoch at hand"""
 
     def __post_init__(self) -> None:
