@@ -8,6 +8,8 @@ It is served on this machine only, needs no network, and leaves no files: what i
 that goes when the demo ends (Ctrl-C or SIGTERM).
 """
 
+from util.command import run_command
+
 import argparse
 import contextlib
 import os
@@ -22,7 +24,7 @@ from typing import Any
 from PIL import Image
 
 from model.backbone import BACKBONES
-from util.errors import UserError, run_command
+from util.errors import UserError
 from util.segment.segmenter import NTRESegmenter, Segmenter
 
 HOST = "127.0.0.1"

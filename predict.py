@@ -23,6 +23,8 @@ Then NAME_labels.png is a palette picture, 0 background and 1, 2, ... the target
 What is finished is left as it is. Exit code 2 where a query could not be read; the others are done.
 """
 
+from util.command import run_command
+
 import argparse
 import sys
 import warnings
@@ -35,8 +37,8 @@ from PIL import Image
 
 from model.backbone import BACKBONES
 from model.weights import sha256_of
-from util.engine.record import require_writable, write_json
-from util.errors import UserError, run_command
+from util.errors import UserError
+from util.files import require_writable, write_json
 from util.progress import progress
 from util.segment.edges import mask_in_box
 from util.segment.pictures import Picture, read_mask, read_picture, target_mask

@@ -9,6 +9,8 @@ needs no training, on the same episodes: everything is target, the prior mask at
 (ours, not the paper's: model/training_free.py) without and with edges; without a checkpoint, the last two alone.
 """
 
+from util.command import run_command
+
 import argparse
 import math
 import time
@@ -36,9 +38,10 @@ from util.engine.checkpoint import load_checkpoint, require_same, saved_config
 from util.engine.loops import BASELINES, NETWORK, Predictor, evaluate
 from util.engine.memory import peak_memory_mib, return_freed_memory
 from util.engine.metrics import scores
-from util.engine.record import environment, over_seeds, require_writable, write_json
+from util.engine.record import environment, over_seeds
 from util.engine.rounds import batched
-from util.errors import UserError, run_command
+from util.errors import UserError
+from util.files import require_writable, write_json
 from util.progress import progress
 from util.segment.baselines import evaluate_training_free
 from util.segment.panels import save_panels

@@ -6,6 +6,8 @@ SIGTERM and a closed terminal save first. torchrun --nproc_per_node=N train.py .
 result.
 """
 
+from util.command import run_command
+
 import argparse
 import itertools
 import os
@@ -44,10 +46,10 @@ from util.engine.interruption import Interruption, Stopped
 from util.engine.loops import evaluate, learning_rate, train
 from util.engine.memory import peak_memory_mib, return_freed_memory
 from util.engine.metrics import scores
-from util.engine.record import append_json_line, environment, keep_json_lines, read_json, write_json
+from util.engine.record import append_json_line, environment, keep_json_lines
 from util.engine.run_state import LAST, Training, start_or_resume
-from util.errors import UserError, run_command
-from util.files import held_alone, write_text
+from util.errors import UserError, first_of
+from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
 from util.segment.visualize import draw_rows, episode_rows
 
@@ -238,7 +240,7 @@ def announce(training: Training, train: int, val: int, steps: int) -> None:
         f" {steps} steps of {config.train.batch_size} episodes"
         f"{f', resumed at step {training.step}' if training.step else ''}\n"
         f"validation: {config.eval.episodes} episodes over {val} images of"
-        f" {', '.join(data.classes[c - 1] for c in novel_classes(data))}\n"
+        f" {first_of([data.classes[c - 1] for c in novel_classes(data)], shown=20, separator=', ')}\n"
         f"best.pt is {SELECTION[config.eval.select]}; everything goes to {config.run_dir}",
         flush=True,
     )

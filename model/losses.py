@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import IGNORE
 from model.doem import distracting_object_mask
 from model.ntrenet import NTRENetOutput
-from model.ops import IGNORE, foreground, masked_average_pool, resize
+from model.ops import foreground, masked_average_pool, resize
 from model.parallel import gathered, mean_over_batch, processes, rank
 from model.prototype_bank import PrototypeBank
 

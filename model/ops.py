@@ -9,9 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORE = 255
-"""Mask value of pixels that count nowhere: object borders, padding."""
-
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize with aligned corners, (N, C, *, *) -> (N, C, *size); a no-op at the same size."""

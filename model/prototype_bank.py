@@ -1,5 +1,8 @@
 """Bank B of distracting-object prototypes, section 3.5.2 of the paper."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,25 +10,34 @@ from torch import Tensor, nn
 class PrototypeBank(nn.Module):
     """The latest ``capacity`` prototypes of each class, as one ring buffer a class.
 
-    Both buffers are registered: the bank moves with its module, is saved with it, and resumes.
+    Both buffers are registered: the bank moves with its module, is saved with it, and resumes. Checkpoints in which
+    novel classes have (empty) rows as well load too.
 
     Args:
-        num_classes: class ids run from 1 to this.
+        class_ids: the n classes that prototypes are stored of, the base classes; ids run from 1.
         channels: C of a prototype.
         capacity: prototypes kept a class (the paper: 2000).
         keep_empty: whether all-zero prototypes, those of an empty region, are stored too, as in the authors' code.
     """
 
     prototypes: Tensor
-    """(num_classes, capacity, C)"""
+    """(n, capacity, C)"""
     stored: Tensor
-    """(num_classes,) how many were ever stored; the next one goes to slot stored % capacity"""
+    """(n,) how many were ever stored; the next one goes to slot stored % capacity"""
+    row_of: Tensor
+    """(largest id + 1,) from a class id to its row above; n, an index out of range, for classes that have none"""
 
-    def __init__(self, *, num_classes: int, channels: int, capacity: int = 2000, keep_empty: bool = False) -> None:
+    def __init__(
+        self, *, class_ids: Sequence[int], channels: int, capacity: int = 2000, keep_empty: bool = False
+    ) -> None:
         super().__init__()
-        self.capacity, self.keep_empty = capacity, keep_empty
-        self.register_buffer("prototypes", torch.zeros(num_classes, capacity, channels))
-        self.register_buffer("stored", torch.zeros(num_classes, dtype=torch.long))
+        self.class_ids, self.capacity, self.keep_empty = list(class_ids), capacity, keep_empty
+        rows = len(self.class_ids)
+        self.register_buffer("prototypes", torch.zeros(rows, capacity, channels))
+        self.register_buffer("stored", torch.zeros(rows, dtype=torch.long))
+        row_of = torch.full((max(self.class_ids) + 1,), rows)
+        row_of[self.class_ids] = torch.arange(rows)
+        self.register_buffer("row_of", row_of, persistent=False)
 
     @torch.no_grad()
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
@@ -33,7 +45,7 @@ class PrototypeBank(nn.Module):
         if not len(prototypes):
             return
         kept = (prototypes.abs().amax(1) > 0) | self.keep_empty
-        classes = class_ids - 1
+        classes = self.row_of[class_ids]
         same = (classes[:, None] == classes[None, :]) & kept[None, :]
         rank = same.tril(-1).sum(1)  # how many of the same class come before in this call
         written = kept & (same.triu(1).sum(1) < self.capacity)  # what this very call would overwrite is not written
@@ -49,5 +61,14 @@ class PrototypeBank(nn.Module):
 
     def of_classes(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prototypes of the classes (N,): (N, capacity, C), and which slots are filled: (N, capacity), boolean."""
-        filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[class_ids - 1, None]
-        return self.prototypes[class_ids - 1], filled
+        rows = self.row_of[class_ids]
+        filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[rows, None]
+        return self.prototypes[rows], filled
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Take the base classes' rows of a checkpoint that has a row for every class, which earlier ones have."""
+        for name in ("prototypes", "stored"):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.shape[0] > len(self.class_ids) and saved.shape[0] >= max(self.class_ids):
+                state_dict[prefix + name] = saved[[class_id - 1 for class_id in self.class_ids]]
+        super()._load_from_state_dict(state_dict, prefix, *args)

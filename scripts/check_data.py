@@ -6,6 +6,7 @@ be wrong, 0 otherwise; a warning does not change it. The class index of a sound 
 """
 
 import argparse
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from model.weights import sha256_of
+from util.command import run_command
+
+import numpy as np
+
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import (
     ClassIndex,
+    Counts,
     Item,
     count_pixels,
     hash_list,
@@ -29,14 +32,16 @@ from util.data.class_index import (
     on_all_cores,
     parse_list,
     require_root,
+    tabulate,
     write_cache,
 )
 from util.data.episodes import find_supports
 from util.data.folds import base_classes, novel_classes
 from util.data.images import orientation, read_image
 from util.data.published import is_benchmark, overlap, published, title_of
-from util.engine.record import require_writable, write_json
-from util.errors import UserError, first_of, run_command
+from util.data.readers import reader_of
+from util.errors import UserError, first_of
+from util.files import require_writable, write_json
 
 SHOWN = 20
 """problems listed on screen; --json has them all"""
@@ -93,13 +98,13 @@ class Split:
 def check_list(config: Config, path: str) -> Split:
     """Open every file of a list; keeps its class index where all is sound."""
     list_path, root, num_classes = Path(path), Path(config.data.root), len(config.data.classes)
-    nothing = np.zeros((0, num_classes + 2), np.int64)
     try:
-        items, problems = parse_list(list_path, root)
+        items, problems = parse_list(list_path, root, reader_of(config.data))
         sha256 = hash_list(items, root)
         require_root(root)
     except UserError as error:
-        return Split(ClassIndex((), nothing[:, :-1], list_path, "", nothing[:, -1]), problems=[str(error)])
+        nothing = tabulate([], num_classes)
+        return Split(ClassIndex((), nothing.pixels, list_path, "", nothing.ignored), problems=[str(error)])
     try:
         key = index_key(items, list_path, sha256, num_classes)
     except UserError:
@@ -108,10 +113,10 @@ def check_list(config: Config, path: str) -> Split:
     checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {path}")
     problems += [found.problem for found in checked if found.problem is not None]
     good = [(item, found.counts) for item, found in zip(items, checked, strict=True) if found.counts is not None]
-    counts = np.array([counts for _, counts in good], np.int64).reshape(len(good), num_classes + 2)
+    table = tabulate([counts for _, counts in good], num_classes)
     if key is not None and not problems:
-        write_cache(list_path, key, counts)
-    index = ClassIndex(tuple(item for item, _ in good), counts[:, :-1], list_path, sha256, counts[:, -1])
+        write_cache(list_path, key, table)
+    index = ClassIndex(tuple(item for item, _ in good), table.pixels, list_path, sha256, table.ignored)
     photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
     return Split(index, len(items), problems, turned_warning(items, checked), photos)
 
@@ -119,7 +124,7 @@ def check_list(config: Config, path: str) -> Split:
 class Checked(NamedTuple):
     """What was found of an image and its mask."""
 
-    counts: np.ndarray | None
+    counts: Counts | None
     """of :func:`count_pixels`"""
     problem: str | None
     turned: bool = False
@@ -135,7 +140,7 @@ def check_item(item: Item, num_classes: int) -> Checked:
         turned = orientation(item.image)
         counts = count_pixels(item, num_classes)
         turned_unseen = turned in (2, 3, 4) or (turned > 4 and height == width)
-        return Checked(counts, None, turned_unseen, sha256_of(item.image))
+        return Checked(counts, None, turned_unseen, hashlib.sha256(item.image.read_bytes()).hexdigest())
     except UserError as error:
         return Checked(None, str(error))
 
@@ -185,7 +190,7 @@ def compare(config: Config, name: str, split: Split) -> None:
             split.problems.append(
                 f"{ignored} of {masks} {name} masks hold the value 255, of the published ones {known.ignored}: {border}"
             )
-    elif ignored == 0 or (voc_like and ignored < masks / 2):
+    elif config.data.reader == "class_ids" and (ignored == 0 or (voc_like and ignored < masks / 2)):
         split.warnings.append(
             f"{ignored} of {masks} {name} masks hold the value 255: if {config.data.dataset} has an ignored border, as"
             " VOC has, it is lost in the others (on PASCAL that costs 4.6 points of mIoU)"

@@ -15,16 +15,19 @@ import shlex
 import sys
 from pathlib import Path
 
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
+from torch import Tensor
 
 from model.weights import WeightsError, read_weights
 from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
-from util.engine.record import ROOT, require_writable
-from util.errors import UserError, run_command
+from util.engine.record import ROOT
+from util.errors import UserError
+from util.files import require_writable
 
 ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
 

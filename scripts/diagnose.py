@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
+import numpy as np
 
 from model.ntrenet import NTRENet
 from util.config import add_config_argument, load_config, parse_arguments
@@ -27,8 +29,8 @@ from util.engine.diagnosis import (
     miou_by_threshold,
     predicted_share,
 )
-from util.engine.record import environment, require_writable, write_json
-from util.errors import run_command
+from util.engine.record import environment
+from util.files import require_writable, write_json
 
 
 def main() -> None:

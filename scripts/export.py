@@ -29,19 +29,28 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+<<<<<<< HEAD
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding
 from model.ops import IGNORE, foreground, masked_average_pool
+=======
+from model import IGNORE
+from model.ntrenet import NTRENet, Query, Target
+from model.ops import foreground, masked_average_pool
+>>>>>>> main
 from util.data.transforms import normalize
-from util.engine.record import require_writable
-from util.errors import UserError, run_command
-from util.files import naming, write_atomically
+from util.errors import UserError
+from util.files import naming, require_writable, write_atomically
 from util.segment.segmenter import NTRESegmenter
 
 Episode = tuple[Tensor, Tensor, Tensor]

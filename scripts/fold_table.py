@@ -13,7 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from util.errors import UserError, run_command
+from util.command import run_command
+
+from util.errors import UserError
 
 
 def main() -> None:

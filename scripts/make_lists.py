@@ -17,17 +17,18 @@ import sys
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import numpy as np
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from scripts.check_data import check_item, copies_warning, turned_warning
-from util.data.class_index import Item, on_all_cores
+from util.data.class_index import Item, on_all_cores, tabulate
 from util.data.images import image_size
-from util.engine.record import require_writable
-from util.errors import UserError, run_command
-from util.files import write_text
+from util.errors import UserError
+from util.files import require_writable, write_text
 from util.segment.pictures import SUFFIXES
 
 LARGEST_ID = 254
@@ -124,7 +125,7 @@ def count_classes(items: list[Item]) -> np.ndarray:
     photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
     for warning in turned_warning(items, checked) + copies_warning(photos):
         print(f"note: {warning}")
-    return np.array([found.counts for found in checked])[:, : LARGEST_ID + 1]
+    return tabulate([found.counts for found in checked if found.counts is not None], LARGEST_ID).pixels.toarray()
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:

@@ -4,12 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-import cv2
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from util.command import run_command
+
+import cv2
+
 from util.data.synthetic import CLASS_NAMES, generate
-from util.errors import run_command
 from util.progress import progress
 
 

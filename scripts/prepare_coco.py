@@ -30,16 +30,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import numpy as np
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from util.data.images import encoded, read_mask
+from util.data.images import encoded, read_class_ids
 from util.data.synthetic import voc_palette
-from util.errors import UserError, first_of, run_command
+from util.errors import UserError, first_of
 from util.files import write_bytes, write_text
 from util.progress import progress
 
@@ -219,7 +221,7 @@ def paint(job: Job, path: Path) -> np.ndarray:
 def finished_mask(path: Path, job: Job, stamp: float) -> np.ndarray | None:
     """The mask of an earlier run, if there is a sound one not older than `stamp`."""
     try:
-        mask = read_mask(path) if path.stat().st_mtime >= stamp else None
+        mask = read_class_ids(path) if path.stat().st_mtime >= stamp else None
     except (OSError, UserError):
         return None
     return mask if mask is not None and mask.shape == (job.height, job.width) else None

@@ -28,18 +28,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import numpy as np
 from PIL import Image
 from scipy.io import loadmat  # type: ignore[import-untyped]
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from util.data.class_index import load_class_index, read_list
 from util.data.download import download
-from util.data.images import compare_checksums, read_image, read_mask
+from util.data.images import compare_checksums, read_class_ids, read_image
 from util.data.published import LISTS, published
 from util.data.synthetic import voc_palette
-from util.errors import UserError, first_of, run_command
+from util.errors import UserError, first_of
 from util.files import write_bytes
 from util.progress import progress
 
@@ -296,7 +298,7 @@ def build(files: list[File]) -> int:
 def is_good(path: Path) -> bool:
     """Whether a picture or mask can be read to its end."""
     try:
-        read_mask(path) if path.suffix == ".png" else read_image(path)
+        read_class_ids(path) if path.suffix == ".png" else read_image(path)
     except UserError:
         return False
     return True

@@ -1,8 +1,9 @@
 """Our runs against the paper: python scripts/report.py runs/ [more folders] --out report
 
 Reads every results*.json (test.py --out) below the folders, and run.json, config.yaml and metrics.jsonl (train.py)
-beside it. Writes report.md, report.html (one file, pictures inside) and the pictures into --out. The paper's figures
-stand in scripts/paper.yaml. The same runs give the same files.
+beside it; a .jsonl in place of a folder holds such runs as lines, which --lines writes. Writes report.md, report.html
+(one file, pictures inside) and the pictures into --out. The paper's figures stand in
+scripts/paper.yaml. The same runs give the same files.
 """
 
 import argparse
@@ -18,18 +19,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from util.command import run_command
+
 import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pydantic import BaseModel, ValidationError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from util.engine.record import require_writable
-from util.errors import UserError, run_command
-from util.files import write_bytes, write_text
+from util.errors import UserError
+from util.files import require_writable, write_bytes, write_text
 from util.report import tables
+from util.report.lines import to_line, write_lines
 from util.report.tables import CurvePoint, Groups, Order, Record, Results, Row, Run, RunConfig, Setting, Table
 
 M = TypeVar("M", bound=BaseModel)
@@ -73,13 +76,16 @@ class Found(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+", help="where results.json files lie, at any depth")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the report")
+    parser.add_argument("folders", type=Path, nargs="+", help="where results.json files lie, at any depth, or a .jsonl")
+    parser.add_argument("--out", type=Path, help="folder of the report")
+    parser.add_argument("--lines", type=Path, metavar="F.jsonl", help="write the runs here, a line of JSON each")
     args = parser.parse_intermixed_args()
     for folder in args.folders:
-        if not folder.is_dir():
+        if not folder.is_dir() and not (folder.suffix == ".jsonl" and folder.is_file()):
             raise UserError(f"{folder} is not a folder; give the folders in which test.py wrote its results")
-    require_writable(args.out / "report.md", ".md")
+    for path in (args.out and args.out / "report.md", args.lines):
+        if path is not None:
+            require_writable(path, ".jsonl" if path == args.lines else ".md")
     found = collect(args.folders)
     if not found.runs:
         names = ", ".join(map(str, args.folders))
@@ -88,6 +94,11 @@ def main() -> None:
             f"no results in {names}{unfinished}; run 'python test.py --config C --checkpoint RUN/best.pt --out"
             " RUN/results.json' first, then name the folder that holds RUN"
         )
+    if args.lines is not None:
+        write_lines(args.lines, [run.line for run in found.runs])
+        print(f"lines: {args.lines}, {len(found.runs)} runs")
+    if args.out is None:
+        return
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
     summary, blocks = compose(found, paper)
     for picture in (block for block in blocks if isinstance(block, Picture)):
@@ -102,6 +113,9 @@ def collect(folders: Sequence[Path]) -> Found:
     found = Found([], [], [])
     seen: set[Path] = set()
     for folder in folders:
+        if folder.is_file():
+            found.runs.extend(read_lines(folder, found.skipped))
+            continue
         with_results = set()
         for path in sorted(folder.rglob("results*.json")):
             with_results.add(path.parent)
@@ -121,6 +135,20 @@ def collect(folders: Sequence[Path]) -> Found:
     return found._replace(skipped=skipped)
 
 
+def read_lines(path: Path, skipped: list[str]) -> list[Run]:
+    """The runs of a file that ``--lines`` wrote."""
+    runs = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            line = json.loads(text)
+            modified = datetime.fromisoformat(line["modified"]).timestamp()
+            record = Record.model_validate(line["trained"]) if "trained" in line else None
+            runs.append(Run(line["run"], modified, Results.model_validate(line), line, record))
+        except (ValueError, KeyError, TypeError) as error:
+            skipped.append(f"{path.as_posix()} line {number} (damaged or not ours: {str(error).splitlines()[0]})")
+    return runs
+
+
 def read_run(path: Path, skipped: list[str]) -> Run | None:
     results = read(path, Results, skipped)
     if results is None:
@@ -130,6 +158,7 @@ def read_run(path: Path, skipped: list[str]) -> Run | None:
         path.as_posix(),
         path.stat().st_mtime,
         results,
+        to_line(path),
         record=read(folder / "run.json", Record, skipped),
         trained=read(folder / "config.yaml", RunConfig, skipped),
         curve=read_curve(folder / "metrics.jsonl", skipped),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from util.config import load_config
 from util.data.transforms import normalize
@@ -35,6 +36,21 @@ def scene(seed: int, height: int = 48, width: int = 60) -> tuple[np.ndarray, np.
     picture = rng.integers(0, 60, (height, width, 3)) + (100 * y / height + 40 * x / width)[..., None]
     picture[disc] = np.where((x[disc] // 4 % 2)[:, None], (230, 40, 60), (250, 240, 90))
     return picture.astype(np.uint8), disc
+
+
+def write_pair(folder: Path, stem: str, *classes: int, side: int = 64) -> None:
+    """A noisy picture with a square of its own colour for each class, and its mask."""
+    rng = np.random.default_rng(sum(stem.encode()))
+    picture = rng.integers(60, 130, (side, side + 8, 3)).astype(np.uint8)
+    mask = np.zeros(picture.shape[:2], np.uint8)
+    for n, value in enumerate(classes):
+        place = np.s_[4 + 30 * (n // 2) :, 4 + 34 * (n % 2) :]
+        picture[place][:26, :28] = 40 * value, 255 - 40 * value, 90
+        mask[place][:26, :28] = value
+    for name, pixels, suffix in (("images", picture, "jpg"), ("masks", mask, "png")):
+        path = folder / name / f"{stem}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(path)
 
 
 def write_checkpoint(path: Path, *overrides: str) -> Path:

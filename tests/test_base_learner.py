@@ -88,7 +88,7 @@ def test_its_loss_equals_a_loop_and_trains_the_learner_only(lite0: Backbone) -> 
     classes = torch.zeros(2, 65, 65, dtype=torch.uint8)
     classes[:, 8:40, 8:40], classes[:, 50:] = 7, 255
     classes[:, :8, 40:] = 2  # a novel class: background to the learner
-    criterion = NTRELoss(bank=PrototypeBank(num_classes=9, channels=8), base_ids=(4, 7, 9))
+    criterion = NTRELoss(bank=PrototypeBank(class_ids=range(1, 10), channels=8), base_ids=(4, 7, 9))
     out = model(query, supports, masks)
     terms = criterion(out, masks[:, 0], masks, torch.tensor([4, 7]), classes)
     total, weights = 0.0, 0.0

@@ -4,6 +4,8 @@ A few runs go through ``python train.py`` as a process of its own; the others ca
 Expected values are computed here from files, from hashlib and from the paper's formulas, never recorded.
 """
 
+from util.command import run_command
+
 import contextlib
 import hashlib
 import importlib.util
@@ -45,7 +47,6 @@ from util.data.synthetic import generate
 from util.engine import loops
 from util.engine.build import build_eval_sampler, build_index, build_model, build_train_sampler
 from util.engine.metrics import Scores
-from util.errors import run_command
 from util.segment.visualize import GAP, TILE
 
 ROOT = Path(__file__).resolve().parent.parent

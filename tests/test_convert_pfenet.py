@@ -3,6 +3,8 @@
 The input has the names and shapes of PFENet's published code; the oracle is tests/pfenet.py.
 """
 
+from util.command import run_command
+
 import contextlib
 import importlib.util
 import io
@@ -39,7 +41,7 @@ from util.config import config_from_dict, load_config
 from util.data.synthetic import generate
 from util.engine.build import build_model
 from util.engine.run_state import _checkpoint_to_resume
-from util.errors import UserError, run_command
+from util.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 State = dict[str, Tensor]

@@ -1,10 +1,5 @@
-"""From two folders to a prediction: the README's own commands, and what make_lists.py makes of folders."""
+"""What make_lists.py makes of two folders; tests/test_readme.py goes on from there to a prediction."""
 
-import json
-import os
-import re
-import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,81 +7,19 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from scenes import ROOT, write_pair
 
 from scripts import make_lists
 from util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
-QUICK = [
-    "data.image_size=65",
-    "data.scale=[0.9, 1.1]",
-    "data.min_area=100",
-    "model.prototype_channels=16",
-    "train.epochs=1",
-    "train.warmup=1",
-    "eval.episodes=4",
-    "workers=0",
-    "device=cpu",
-]
-"""what the test adds to commands that read a config: small pictures, few steps"""
-
-
-def write_pair(folder: Path, stem: str, *classes: int, side: int = 64) -> None:
-    """A noisy picture with a square of its own colour for each class, and its mask."""
-    rng = np.random.default_rng(sum(stem.encode()))
-    picture = rng.integers(60, 130, (side, side + 8, 3)).astype(np.uint8)
-    mask = np.zeros(picture.shape[:2], np.uint8)
-    for n, value in enumerate(classes):
-        place = np.s_[4 + 30 * (n // 2) :, 4 + 34 * (n % 2) :]
-        picture[place][:26, :28] = 40 * value, 255 - 40 * value, 90
-        mask[place][:26, :28] = value
-    for name, pixels, suffix in (("images", picture, "jpg"), ("masks", mask, "png")):
-        path = folder / name / f"{stem}.{suffix}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-
-
-def readme_commands() -> list[list[str]]:
-    """Commands of the README's section, a list of words each."""
-    section = (ROOT / "README.md").read_text().split("<!-- custom -->")[1].split("<!-- /custom -->")[0]
-    lines = re.search(r"```bash\n(.*?)```", section, re.DOTALL).group(1).replace("\\\n", " ").splitlines()
-    return [words for line in lines if (words := shlex.split(line, comments=True))]
-
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """data/mine as the README says, in a copy of the project: 20 pictures, two of four classes in each."""
+    """data/mine as README says: 20 pictures, two of four classes in each."""
     root = tmp_path / "data/mine"
     for n in range(20):
         write_pair(root, f"{n + 1:03}", 1 + n % 4, 1 + (n + 1) % 4)
-    write_pair(tmp_path / "other", "unseen", 1)
-    (tmp_path / "other/images").rename(root / "new")
-    for name in ("model", "util", "scripts", "configs", "train.py", "test.py", "predict.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
     return root
-
-
-def test_the_readmes_commands_lead_from_two_folders_to_a_prediction(mine: Path, tmp_path: Path) -> None:
-    commands = readme_commands()
-    scripts = ["scripts/make_lists.py", "scripts/check_data.py", "train.py", "test.py", "predict.py"]
-    assert [words[:2] for words in commands] == [["python", script] for script in scripts]
-    outputs = []
-    for words in commands:
-        command = [sys.executable, *words[1:], *(QUICK if "--config" in words else [])]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (words, done.stdout, done.stderr[-2000:])
-        outputs.append(done.stdout)
-    assert "ready to train" in outputs[1]
-    pasted = yaml.safe_load(outputs[0].split("\n\n")[-1])["data"]
-    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())["data"]
-    assert {key: shipped[key] for key in pasted if key != "scale"} == {k: v for k, v in pasted.items() if k != "scale"}
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert list(results["per_class"]) == ["class_1"]  # fold 0 of configs/custom.yaml
-    assert Image.open(mine / "found/unseen_mask.png").size == (72, 64)
-
-
-# ---------------------------------------------------------------- make_lists.py
 
 
 def lists(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> tuple[list[str], list[str]]:
@@ -109,6 +42,14 @@ def test_the_printed_scale_brings_pictures_to_the_size_they_are_evaluated_at(min
     lists(monkeypatch, mine)
     low, high = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])["data"]["scale"]
     assert (low + high) / 2 * 72 == pytest.approx(321, abs=1)
+
+
+def test_what_is_printed_of_these_pictures_is_what_the_shipped_config_says(tmp_path, monkeypatch, capsys, mine) -> None:
+    monkeypatch.chdir(tmp_path)
+    lists(monkeypatch, Path("data/mine"))
+    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])["data"]
+    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())["data"]
+    assert {key: shipped[key] for key in pasted if key != "scale"} == {k: v for k, v in pasted.items() if k != "scale"}
 
 
 def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(mine: Path, monkeypatch, capsys) -> None:

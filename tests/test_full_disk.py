@@ -3,6 +3,8 @@
 A limit on the size of files stands for the disk: it lets writes fail in the system, wherever they come from.
 """
 
+from util.command import run_command
+
 import contextlib
 import errno
 import importlib.util
@@ -22,9 +24,8 @@ import pytest
 import predict
 import train
 from scripts import check_data, make_lists, make_synthetic, report
-from util.data.images import read_mask
+from util.data.images import read_class_ids
 from util.data.synthetic import generate
-from util.errors import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -135,7 +136,7 @@ def test_evaluation(config: Path, checkpoint: Path, tmp_path: Path, option: str)
 def test_prediction(config: Path, checkpoint: Path, tmp_path: Path) -> None:
     image = sorted((config.parent / "data/JPEGImages").iterdir())[0]
     mask = config.parent / "data/SegmentationClassAug" / f"{image.stem}.png"
-    value = max(v for v in set(read_mask(mask).ravel().tolist()) if v != 255)
+    value = max(v for v in set(read_class_ids(mask).ravel().tolist()) if v != 255)
     files = ["--support", image, "--mask", mask, "--class-id", value, "--query", image, "--out", tmp_path / "out"]
     refused(call(predict, "--checkpoint", checkpoint, *files, size=0), tmp_path / "out/predict.json")
     settled = call(predict, "--checkpoint", checkpoint, *files, size=900)

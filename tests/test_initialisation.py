@@ -41,7 +41,7 @@ def measured_backbone(name: str, factor: float = 1.0) -> Backbone:
 def build(backbone: Backbone, kind: str = "single") -> tuple[NTRENet, NTRELoss]:
     torch.manual_seed(1)
     network = build_ntrenet(backbone, elimination=kind, fem_scales=(1, 0.5, 0.25, 0.125)).train()
-    return network, NTRELoss(bank=PrototypeBank(num_classes=4, channels=256))
+    return network, NTRELoss(bank=PrototypeBank(class_ids=range(1, 5), channels=256))
 
 
 def first_losses(network: NTRENet, criterion: NTRELoss, batch: int = 4) -> dict[str, torch.Tensor]:

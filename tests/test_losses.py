@@ -362,7 +362,7 @@ def test_an_ignored_support_has_no_negative_prototype():
 
 
 def make_bank(capacity=20):
-    return PrototypeBank(num_classes=4, channels=4, capacity=capacity)
+    return PrototypeBank(class_ids=range(1, 5), channels=4, capacity=capacity)
 
 
 @pytest.mark.parametrize("kind", ["do", "bg", "non_target"])
@@ -404,8 +404,13 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
 def test_the_authors_losses_equal_their_description():
     """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL on the annotated regions."""
     loss = NTRELoss(
+<<<<<<< HEAD
         bank=PrototypeBank(num_classes=4, channels=4, capacity=200, keep_empty=True),
         weights={"initial": 0.6},
+=======
+        bank=PrototypeBank(class_ids=range(1, 5), channels=4, capacity=200, keep_empty=True),
+        initial=0.6,
+>>>>>>> main
         bg_ignored=True,
         pcl_regions="ground_truth",
         pcl_drawn=100,
@@ -561,7 +566,7 @@ def numbered(first, count):
 
 def compare_bank_with_deques(capacity, trial, device):
     rng = np.random.default_rng([capacity, trial])
-    bank = PrototypeBank(num_classes=3, channels=2, capacity=capacity).to(device)
+    bank = PrototypeBank(class_ids=range(1, 4), channels=2, capacity=capacity).to(device)
     deques = {c: deque(maxlen=capacity) for c in (1, 2, 3)}
     number = 1
     for _ in range(12):
@@ -591,14 +596,14 @@ def test_bank_on_a_gpu_writes_no_slot_twice():
 
 
 def test_one_call_that_exceeds_the_capacity_keeps_the_latest():
-    bank = PrototypeBank(num_classes=2, channels=2, capacity=3)
+    bank = PrototypeBank(class_ids=range(1, 3), channels=2, capacity=3)
     bank.store(numbered(1, 11), torch.tensor([1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1]))
     assert [n for n, _ in bank_content(bank, 1)] == [9, 10, 11]
     assert [n for n, _ in bank_content(bank, 2)] == [2, 7]
 
 
 def test_empty_prototypes_are_never_stored():
-    bank = PrototypeBank(num_classes=2, channels=2, capacity=3)
+    bank = PrototypeBank(class_ids=range(1, 3), channels=2, capacity=3)
     bank.store(torch.zeros(5, 2), torch.tensor([1, 1, 2, 2, 2]))
     bank.store(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))
     _, filled = bank.of_classes(torch.tensor([1, 2]))
@@ -608,7 +613,7 @@ def test_empty_prototypes_are_never_stored():
 
 
 def test_bank_answers_in_the_order_of_the_classes_asked():
-    bank = PrototypeBank(num_classes=3, channels=2, capacity=2)
+    bank = PrototypeBank(class_ids=range(1, 4), channels=2, capacity=2)
     bank.store(numbered(1, 3), torch.tensor([3, 1, 3]))
     prototypes, filled = bank.of_classes(torch.tensor([1, 3, 2, 1]))
     assert prototypes.shape == (4, 2, 2)
@@ -617,16 +622,16 @@ def test_bank_answers_in_the_order_of_the_classes_asked():
 
 
 def test_an_unknown_class_is_refused():
-    bank = PrototypeBank(num_classes=3, channels=2, capacity=2)
+    bank = PrototypeBank(class_ids=range(1, 4), channels=2, capacity=2)
     for class_id in (0, 4):
         with pytest.raises((IndexError, RuntimeError)):
             bank.store(numbered(1, 1), torch.tensor([class_id]))
 
 
 def test_a_restored_bank_goes_on_as_if_never_saved():
-    bank = PrototypeBank(num_classes=2, channels=2, capacity=4)
+    bank = PrototypeBank(class_ids=range(1, 3), channels=2, capacity=4)
     bank.store(numbered(1, 6), torch.tensor([1, 1, 2, 1, 1, 1]))  # class 1 stands in the middle of its ring
-    restored = PrototypeBank(num_classes=2, channels=2, capacity=4)
+    restored = PrototypeBank(class_ids=range(1, 3), channels=2, capacity=4)
     restored.load_state_dict({name: value.clone() for name, value in bank.state_dict().items()})
     for step in range(3):
         for each in (bank, restored):
@@ -636,8 +641,25 @@ def test_a_restored_bank_goes_on_as_if_never_saved():
     assert [n for n, _ in bank_content(restored, 1)] == [6, 100, 102, 104]
 
 
+def test_a_bank_of_base_classes_takes_its_rows_from_one_of_all_classes():
+    """Checkpoints of earlier versions hold a row for every class."""
+    everything = PrototypeBank(class_ids=range(1, 7), channels=2, capacity=3)
+    base = PrototypeBank(class_ids=(1, 4, 6), channels=2, capacity=3)
+    calls = [(numbered(10 * n, 5), torch.tensor([4, 1, 6, 6, 4])) for n in range(2)]
+    everything.store(*calls[0])
+    base.load_state_dict({name: value.clone() for name, value in everything.state_dict().items()})
+    for bank in (everything, base):
+        bank.store(*calls[1])
+    for class_id in (1, 4, 6):
+        assert bank_content(base, class_id) == bank_content(everything, class_id)
+    assert base.prototypes.shape == (3, 3, 2)
+    for foreign in (0, 2, 5):
+        with pytest.raises((IndexError, RuntimeError)):
+            base.store(numbered(1, 1), torch.tensor([foreign]))
+
+
 def test_stored_prototypes_are_detached_copies():
-    bank = PrototypeBank(num_classes=1, channels=2, capacity=2)
+    bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2)
     source = numbered(1, 1)
     leaf = source.clone().requires_grad_()
     bank.store(leaf * 1, torch.tensor([1]))
@@ -648,7 +670,7 @@ def test_stored_prototypes_are_detached_copies():
 
 
 def test_half_precision_prototypes_are_stored_in_single_precision():
-    bank = PrototypeBank(num_classes=1, channels=2, capacity=2)
+    bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2)
     bank.store(numbered(1, 1).half(), torch.tensor([1]))
     assert bank.prototypes.dtype == torch.float32
     assert bank_content(bank, 1) == [(1.0, -0.5)]
@@ -664,6 +686,6 @@ def test_bank_moves_with_the_loss_and_is_saved_with_it():
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.half])
 def test_bank_of_another_dtype_can_store(dtype):
-    bank = PrototypeBank(num_classes=1, channels=2, capacity=2).to(dtype)
+    bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2).to(dtype)
     bank.store(numbered(1, 1), torch.tensor([1]))
     assert bank_content(bank, 1) == [(1.0, -0.5)]

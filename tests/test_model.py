@@ -786,9 +786,16 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0, s
         assert torch.allclose(got.initial_logits, y_ini, atol=1e-4)
         assert torch.equal(got.do_mask, y_do)
     query_masks = (torch.rand(2, 65, 65) < 0.3).long()
+<<<<<<< HEAD
     terms = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))(out, query_masks, masks, torch.tensor([1, 2]))
     mean = sum(target_loss(y, query_masks).item() for y in initial) / len(initial)
     assert terms["initial"].item() == pytest.approx(mean, rel=1e-5)
+=======
+    terms = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))(
+        out, query_masks, masks, torch.tensor([1, 2])
+    )
+    assert terms.initial.item() == pytest.approx(sum(target_loss(y, query_masks).item() for y in initial) / 3, rel=1e-5)
+>>>>>>> main
 
 
 @torch.no_grad()
@@ -842,8 +849,13 @@ def test_gradients_equal_those_of_the_plain_formulation(lite0):
     gradients = []
     for run in (model, partial(plain_forward, model)):
         model.zero_grad()
+<<<<<<< HEAD
         loss = NTRELoss(bank=PrototypeBank(num_classes=2, channels=8))
         loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2]))["total"].backward()
+=======
+        loss = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))
+        loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2])).total.backward()
+>>>>>>> main
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, expected in gradients[1].items():
         assert (gradients[0][name] - expected).abs().max() < 1e-3 * expected.abs().max(), name
@@ -945,7 +957,7 @@ def test_images_need_not_be_square(lite0):
 def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
     bgem, doem, pcl = ROWS[row]
     model = network(lite0, row)
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if pcl else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if pcl else None
     query, supports, masks = episode(2, 3)
     out = model(query, supports, masks)
     sides = [9, 4, 2]
@@ -980,7 +992,7 @@ def test_doem_without_bgem_is_refused(lite0):
 @pytest.mark.parametrize("row", ROWS)
 def test_every_trainable_parameter_gets_a_gradient_and_the_backbone_none(lite0, row):
     model = network(lite0, row, as_built=True).train()
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if ROWS[row][2] else None
     query, supports, masks = episode(2, 2)
     loss = NTRELoss(bank=bank)(model(query, supports, masks), masks[:, 0].flip(-1), masks, torch.tensor([1, 2]))
     loss["total"].backward()
@@ -1006,7 +1018,7 @@ def test_a_train_mode_forward_moves_nothing_in_the_backbone(lite0, kind):
 def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
     model = network(lite0, row)
     query, supports, masks = episode(2, 2)
-    bank = PrototypeBank(num_classes=3, channels=8, capacity=10) if ROWS[row][2] else None
+    bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if ROWS[row][2] else None
     expected = model(query, supports, masks).logits
     with torch.autocast("cpu", torch.bfloat16):
         out = model(query, supports, masks)

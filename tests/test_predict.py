@@ -1,5 +1,7 @@
 """predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
 
+from util.command import run_command
+
 import contextlib
 import io
 import json
@@ -20,7 +22,7 @@ from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
 import predict
-from util.errors import UserError, run_command
+from util.errors import UserError
 from util.segment import pictures, queries
 from util.segment.predictions import write_outputs
 from util.segment.queries import QueryFile, read_ahead

@@ -1,5 +1,7 @@
 """scripts/prepare_coco.py on a tiny tree in the official layout. Shapes are rectangles, drawn here by slicing."""
 
+from util.command import run_command
+
 import json
 import os
 import re
@@ -18,8 +20,7 @@ from pycocotools import mask as coco_mask
 
 from scripts import prepare_coco
 from util.data.class_index import load_class_index, read_list
-from util.data.images import read_mask
-from util.errors import run_command
+from util.data.images import read_class_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:pycocotools")
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,7 +122,7 @@ def run(coco: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 
 def made(out: Path) -> dict[str, np.ndarray]:
-    return {path.stem: read_mask(path) for path in out.glob("annotations/*2014/*.png")}
+    return {path.stem: read_class_ids(path) for path in out.glob("annotations/*2014/*.png")}
 
 
 def same(masks: dict[str, np.ndarray]) -> bool:

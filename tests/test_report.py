@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from scripts import report
 from util.config import load_config
+from util.engine.record import environment, processor
 from util.report import tables
 from util.report.tables import (
     LADDER,
@@ -347,6 +349,13 @@ def test_a_single_run_a_cell_has_no_deviation_to_compare_with() -> None:
     assert order(groups, SETTING, NEGATIVES).sentence.count("no std to compare with") == 2
 
 
+def test_a_record_names_the_processor(tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Abacus 9000\n")
+    assert processor(tmp_path / "cpuinfo") == "Abacus 9000"
+    assert processor(tmp_path / "missing") != ""
+    assert processor() in environment(torch.device("cpu"))["device"]
+
+
 # The command
 
 
@@ -493,6 +502,21 @@ def test_the_same_runs_give_the_same_files(runs: Path, tmp_path: Path, monkeypat
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert names == sorted(path.name for path in (tmp_path / "b").iterdir())
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in names)
+
+
+def test_a_file_of_lines_gives_the_same_tables_as_its_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_runs, lines = command(monkeypatch, runs, tmp_path / "a"), tmp_path / "results.jsonl"
+    for source, target in ((runs, lines), (lines, tmp_path / "again.jsonl")):
+        monkeypatch.setattr(sys, "argv", ["report.py", str(source), "--lines", str(target)])
+        report.main()
+    assert lines.read_bytes() == (tmp_path / "again.jsonl").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["report.py", str(lines), "--out", str(tmp_path / "b")])
+    report.main()
+    from_lines = (tmp_path / "b/report.md").read_text()
+    for cells in (["ResNet-50", "NTRENet, ours"], ["PASCAL-5i", "ResNet-50", "1", "full"], ["✓", "", "", "ours"]):
+        assert row_of(from_lines, *cells) == row_of(from_runs, *cells)
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

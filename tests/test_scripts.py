@@ -19,8 +19,12 @@ arguments = sys.argv[1:]
 with open("calls.jsonl", "a") as file:
     file.write(json.dumps([os.environ.get("CUDA_VISIBLE_DEVICES"), *arguments]) + "\\n")
 if arguments[0].startswith("scripts/"):
+    if "make_synthetic.py" in arguments[0]:
+        sys.exit()
     os.execv(sys.executable, [sys.executable, *arguments])
-fold = int(arguments[arguments.index("--config") + 1].split("fold")[1][0])
+fold = next((int(a[10:]) for a in arguments if a.startswith("data.fold=")), None)
+if fold is None:
+    fold = int(arguments[arguments.index("--config") + 1].split("fold")[1][0])
 if arguments[0] == "train.py":
     if os.environ.get("HANG"):
         signal.signal(signal.SIGTERM, lambda *_: os._exit(143))
@@ -161,11 +165,40 @@ def test_the_same_run_serves_several_tables(place: Place) -> None:
     assert len(trained) == (4 + 2) * 4 * 2
 
 
+def test_the_ladder_trains_and_evaluates_each_row_fold_and_seed_once_and_goes_on_where_it_was(place: Place) -> None:
+    part = {"ROWS": "pfenet full", "FOLDS": "1 3", "SEEDS": "0 2"}
+    assert place.run("ladder.sh", "train.lr=0.1", FAIL="3", **part).returncode == 1
+    assert [call[1] for call in place.calls()].count("test.py") == 4
+    assert place.run("ladder.sh", "train.lr=0.1", **part).returncode == 0
+    tested = [call for call in place.calls() if call[1] == "test.py"]
+    runs = {call[call.index("--out") + 1] for call in tested}
+    root = "runs/ladder/synthetic/efficientnet_lite0_1shot"
+    rows = [(row, fold, seed) for row in ("pfenet", "full") for fold in (1, 3) for seed in (0, 2)]
+    assert runs == {f"{root}/{row}_fold{fold}_seed{seed}/results.json" for row, fold, seed in rows}
+    assert len(tested) == len(runs)
+    assert all(call[call.index("--episodes") + 1] == "1000" and "train.lr=0.1" in call for call in tested)
+    assert all(("configs/ablation/pfenet.yaml" in call) == ("pfenet_" in call[-1]) for call in tested)
+    before = len(place.calls())
+    assert place.run("ladder.sh", **part).returncode == 0
+    assert [call[1] for call in place.calls()[before:]] == ["scripts/make_synthetic.py"]
+
+
+def test_the_ladder_serves_another_config_and_diagnoses(place: Place) -> None:
+    done = place.run("ladder.sh", "configs/custom.yaml", DRY_RUN="1", DIAGNOSE="1")
+    commands = done.stdout.splitlines()
+    for script in ("train.py", "scripts/diagnose.py", "test.py"):
+        of_script = [line for line in commands if line.startswith(f"python {script} --config configs/custom.yaml")]
+        assert len(of_script) == 4 * 4 * 3
+    assert len(commands) == 3 * 4 * 4 * 3
+    assert place.calls() == []
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
         ("reproduce.sh", ["table5"]),
         ("reproduce.sh", []),
+        ("ladder.sh", ["configs/costum.yaml"]),
         ("train_fold.sh", ["pascal", "resnet50"]),
         ("train_fold.sh", ["pascal", "resnet5", "0", "1"]),
         ("train_fold.sh", ["pascal", "resnet50", "0", "1", "pfnet"]),

@@ -26,7 +26,7 @@ def pairs(synthetic: Path) -> dict[str, list[Pair]]:
     return {
         split: [
             (np.asarray(Image.open(image)), np.asarray(Image.open(mask)))
-            for image, mask in read_list(synthetic / f"lists/{split}.txt", synthetic)
+            for image, mask, *_ in read_list(synthetic / f"lists/{split}.txt", synthetic)
         ]
         for split in ("train", "val")
     }
@@ -103,7 +103,7 @@ def test_masks_are_palette_pngs_in_the_colours_of_pascal_voc(small: Path) -> Non
 
 
 def test_images_are_rgb_jpegs_of_their_masks_size(small: Path) -> None:
-    for image, mask in read_list(small / "lists/train.txt", small):
+    for image, mask, *_ in read_list(small / "lists/train.txt", small):
         picture = Image.open(image)
         assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", Image.open(mask).size)
         assert np.asarray(picture).std() > 15, "a picture, not a plain"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from util.errors import UserError
 from util.files import refuse_pipe
@@ -23,6 +23,22 @@ from util.files import refuse_pipe
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+def _names_of(value: Any) -> Any:
+    """What stands in a file of names, one a line, where the file is given instead of the names."""
+    if not isinstance(value, str):
+        return value
+    path = Path(value)
+    try:
+        refuse_pipe(path)
+        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the file of names {value} cannot be read ({error})") from error
+
+
+Names = Annotated[list[str], BeforeValidator(_names_of)]
+"""names, or the path of a file that holds them, one a line; the names are what a run and its checkpoints keep"""
 
 
 class Meaning(Enum):
@@ -59,12 +75,19 @@ class DataConfig(Section):
     """file of 'image mask' lines: the base classes are trained on it"""
     val_list: Annotated[str, MACHINE]
     """likewise: the novel classes are evaluated on it"""
-    classes: Annotated[list[str], TASK, COMPARED]
-    """names of the classes; their mask values are 1, 2, ... in this order (0 background, 255 ignored)"""
+    reader: str = "class_ids"
+    """how masks are read: 'class_ids' or 'class_folders', see util/data/readers.py"""
+    classes: Annotated[Names, TASK, COMPARED]
+    """names of the classes, or a file of them; their mask values are 1, 2, ... in this order (0 background, 255
+    ignored), at most 254 where masks hold class ids"""
     fold_scheme: Annotated[Literal["contiguous", "interleaved"], TASK, COMPARED] = "contiguous"
     """novel classes of fold i of 4: a run of neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
-    folds: Annotated[list[list[str]] | None, TASK, COMPARED] = None
-    """class names of each fold, instead of a scheme"""
+    folds: Annotated[list[Names] | None, TASK, COMPARED] = None
+    """class names of each fold, or a file of them for each, instead of a scheme"""
+    base_classes: Annotated[Names | None, TASK, COMPARED] = None
+    """class names that every fold trains on, or a file of them, where classes are split once into training, validation
+    and test (FSS-1000); the folds are then the splits to evaluate on. By default a fold trains on all that are not
+    its own."""
     fold: Annotated[int, Field(ge=0), TASK] = 0
     shots: Annotated[Count, SHOWN] = 1
     """supports an episode"""
@@ -88,8 +111,9 @@ class DataConfig(Section):
             raise ValueError(f"image_size must be 8n + 1, such as {lower} or {lower + 8}")
         if self.scale[0] > self.scale[1]:
             raise ValueError("scale must be [from, to] with from <= to")
-        if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= 254:
-            raise ValueError("classes must be 2 to 254 different names")
+        most = 254 if self.reader == "class_ids" else 10**6
+        if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= most:
+            raise ValueError(f"classes must be 2 to {most} different names")
         folds = self.folds
         if folds is not None:
             unknown = [name for names in folds for name in names if name not in self.classes]
@@ -103,6 +127,10 @@ class DataConfig(Section):
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
             raise ValueError(f"fold must be 0 to {self.num_folds - 1}")
+        if foreign := set(self.base_classes or ()) - set(self.classes):
+            raise ValueError(f"base_classes names '{min(foreign)}', which is not among classes")
+        if self.base_classes == []:
+            raise ValueError("base_classes must name a class")
         return self
 
     @property
@@ -241,6 +269,8 @@ class Config(Section):
     def _check(self) -> "Config":
         if self.loss.pcl and not self.model.doem:
             raise ValueError("loss.pcl needs model.doem; set loss.pcl=false")
+        if self.model.base_learner and len(self.data.classes) > 254:
+            raise ValueError("model.base_learner takes at most 254 classes; set model.base_learner=false")
         return self
 
 

@@ -1,12 +1,13 @@
 """Files that are whole whenever the machine stops, and folders that one process writes at a time."""
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout, UnixFileLock
 
@@ -33,6 +34,21 @@ def naming(path: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     write_bytes(path, text.encode())
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write atomically, indented."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`write_json` wrote; empty where there is no such file, or a damaged one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
@@ -97,6 +113,24 @@ def _name_also(path: Path, other: Path) -> None:
     else:
         link.replace(other)
         link.unlink(missing_ok=True)  # it stays where both were one file already
+
+
+def require_writable(path: Path, suffix: str) -> None:
+    """Find out before the work, not after it.
+
+    Raises:
+        UserError: ``path`` has another suffix, is a folder, or its folder cannot be written.
+    """
+    if path.suffix.lower() != suffix:
+        raise UserError(f"{path} must end in {suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from error
 
 
 @contextmanager

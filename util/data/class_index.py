@@ -1,12 +1,11 @@
 """List files, and the index of which classes stand in which image with how many pixels.
 
 The index is built once from all masks and cached beside the list (``train.txt.index.npz``), or in the user's folder for
-caches where that cannot be written. Its key covers the list, the number of classes, and size and time of every image
-and mask, so that a changed file is noticed.
+caches where that cannot be written. Its key covers the list, the number of classes, how the masks are read, and size
+and time of every image and mask, so that a changed file is noticed.
 """
 
 import hashlib
-import math
 import multiprocessing
 import os
 import sys
@@ -18,20 +17,29 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+from scipy.sparse import csc_array, csr_array  # type: ignore[import-untyped]
 from tqdm import tqdm
 
-from model.ops import IGNORE
-from util.data.images import hint_at, image_size, orientation, read_mask
+from model import IGNORE
+from util.data.images import hint_at, image_size, orientation, read_class_ids
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically
 from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
-    """One line of a list. A photo may have several, with a mask each."""
+    """One line of a list. A photo may have several, with a mask each. :mod:`util.data.readers` makes them."""
 
     image: Path
     mask: Path
+    class_id: int | None = None
+    """the class that the mask is of, where its values are 1 target, 0 other; None where they are class ids"""
+    read: Callable[[Path], np.ndarray] = read_class_ids
+    """reads the mask: (H, W), uint8, 255 ignored"""
+
+
+MakeItem = Callable[[Path, Path], Item]
+"""what makes an item of the two paths of a line"""
 
 
 @dataclass(frozen=True)
@@ -39,13 +47,13 @@ class ClassIndex:
     """Pixel counts of every class in every image of a list."""
 
     items: tuple[Item, ...]
-    pixels: np.ndarray
-    """(images, num_classes + 1), int64; column c counts the pixels of value c, column 0 the background"""
+    pixels: csr_array
+    """(lines, num_classes + 1), int64, sparse; column c counts the pixels of class c, column 0 the background"""
     list_path: Path
     list_sha256: str
     """of its lines 'image mask', each with a line end: the same wherever the data lies, and whatever ends its lines"""
     ignored: np.ndarray
-    """(images,), int64: pixels of value 255"""
+    """(lines,), int64: pixels of value 255"""
 
     @cached_property
     def photos(self) -> np.ndarray:
@@ -53,24 +61,35 @@ class ClassIndex:
         first: dict[Path, int] = {}
         return np.array([first.setdefault(item.image, place) for place, item in enumerate(self.items)])
 
+    @cached_property
+    def _by_class(self) -> csc_array:
+        """The same counts; a column's lines ascend."""
+        return self.pixels.tocsc()
+
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
-        """Places of the lines whose masks hold at least ``min_area`` pixels of the class, ascending."""
-        return np.flatnonzero(self.pixels[:, class_id] >= min_area)
+        """Places of the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
+        of_class = slice(*self._by_class.indptr[class_id : class_id + 2])
+        return self._by_class.indices[of_class][self._by_class.data[of_class] >= min_area].astype(np.intp)
+
+    def areas(self, place: int) -> dict[int, int]:
+        """Pixels of each class that stands in a line's mask, ascending; 0 is the background."""
+        of_line = slice(*self.pixels.indptr[place : place + 2])
+        return dict(zip(self.pixels.indices[of_line].tolist(), self.pixels.data[of_line].tolist(), strict=True))
 
 
-def read_list(path: Path, root: Path) -> tuple[Item, ...]:
+def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
     """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
 
     Raises:
         UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
     """
-    items, problems = parse_list(path, root)
+    items, problems = parse_list(path, root, make_item)
     if problems:
         raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
     return items
 
 
-def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
+def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
     """The items of a list, and what is wrong with its other lines.
 
     Raises:
@@ -88,7 +107,11 @@ def parse_list(path: Path, root: Path) -> tuple[tuple[Item, ...], list[str]]:
     for number, line in enumerate(lines, 1):
         parts = line.split()
         if len(parts) == 2 and "\0" not in line:
-            item = Item(*(root / _plain(part.lstrip("/"), root) for part in parts))
+            try:
+                item = make_item(*(root / _plain(part.lstrip("/"), root) for part in parts))
+            except UserError as error:
+                problems.append(f"line {number}: {error}")
+                continue
             if items.setdefault(item, number) != number:
                 problems.append(f"line {number}: the same as line {items[item]}")
         elif parts:
@@ -103,27 +126,29 @@ def _plain(path: str, root: Path) -> str:
     return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
 
 
-def load_class_index(list_path: Path, root: Path, num_classes: int, *, progress: bool = True) -> ClassIndex:
+def load_class_index(
+    list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
+) -> ClassIndex:
     """The index of a list, from its cache or built with all cores.
 
     Raises:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
     """
-    items = read_list(list_path, root)
+    items = read_list(list_path, root, make_item)
     require_root(root)
     list_sha256 = hash_list(items, root)
     key = index_key(items, list_path, list_sha256, num_classes)
-    counts = _read_cache(list_path, key, (len(items), num_classes + 2))
-    if counts is None:
+    table = _read_cache(list_path, key)
+    if table is None:
         count = partial(count_pixels, num_classes=num_classes)
-        counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
-        write_cache(list_path, key, counts)
-    return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
+        table = tabulate(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress), num_classes)
+        write_cache(list_path, key, table)
+    return ClassIndex(items, table.pixels, list_path, list_sha256, table.ignored)
 
 
 def line_of(item: Item, root: Path) -> str:
     """A line as a list has it, 'image mask', which names it wherever the data lies."""
-    return " ".join(path.relative_to(root).as_posix() for path in item)
+    return " ".join(path.relative_to(root).as_posix() for path in (item.image, item.mask))
 
 
 def hash_list(items: Sequence[Item], root: Path) -> str:
@@ -138,14 +163,16 @@ def require_root(root: Path) -> None:
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """What an index depends on: the list, the number of classes, and size and time of every file.
+    """What an index depends on: the list, the number of classes, each mask's class and reader, and every file's size
+    and time.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.
     """
-    key = hashlib.sha256(f"3 {list_sha256} {num_classes}".encode())
+    key = hashlib.sha256(f"4 {list_sha256} {num_classes}".encode())
     missing: list[tuple[str, Path, Exception]] = []
     for item in items:
+        key.update(f" {item.class_id} {item.read.__name__}".encode())
         for kind, path in (("image", item.image), ("mask", item.mask)):
             try:
                 stat = path.stat()
@@ -191,29 +218,56 @@ def _advance(bar: tqdm, result: T) -> T:
     return result
 
 
-def count_pixels(item: Item, num_classes: int) -> np.ndarray:
-    """Pixels of each value 0 ... num_classes in one mask, and of 255, (num_classes + 2,), int64."""
-    mask = read_mask(item.mask)
-    if image_size(item.image) != mask.shape:
-        height, width = image_size(item.image)
+class Counts(NamedTuple):
+    """What was counted in one mask."""
+
+    pixels: dict[int, int]
+    """of each class that stands in it, ascending; 0 is the background"""
+    ignored: int
+    """pixels of value 255"""
+
+
+class Table(NamedTuple):
+    """The counts of many masks, as :class:`ClassIndex` has them."""
+
+    pixels: csr_array
+    ignored: np.ndarray
+
+
+def tabulate(counts: Sequence[Counts], num_classes: int) -> Table:
+    """The counts of all lines as a sparse table (lines, num_classes + 1)."""
+    starts = np.cumsum([0, *(len(count.pixels) for count in counts)])
+    classes = np.array([c for count in counts for c in count.pixels], np.int32)
+    areas = np.array([area for count in counts for area in count.pixels.values()], np.int64)
+    pixels = csr_array((areas, classes, starts), shape=(len(counts), num_classes + 1))
+    return Table(pixels, np.array([count.ignored for count in counts], np.int64))
+
+
+def count_pixels(item: Item, num_classes: int) -> Counts:
+    """Count the pixels of each class in one mask.
+
+    Raises:
+        UserError: a file cannot be read, image and mask are not of one size, or a value is no class.
+    """
+    mask = item.read(item.mask)
+    height, width = image_size(item.image)
+    if (height, width) != mask.shape:
         turned = mask.shape == (width, height) and orientation(item.image) >= 5
         raise UserError(
             f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
-            " they must be the same size"
-            + (
-                "; its EXIF orientation turns the image on screen: store it so, by mogrify -auto-orient"
-                if turned
-                else ""
-            )
+            f" they must be the same size{TURNED if turned else ''}"
         )
     counts = count_values(mask)
-    strange = np.flatnonzero(counts[num_classes + 1 : IGNORE])
+    largest = num_classes if item.class_id is None else 1
+    strange = np.flatnonzero(counts[largest + 1 : IGNORE])
     if len(strange):
         raise UserError(
-            f"mask {item.mask} holds the value {strange[0] + num_classes + 1}, but data.classes names {num_classes}"
+            f"mask {item.mask} holds the value {strange[0] + largest + 1}, but data.classes names {num_classes}"
             " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
         )
-    return counts[[*range(num_classes + 1), IGNORE]]
+    present = np.flatnonzero(counts[: min(largest + 1, IGNORE)]).tolist()
+    ids = {value: value if item.class_id is None or not value else item.class_id for value in present}
+    return Counts({ids[value]: int(counts[value]) for value in present}, int(counts[IGNORE]))
 
 
 TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
@@ -239,32 +293,40 @@ def _caches_of(list_path: Path) -> list[Path]:
     return [beside, other] if other.is_absolute() else [beside]
 
 
-def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """The counts, int64 of ``shape``; None where they are in no cache."""
-    found = (_read(path, key, shape) for path in _caches_of(list_path))
-    return next((counts for counts in found if counts is not None), None)
+def _read_cache(list_path: Path, key: str) -> Table | None:
+    """What :func:`write_cache` wrote; None where it is in no cache."""
+    found = (_read(path, key) for path in _caches_of(list_path))
+    return next((table for table in found if table is not None), None)
 
 
-def _read(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
-    """The same of one cache; None where it is not there, old or damaged, or swells."""
+def _read(path: Path, key: str) -> Table | None:
+    """The same of one cache; None where it is not there, old or damaged."""
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:
-            if sum(entry.file_size for entry in stored.zip.infolist()) > 8 * math.prod(shape) + 4096:
+            if str(stored["key"]) != key:
                 return None
-            counts = stored["counts"] if str(stored["key"]) == key else None
-            return counts if counts is not None and (counts.shape, counts.dtype) == (shape, np.int64) else None
-    except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file, and it can always be built anew
+            pixels = csr_array((stored["areas"], stored["classes"], stored["starts"]), shape=stored["shape"].tolist())
+            return Table(pixels, stored["ignored"])
+    except Exception:  # zipfile, zlib, numpy and scipy raise many kinds for a damaged file; it can always be built anew
         return None
 
 
-def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
-    """Keep the counts (lines, num_classes + 2) of a list's masks for :func:`load_class_index`."""
-    reasons = []
+def write_cache(list_path: Path, key: str, table: Table) -> None:
+    """Keep the counts of a list's masks for :func:`load_class_index`."""
+    pixels, reasons = table.pixels, []
+    arrays = {
+        "key": np.array(key),
+        "shape": np.array(pixels.shape),
+        "starts": pixels.indptr,
+        "classes": pixels.indices,
+        "areas": pixels.data,
+        "ignored": table.ignored,
+    }
     for path in _caches_of(list_path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
+            write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
             return
         except OSError as error:
             reasons.append(f"{path.parent} cannot be written ({error.strerror})")

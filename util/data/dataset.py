@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.data.class_index import Item
 from util.data.episodes import Episodes
-from util.data.images import read_image, read_mask
+from util.data.images import read_image
 from util.data.transforms import fit
 from util.errors import UserError
 
@@ -146,11 +146,22 @@ def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _read_swapped(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its class ids, of which 1 and ``class_id`` have changed places: 1 is the target for transforms."""
-    image, mask = read_image(item.image), read_mask(item.mask)
+    """An image and its mask as :func:`read_swapped_mask` gives it."""
+    image, mask = read_image(item.image), read_swapped_mask(item, class_id)
     if image.shape[:2] != mask.shape:
         raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
-    return image, _swapped(mask, class_id)
+    return image, mask
+
+
+def read_swapped_mask(item: Item, class_id: int) -> np.ndarray:
+    """A mask's class ids, of which 1 and ``class_id`` have changed places: 1 is the target for transforms.
+
+    In the mask of an item that carries its class, 1 is the target from the beginning; of another class it is 2.
+    """
+    values = item.read(item.mask)
+    if item.class_id is None:
+        return _swapped(values, class_id)
+    return values if item.class_id == class_id else np.where(values == 1, np.uint8(2), values)
 
 
 def _swapped(classes: np.ndarray, class_id: int) -> np.ndarray:

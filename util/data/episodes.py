@@ -91,7 +91,8 @@ class EpisodeSampler:
         order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
         query = int(self.queries[order[position]])
         rng = np.random.default_rng([self.seed, 1, number])
-        present = [c for c in self.classes if self.index.pixels[query, c] > 0]
+        in_query = self.index.areas(query)
+        present = [c for c in self.classes if c in in_query]
         class_id = present[rng.integers(len(present))]
         places, photos = self.supports_of[class_id], self.photos_of[class_id]
         chosen = rng.choice(photos[photos != self.index.photos[query]], self.shots, replace=False)

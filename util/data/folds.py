@@ -1,6 +1,7 @@
 """Which classes of a data set are novel in a fold, and which are base. Class ids run from 1."""
 
 from util.config import DataConfig
+from util.errors import UserError
 
 
 def novel_classes(data: DataConfig) -> tuple[int, ...]:
@@ -10,7 +11,7 @@ def novel_classes(data: DataConfig) -> tuple[int, ...]:
     interleaved: COCO-20i as in FWB, fold i of 80 classes is i + 1, i + 5, i + 9 ...
     """
     if data.folds is not None:
-        return tuple(sorted(data.classes.index(name) + 1 for name in data.folds[data.fold]))
+        return _ids(data, data.folds[data.fold])
     count = len(data.classes)
     if data.fold_scheme == "interleaved":
         return tuple(range(data.fold + 1, count + 1, 4))
@@ -19,6 +20,24 @@ def novel_classes(data: DataConfig) -> tuple[int, ...]:
 
 
 def base_classes(data: DataConfig) -> tuple[int, ...]:
-    """Ids of the classes that fold ``data.fold`` trains on: all that are not novel."""
+    """Ids of the classes that fold ``data.fold`` trains on: ``data.base_classes``, or all that are not novel.
+
+    Raises:
+        UserError: ``data.base_classes`` names a novel class.
+    """
     novel = set(novel_classes(data))
+    if data.base_classes is not None:
+        base = _ids(data, data.base_classes)
+        if shared := novel.intersection(base):
+            name = data.classes[min(shared) - 1]
+            raise UserError(
+                f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them"
+            )
+        return base
     return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)
+
+
+def _ids(data: DataConfig, names: list[str]) -> tuple[int, ...]:
+    """The ids of classes by name, ascending."""
+    wanted = set(names)
+    return tuple(number for number, name in enumerate(data.classes, 1) if name in wanted)

@@ -36,17 +36,25 @@ def read_image(path: Path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-def read_mask(path: Path) -> np.ndarray:
-    """Mask of class ids (H, W), uint8; 0 background, 255 ignored. PNG alone: other formats blur or have no checksum."""
-    with _opened("mask", path, tuple(FORMATS)) as image:
-        if image.format != "PNG" or image.mode not in MASK_MODES:
-            what = f"has mode {image.mode}" if image.format == "PNG" else f"is a {image.format}"
+def read_class_ids(path: Path) -> np.ndarray:
+    """A mask of class ids, (H, W) uint8; 0 is background, 255 ignored."""
+    with open_mask(path) as image:
+        if image.mode not in MASK_MODES:
             raise UserError(
-                f"mask {path} {what}; masks, the second path of a line, are palette or greyscale PNGs whose values are"
-                " class ids"
+                f"mask {path} has mode {image.mode}; masks, the second path of a line, are palette or greyscale PNGs"
+                " whose values are class ids"
             )
         refuse_scaled(image, f"mask {path}")
         return np.asarray(image).astype(np.uint8, copy=False)
+
+
+@contextmanager
+def open_mask(path: Path) -> Iterator[ImageFile.ImageFile]:
+    """Open a mask, which must be a PNG: other formats blur or have no checksum."""
+    with _opened("mask", path, tuple(FORMATS)) as image:
+        if image.format != "PNG":
+            raise UserError(f"mask {path} is a {image.format}; masks, the second path of a line, are PNGs")
+        yield image
 
 
 def image_size(path: Path) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset,
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
 from util.data.loading import ignore_signals
+from util.data.readers import reader_of
 from util.data.transforms import augment, fit
 from util.engine.rounds import Round, batched
 from util.errors import UserError
@@ -116,7 +117,7 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
 def build_loss(config: Config) -> NTRELoss:
     options = config.loss
     bank = PrototypeBank(
-        num_classes=len(config.data.classes),
+        class_ids=base_classes(config.data),
         channels=config.model.channels,
         capacity=options.bank_size,
         keep_empty=options.pcl_regions == "ground_truth",
@@ -130,7 +131,12 @@ def build_loss(config: Config) -> NTRELoss:
         pcl_regions=options.pcl_regions,
         pcl_drawn=options.pcl_drawn,
         pcl_temperature=options.pcl_temperature,
+<<<<<<< HEAD
         base_ids=base_classes(config.data),
+=======
+        base=options.base,
+        base_ids=base_classes(config.data) if config.model.base_learner else (),
+>>>>>>> main
     )
 
 
@@ -146,7 +152,8 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
 def build_index(config: Config, split: str) -> ClassIndex:
     """Class index of the 'train' or 'val' list."""
     path = config.data.train_list if split == "train" else config.data.val_list
-    return load_class_index(Path(path), Path(config.data.root), len(config.data.classes))
+    data = config.data
+    return load_class_index(Path(path), Path(data.root), len(data.classes), make_item=reader_of(data))
 
 
 def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:

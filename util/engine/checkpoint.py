@@ -105,6 +105,8 @@ def require_same(
     """
     old, new = (dict(flatten(config.model_dump())) for config in (saved, given))
     compared = new.keys() - keys_with(MACHINE) if resume else keys_with(TASK, NETWORK)
+    if not resume and given.data.base_classes is not None:  # all folds train on the same classes
+        compared -= {"data.fold"}
     different = [
         f"{k} is {_short(old.get(k))} there and {_short(new[k])} here"
         for k in new

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model import IGNORE
 from model.ntrenet import NTRENet, NTRENetOutput
-from model.ops import IGNORE, masked_average_pool, resize
+from model.ops import masked_average_pool, resize
 from util.config import Config
 from util.data.class_index import ClassIndex
+from util.data.dataset import read_swapped_mask
 from util.data.episodes import EpisodeFiles, EpisodeList
 from util.data.folds import base_classes
-from util.data.images import read_mask
 from util.data.transforms import to_original
 from util.engine.build import Hardware, build_eval_loader, build_eval_sampler
 from util.engine.loops import forward
@@ -75,7 +76,7 @@ def count(
                 output = _with_target_as_distractor(model, output, on_device.query_mask, config.data.image_size)
             for place in range(len(batch.names)):
                 episode = episodes[done]
-                regions = _regions(read_mask(index.items[episode.query].mask), episode.class_id)
+                regions = _regions(read_swapped_mask(index.items[episode.query], episode.class_id))
                 height, width = regions.shape[1:]
                 logits = to_original(output.logits[place].float(), height, width, config.eval.geometry)[0]
                 bins = np.digitize(logits.cpu().numpy(), EDGES)
@@ -91,9 +92,9 @@ def count(
     return Counts(histogram, distracting, np.array([episode.class_id for episode in episodes]))
 
 
-def _regions(classes: np.ndarray, class_id: int) -> np.ndarray:
-    """A mask of class ids (H, W) -> booleans (3, H, W) in the order of :data:`REGIONS`; 255 is in none."""
-    target, background = classes == class_id, classes == 0
+def _regions(classes: np.ndarray) -> np.ndarray:
+    """A mask (H, W) of 1 target, 0 background, other classes -> (3, H, W), boolean, as :data:`REGIONS`; 255 in none."""
+    target, background = classes == 1, classes == 0
     return np.stack([target, ~target & ~background & (classes != IGNORE), background])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.ops import IGNORE
+from model import IGNORE
 
 
 class Scores(NamedTuple):

@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,20 @@ def environment(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
+        else f"cpu ({processor()}, {os.cpu_count()} cores), {torch.get_num_threads()} threads",
         "git_revision": _git("rev-parse", "HEAD"),
         "git_clean": _git("status", "--porcelain") == "",
     }
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the processor's model name, such as 'AMD EPYC 7763', or at least its architecture."""
+    with suppress(OSError):
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown processor"
 
 
 def code_sha256(entry: Path = ROOT / "train.py") -> str:
@@ -60,39 +71,6 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write atomically, indented."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(values, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote; empty where there is no such file, or a damaged one."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def require_writable(path: Path, suffix: str) -> None:
-    """Find out before the work, not after it.
-
-    Raises:
-        UserError: ``path`` has another suffix, is a folder, or its folder cannot be written.
-    """
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{path} must end in {suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
-        if path.stat().st_size == 0:
-            path.unlink()
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}); choose another place") from error
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:

@@ -38,8 +38,8 @@ class EncodingSize:
         """An estimate: a support keeps the positions that its target covers, and some at its border."""
         if role == "query":
             return self.query
-        pixels = index.pixels[image]
-        return self.whole * min(1.0, 1.2 * float(pixels[class_id] / pixels.sum()) + 0.02)
+        areas = index.areas(image)
+        return self.whole * min(1.0, 1.2 * (areas.get(class_id, 0) / sum(areas.values())) + 0.02)
 
 
 def plan_rounds(episodes: Sequence[EpisodeFiles], index: ClassIndex, size: EncodingSize, limit: float) -> list[Round]:

@@ -174,6 +174,7 @@ class Run:
     modified: float
     """seconds since 1970"""
     results: Results
+    line: dict[str, Any] = field(default_factory=dict)
     record: Record | None = None
     trained: RunConfig | None = None
     curve: list[CurvePoint] = field(default_factory=list)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.data.images import FORMATS, MAX_PIXELS, open_checked, refuse_scaled
 from util.errors import UserError
 

@@ -10,9 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from util.data.images import encoded
-from util.engine.record import read_json, write_json
 from util.errors import UserError
-from util.files import write_bytes
+from util.files import read_json, write_bytes, write_json
 from util.segment.segmenter import Q, Segmenter, T
 from util.segment.visualize import TARGET, overlay
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from model.ops import IGNORE
+from model import IGNORE
 from util.errors import UserError
 from util.segment.pictures import SUFFIXES, UNREAD, Picture, read_picture
 

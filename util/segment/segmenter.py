@@ -23,8 +23,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model import IGNORE
 from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding, join_shots
-from model.ops import IGNORE, resize
+from model.ops import resize
 from model.training_free import (
     Described,
     TrainingFree,

@@ -9,8 +9,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from model import IGNORE
 from model.ntrenet import NTRENet, NTRENetOutput
-from model.ops import IGNORE, resize
+from model.ops import resize
 from util.data.dataset import Episode
 from util.data.images import encoded
 from util.engine.build import Hardware

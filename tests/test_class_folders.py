@@ -1,0 +1,250 @@
+"""Data of one folder a class, such as FSS-1000: lists, index, episodes, and the real commands from lists to a test."""
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scripts import make_folder_lists
+from util.config import Config, load_config
+from util.data.class_index import Item
+from util.data.dataset import read_pair
+from util.data.folds import base_classes, novel_classes
+from util.data.readers import read_binary_mask, reader_of
+from util.engine.build import build_eval_sampler, build_index, build_loss, build_train_sampler
+from util.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "configs/fss/resnet50_1shot.yaml"
+PICTURES = 10
+
+
+def write_folders(root: Path, names: list[str], side: int) -> None:
+    """Ten pictures of each class with an RGB mask of 0 and 255: a square of side / 4 + the picture's number."""
+    first, *others = [root / name for name in names]
+    for folder in (first, *others):
+        folder.mkdir(parents=True)
+    for n in range(1, PICTURES + 1):
+        mask = np.zeros((side, side, 3), np.uint8)
+        mask[2 : 2 + side // 4 + n, 2 : 2 + side // 4 + n] = 255
+        picture = np.where(mask > 0, 200, np.random.default_rng(n).integers(0, 120, mask.shape)).astype(np.uint8)
+        for pixels, name in ((picture, f"{n}.jpg"), (mask, f"{n}.png")):
+            Image.fromarray(pixels).save(first / name)
+            for folder in others:
+                (folder / name).hardlink_to(first / name)
+
+
+def make_lists(root: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["make_folder_lists.py", "--root", str(root), "--out", str(out)])
+    make_folder_lists.main()
+
+
+def overrides(root: Path, lists: Path) -> list[str]:
+    return [
+        f"data.root={root}",
+        *(f"data.{split}_list={lists}/{split}.txt" for split in ("train", "val")),
+        f"data.classes={lists}/classes.txt",
+        f"data.base_classes={lists}/train_classes.txt",
+        f"data.folds=[{lists}/val_classes.txt, {lists}/test_classes.txt]",
+        "device=cpu",
+    ]
+
+
+def names_in(path: Path) -> list[str]:
+    return path.read_text().splitlines()
+
+
+# ---------------------------------------------------------------- FSS-1000 in its official layout
+
+
+@pytest.fixture(scope="module")
+def fss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Root and lists of 1,000 classes, among them the 240 published test classes."""
+    folder = tmp_path_factory.mktemp("fss")
+    root, lists = folder / "data", folder / "lists"
+    published = names_in(ROOT / "lists/fss/test_classes.txt")
+    write_folders(root, [*published, *(f"other_{n:03}" for n in range(760))], side=16)
+    lists.mkdir()
+    (lists / "test_classes.txt").write_bytes((ROOT / "lists/fss/test_classes.txt").read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        make_lists(root, lists, patch)
+    return root, lists
+
+
+@pytest.fixture(scope="module")
+def config(fss: tuple[Path, Path]) -> Config:
+    return load_config(CONFIG, overrides(*fss))
+
+
+def test_the_classes_are_split_into_520_240_and_240_with_the_published_test_classes(
+    fss: tuple[Path, Path], config: Config
+) -> None:
+    root, lists = fss
+    parts = {part: names_in(lists / f"{part}_classes.txt") for part in ("train", "val", "test")}
+    assert [len(names) for names in parts.values()] == [520, 240, 240]
+    assert parts["test"] == names_in(ROOT / "lists/fss/test_classes.txt")
+    assert (
+        sorted(itertools.chain(*parts.values()))
+        == names_in(lists / "classes.txt")
+        == sorted(p.name for p in root.iterdir())
+    )
+    for fold, part in enumerate(("val", "test")):
+        data = config.data.model_copy(update={"fold": fold})
+        assert [data.classes[c - 1] for c in novel_classes(data)] == parts[part]
+        assert [data.classes[c - 1] for c in base_classes(data)] == parts["train"]
+
+
+def test_the_index_holds_one_class_a_picture_and_its_pixels(config: Config) -> None:
+    for split, lines in (("train", 5200), ("val", 4800)):
+        index = build_index(config, split)
+        assert index.pixels.shape == (lines, 1001) and index.pixels.nnz == 2 * lines
+        for place in range(0, lines, 37):
+            item = index.items[place]
+            area = (16 // 4 + int(item.image.stem)) ** 2
+            assert index.areas(place) == {0: 256 - area, config.data.classes.index(item.image.parent.name) + 1: area}
+        again = build_index(config, split)  # from the cache
+        assert (again.pixels != index.pixels).nnz == 0 and again.items == index.items
+
+
+def test_episodes_stay_within_a_folder_and_within_the_split(config: Config) -> None:
+    test = config.model_copy(update={"data": config.data.model_copy(update={"fold": 1, "shots": 5})})
+    sampler, train = (
+        build_eval_sampler(test, build_index(test, "val"), seed=0),
+        build_train_sampler(config, build_index(config, "train")),
+    )
+    assert len(sampler) == 2400 and len(train) == 5200
+    queries = set()
+    for source, numbers in ((sampler, range(2400)), (train, range(500))):
+        allowed = novel_classes(test.data) if source is sampler else base_classes(config.data)
+        for episode in map(source, numbers):
+            items = [source.index.items[place] for place in (episode.query, *episode.supports)]
+            assert {item.image.parent.name for item in items} == {config.data.classes[episode.class_id - 1]}
+            assert len({item.image for item in items}) == 1 + source.shots
+            assert episode.class_id in allowed
+            queries |= {episode.query} if source is sampler else set()
+    assert len(queries) == 2400, "every test picture is a query once"
+
+
+def test_the_bank_has_rows_for_base_classes_alone(config: Config) -> None:
+    bank = build_loss(config).bank
+    assert bank is not None and bank.prototypes.shape[0] == 520
+    ids = torch.tensor(base_classes(config.data))
+    bank.store(torch.ones(520, bank.prototypes.shape[2]) * ids[:, None], ids)
+    stored, filled = bank.of_classes(ids[[0, 519]])
+    assert stored[:, 0, 0].tolist() == [ids[0], ids[519]] and filled.sum(1).tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------- masks of one class
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "expected"),
+    [
+        ([0, 1], "L", [0, 1]),
+        ([0, 255], "L", [0, 1]),
+        ([0, 90, 127, 128, 255], "L", [0, 0, 0, 1, 1]),
+        ([0, 127, 128, 255], "RGB", [0, 0, 1, 1]),
+        ([0, 1, 255], "L", [0, 1, 255]),
+        ([0, 1], "P", [0, 1]),
+        ([0, 255], "P", [0, 1]),
+        ([0, 0], "L", [0, 0]),
+    ],
+)
+def test_a_mask_of_one_class_is_read_whatever_its_white_is(
+    values: list[int], mode: str, expected: list[int], tmp_path: Path
+) -> None:
+    pixels = np.repeat(np.array([values], np.uint8), 3, 0)
+    picture = Image.fromarray(pixels)
+    if mode == "P":
+        picture.putpalette([*range(256)] * 3)
+    (picture.convert(mode) if mode == "RGB" else picture).save(tmp_path / "m.png")
+    assert read_binary_mask(tmp_path / "m.png")[0].tolist() == expected
+
+
+def test_masks_that_show_no_black_and_white_are_refused(tmp_path: Path) -> None:
+    palette = Image.fromarray(np.array([[0, 7]], np.uint8))
+    palette.putpalette([*range(256)] * 3)
+    palette.save(tmp_path / "p.png")
+    Image.new("L", (2, 1)).save(tmp_path / "j.png", "JPEG")
+    for name, words in (("p.png", "palette index 7"), ("j.png", "is a JPEG")):
+        with pytest.raises(UserError, match=words):
+            read_binary_mask(tmp_path / name)
+
+
+def test_another_class_in_a_mask_of_one_class_is_no_target(tmp_path: Path) -> None:
+    write_folders(tmp_path, ["cat"], side=16)
+    item = Item(tmp_path / "cat/1.jpg", tmp_path / "cat/1.png", 700, read_binary_mask)
+    assert [read_pair(item, class_id)[1].sum() for class_id in (700, 1, 2)] == [25, 0, 0]
+
+
+# ---------------------------------------------------------------- a user's own folders, by the real commands
+
+
+def test_own_folders_lead_from_lists_to_a_test_on_classes_never_seen(tmp_path: Path) -> None:
+    root, lists = tmp_path / "mine", tmp_path / "mine_lists"
+    write_folders(root, [f"kind_{n}" for n in range(8)], side=64)
+    given = [
+        *overrides(root, lists),
+        "data.dataset=Mine",
+        "data.image_size=65",
+        "data.scale=[0.9, 1.1]",
+        "model.backbone=efficientnet_lite0",
+        "model.weights=random",
+        "model.fem_scales=[1, 0.5]",
+        "model.channels=8",
+        "model.prototype_channels=8",
+        "loss.bank_size=10",
+        "train.epochs=1",
+        "train.batch_size=8",
+        "eval.episodes=6",
+        f"run_dir={tmp_path}/run",
+        "workers=1",
+    ]
+    config, best = str(CONFIG), f"{tmp_path}/run/best.pt"
+    out = ""
+    for command in (
+        ["scripts/make_folder_lists.py", "--root", root, "--out", lists],
+        ["scripts/check_data.py", "--config", config, *given],
+        ["train.py", "--config", config, *given],
+        ["test.py", "--config", config, "--checkpoint", best, *given, "data.fold=1"],
+    ):
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        words = [sys.executable, *map(str, command)]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command[0], done.stdout[-2000:], done.stderr[-2000:])
+        out = done.stdout
+    assert "Mine fold 1 of 2, 1-shot" in out
+    assert all(name in out for name in names_in(lists / "test_classes.txt"))
+
+
+def test_what_is_wrong_with_folders_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, lists = tmp_path / "data", tmp_path / "lists"
+    write_folders(root, ["a", "b", "c", "d"], side=16)
+    make_lists(root, lists, monkeypatch)
+    (lists / "classes.txt").write_text("a\nb\nc\n")
+    with pytest.raises(UserError, match="not among classes"):
+        load_config(CONFIG, overrides(root, lists))
+    with pytest.raises(UserError, match=r"file of names .*none.txt cannot be read"):
+        load_config(CONFIG, [*overrides(root, lists), f"data.classes={lists}/none.txt"])
+    (lists / "classes.txt").write_text("a\nb\nc\nd\n")
+    config = load_config(CONFIG, [*overrides(root, lists), "data.reader=class_folder"])
+    with pytest.raises(UserError, match=r"data.reader must be one of class_ids, class_folders"):
+        reader_of(config.data)
+    config = load_config(CONFIG, [*overrides(root, lists), "data.base_classes=[a, b, c, d]"])
+    with pytest.raises(UserError, match=r"in data.base_classes and in fold 0"):
+        base_classes(config.data)
+    (lists / "val.txt").write_text("e/1.jpg a/1.png\n")
+    with pytest.raises(UserError, match=r"line 1: .*folder 'e', which is not among data.classes"):
+        build_index(load_config(CONFIG, overrides(root, lists)), "val")
+    (lists / "test_classes.txt").write_text("a\nz\n")
+    with pytest.raises(UserError, match="without a folder: z"):
+        make_lists(root, lists, monkeypatch)
+    (root / "b/3.png").unlink()
+    with pytest.raises(UserError, match=r"no mask.*b/3.jpg"):
+        make_lists(root, lists, monkeypatch)

@@ -1,0 +1,73 @@
+"""Readers: what a line of a list is to a data set, and how its mask is read.
+
+``data.reader`` names one of :data:`READERS`. A data set whose masks are of another kind needs a function here, which
+makes an :class:`~util.data.class_index.Item` of a line's two paths, and a line in the table. An item says by which
+function its mask is read, as (H, W) uint8 with 255 ignored, and what the values are: class ids, or, where the item
+carries its class, 1 for that class and 0 for everything else. There can then be any number of classes.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from model import IGNORE
+from util.config import DataConfig
+from util.data.class_index import Item, MakeItem, count_values
+from util.data.images import MASK_MODES, open_mask
+from util.errors import UserError
+
+
+def class_ids(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
+    """A PNG whose values are class ids: PASCAL, COCO and the lineage's other data."""
+    return Item(image, mask)
+
+
+def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
+    """One folder a class, with a black and white mask for each photo: FSS-1000. The folder's name is the class's.
+
+    Raises:
+        UserError: ``data.classes`` does not name the folder.
+    """
+    name = image.parent.name
+    if name not in ids:
+        raise UserError(f"{image} lies in folder '{name}', which is not among data.classes")
+    return Item(image, mask, ids[name], read_binary_mask)
+
+
+READERS: dict[str, Callable[[Path, Path, Mapping[str, int]], Item]] = {
+    "class_ids": class_ids,
+    "class_folders": class_folders,
+}
+
+
+def reader_of(data: DataConfig) -> MakeItem:
+    """The reader that a config names, with the ids of its classes.
+
+    Raises:
+        UserError: there is no such reader.
+    """
+    if data.reader not in READERS:
+        raise UserError(f"data.reader must be one of {', '.join(READERS)}, got '{data.reader}'")
+    read, ids = READERS[data.reader], {name: place for place, name in enumerate(data.classes, 1)}
+    return lambda image, mask: read(image, mask, ids)
+
+
+def read_binary_mask(path: Path) -> np.ndarray:
+    """A mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored. It is a PNG, of either kind:
+
+    black and white, grey or RGB: what is brighter than half of its brightest pixel is target, so that 0 and 1 will do,
+        and 0 and 255, with or without a soft border
+    values 0, 1 and 255: 0 is other, 1 target, 255 ignored
+
+    Raises:
+        UserError: it cannot be read, or is a palette picture with other values.
+    """
+    with open_mask(path) as image:
+        values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8, copy=False)
+    found = set(np.flatnonzero(count_values(values)).tolist())
+    if image.mode == "P" and (strange := found - {0, 1, IGNORE}):
+        raise UserError(f"mask {path} holds palette index {max(strange)}; a mask of one class is black and white")
+    if {1, IGNORE} <= found <= {0, 1, IGNORE}:
+        return values
+    return (values > values.max() / 2).astype(np.uint8)
