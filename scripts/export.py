@@ -38,16 +38,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-<<<<<<< HEAD
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding
-from model.ops import IGNORE, foreground, masked_average_pool
-=======
 from model import IGNORE
-from model.ntrenet import NTRENet, Query, Target
+from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding
 from model.ops import foreground, masked_average_pool
->>>>>>> main
 from util.data.transforms import normalize
 from util.errors import UserError
 from util.files import naming, require_writable, write_atomically

@@ -404,13 +404,8 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
 def test_the_authors_losses_equal_their_description():
     """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL on the annotated regions."""
     loss = NTRELoss(
-<<<<<<< HEAD
-        bank=PrototypeBank(num_classes=4, channels=4, capacity=200, keep_empty=True),
-        weights={"initial": 0.6},
-=======
         bank=PrototypeBank(class_ids=range(1, 5), channels=4, capacity=200, keep_empty=True),
-        initial=0.6,
->>>>>>> main
+        weights={"initial": 0.6},
         bg_ignored=True,
         pcl_regions="ground_truth",
         pcl_drawn=100,

@@ -131,12 +131,7 @@ def build_loss(config: Config) -> NTRELoss:
         pcl_regions=options.pcl_regions,
         pcl_drawn=options.pcl_drawn,
         pcl_temperature=options.pcl_temperature,
-<<<<<<< HEAD
-        base_ids=base_classes(config.data),
-=======
-        base=options.base,
         base_ids=base_classes(config.data) if config.model.base_learner else (),
->>>>>>> main
     )
 
 
