@@ -1014,7 +1014,7 @@ def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
         terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 2]))
     terms["total"].backward()
     assert (out.logits - expected).abs().mean() < 0.1 * expected.std()
-    assert {term.dtype for term in terms} == {torch.float32}
+    assert {term.dtype for term in terms.values()} == {torch.float32}
     assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.isfinite().all()] == []
 
 
