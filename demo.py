@@ -23,7 +23,7 @@ from typing import Any
 
 from PIL import Image
 
-from model.backbone import BACKBONES
+from model.backbones import BACKBONES
 from util.errors import UserError
 from util.segment.segmenter import NTRESegmenter, Segmenter
 

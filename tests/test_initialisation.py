@@ -5,7 +5,8 @@ import torch
 from pfenet import episode
 from torch import nn
 
-from model.backbone import BACKBONES, Backbone, Features, build_backbone
+from model.backbone import Backbone, Features, build_backbone
+from model.backbones import BACKBONES
 from model.losses import NTRELoss
 from model.ntrenet import NTRENet, build_ntrenet
 from model.prototype_bank import PrototypeBank

@@ -15,14 +15,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
+from model import backbones as registry
 from util.config import COMPARED, Count, departures, flatten, keys_with, read_yaml
 
-BACKBONES = {
-    "vgg16_bn": "VGG-16",
-    "resnet50": "ResNet-50",
-    "resnet101": "ResNet-101",
-    "efficientnet_lite0": "EfficientNet-Lite0",
-}
+BACKBONES = {name: entry.title for name, entry in registry.BACKBONES.items()}
 """as the paper writes them"""
 LADDER = {
     "pfenet": ("baseline", False, False, False),
