@@ -14,8 +14,9 @@ from util.command import run_command
 import argparse
 import math
 import time
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -59,6 +60,38 @@ TITLES = {
 
 
 def main() -> None:
+    args, overrides = read_arguments()
+    config = load_config(args.config, overrides)
+    hardware = select_hardware(config)
+    return_freed_memory()
+    index = build_index(config, "val")
+    episodes = choose_episodes(args, config, index)
+    network = None if args.checkpoint is None else load_network(config, hardware, args.checkpoint)
+    free = load_training_free(config, hardware, network) if args.baselines else None
+    baseline = None if args.baseline_checkpoint is None else load_baseline(config, hardware, args.baseline_checkpoint)
+    started = time.perf_counter()
+    counts = {} if network is None else run_network(network, index, episodes, args, config, hardware)
+    seconds = time.perf_counter() - started if network is not None else 0.0
+    if free is not None:
+        counts |= run_training_free(free, index, episodes, config)
+    results = {
+        **describe(args, config, index, network, len(episodes[0])),
+        **score(counts, episodes, config, network),
+        "seconds": seconds,
+        "peak_memory_mib": peak_memory_mib(hardware.device),
+        "dtype": str(hardware.precision).removeprefix("torch."),
+        "environment": environment(hardware.device),
+    }
+    print(table(results))
+    if args.out is not None:
+        write_json(args.out, results)
+        print(f"results: {args.out}")
+    if network is not None:
+        draw(args, config, hardware, network.model, baseline, EpisodeList(index, episodes[0]), counts["network"])
+
+
+def read_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """Options of the command line, checked, and what they and its ``key=value`` change in the config."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
     parser.add_argument("--checkpoint", type=Path)
@@ -86,81 +119,7 @@ def main() -> None:
     check_arguments(args)
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
-    config = load_config(args.config, overrides)
-    hardware = select_hardware(config)
-    return_freed_memory()
-    index = build_index(config, "val")
-    episodes = choose_episodes(args, config, index)  # one list a seed
-    together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share what images give
-    model, baseline, trained, counts, seconds = None, None, dict[str, Any](), dict[str, np.ndarray](), 0.0
-    if args.checkpoint is not None:
-        model, trained = load_model(config, args.checkpoint)
-        model.to(hardware.device)
-    if args.baselines:
-        free = load_training_free(config, hardware, model)
-    if args.baseline_checkpoint is not None:
-        baseline = load_baseline(config, args.baseline_checkpoint).to(hardware.device)
-    if model is not None:
-        threshold = load_checkpoint(args.checkpoint).get("threshold", 0.5)
-        predictors = NETWORK | calibrated(threshold) | (BASELINES if args.baselines else {})
-        print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
-        started = time.perf_counter()
-        with progress(total=len(together), desc="evaluation", unit="episode") as bar:
-            counts = evaluate(model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar)
-        seconds = time.perf_counter() - started
-    if args.baselines:
-        with progress(total=len(together), desc="without training", unit="episode") as bar:
-            counts |= evaluate_training_free(free, index, together, cache_gib=config.eval.cache_gib, bar=bar)
-
-    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    class_ids = np.array([episode.class_id for episode in together])
-    seeds = batched(range(len(together)), len(episodes[0]))
-    by_seed = {
-        name: [scores(table[list(n)], class_ids[list(n)], names) for n in seeds] for name, table in counts.items()
-    }
-    results: dict[str, Any] = {
-        "dataset": config.data.dataset,
-        "fold": config.data.fold,
-        "folds": config.data.num_folds,
-        "shots": config.data.shots,
-        "backbone": config.model.backbone,
-        "episodes": len(episodes[0]),
-        "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
-        "seeds": args.seeds if args.episodes_from is None else [],
-        "unit": "percent",
-        **(over_seeds(by_seed["network"]) if args.checkpoint else {}),
-        "train_seed": trained.get("seed"),
-        "config": config.model_dump() | trained,
-        "checkpoint": args.checkpoint and str(args.checkpoint),
-        "checkpoint_sha256": args.checkpoint and sha256_of(args.checkpoint),
-        "list_sha256": index.list_sha256,
-        "seconds": seconds,
-        "peak_memory_mib": peak_memory_mib(hardware.device),
-        "dtype": str(hardware.precision).removeprefix("torch."),
-        "environment": environment(hardware.device),
-    }
-    if args.baselines:
-        scored = {name: over_seeds(by_seed[name])["miou"] for name in by_seed if name in TITLES}
-        results["baselines"] = {name: {"miou": miou["mean"], "std": miou["std"]} for name, miou in scored.items()}
-    if "calibrated" in by_seed:
-        results["calibrated"] = {"threshold": threshold, **over_seeds(by_seed["calibrated"])}
-    print(table(results))
-    if args.out is not None:
-        write_json(args.out, results)
-        print(f"results: {args.out}")
-    if model is None:
-        return
-    source = EpisodeList(index, episodes[0])
-    if args.panel is not None:
-        loader = build_eval_loader(config, source, range(min(PANEL_ROWS, len(episodes[0]))))
-        save_picture(args.panel, draw_rows(episode_rows(model, loader, hardware=hardware)))
-        print(f"picture: {args.panel}")
-    if args.save_panels is not None:
-        folder = args.checkpoint.parent / "panels"
-        save_panels(
-            folder, args.save_panels, model, baseline, source, counts["network"][: len(episodes[0])], config, hardware
-        )
-        print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")
+    return args, overrides
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -200,46 +159,138 @@ def choose_episodes(args: argparse.Namespace, config: Config, index: ClassIndex)
     return [[sampler(number) for number in range(count)] for sampler in samplers]
 
 
-def load_baseline(config: Config, path: Path) -> NTRENet:
-    """The model of another checkpoint of the same fold, whatever its ablation."""
-    saved = saved_config(load_checkpoint(path), path).model
-    scales = {"fem_scales": config.model.fem_scales}
-    model, _ = load_model(config.model_copy(update={"model": saved.model_copy(update=scales)}), path)
-    return model
+class Network(NamedTuple):
+    """A checkpoint's network, and what is known of its training."""
+
+    model: NTRENet
+    threshold: float
+    """chosen on base classes, 0.5 where none was"""
+    trained: dict[str, Any]
+    """the sections of its config that an evaluation does not use, and its seed if known"""
 
 
-def calibrated(threshold: float) -> dict[str, Predictor]:
-    """The network cut at the threshold of its checkpoint, where that is another than the paper's 0.5."""
-    logit = math.log(threshold / (1 - threshold))
-    return {} if threshold == 0.5 else {"calibrated": lambda output: output.logits - logit}
-
-
-def load_training_free(config: Config, hardware: Hardware, model: NTRENet | None) -> TrainingFreeSegmenter:
-    """The method on the network's own backbone; without a network, on the one that the config names."""
-    name, weights = config.model.backbone, config.model.weights
-    free = build_training_free(name, weights=weights) if model is None else on_backbone(name, model.backbone)
-    return TrainingFreeSegmenter(free, name, hardware)
-
-
-def load_model(config: Config, path: Path) -> tuple[NTRENet, dict[str, Any]]:
-    """The model of a checkpoint, which must have been trained for this config's fold and network.
+def load_network(config: Config, hardware: Hardware, path: Path) -> Network:
+    """The network of a checkpoint, which must have been trained for this config's fold and network.
 
     A converted checkpoint lists what it does not know of its training ('unknown'); that is taken from ``config``.
-
-    Returns:
-        also how it was trained: the sections of its config that an evaluation does not use, and its seed if known
     """
     checkpoint = load_checkpoint(path)
     saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
     require_same(saved, config, path, unknown=unknown)
-    model = build_saved_model(config, checkpoint, path)
+    model = build_saved_model(config, checkpoint, path).to(hardware.device)
     if "data.fold" in unknown:
         print(
             f"note: checkpoint {path} does not say which fold it was trained on;"
             f" it is tested on fold {config.data.fold} as given"
         )
     known = saved.model_dump(include={"loss", "train"} if "seed" in unknown else {"loss", "train", "seed"})
-    return model, known
+    return Network(model, checkpoint.get("threshold", 0.5), known)
+
+
+def load_baseline(config: Config, hardware: Hardware, path: Path) -> NTRENet:
+    """The model of another checkpoint of the same fold, whatever its ablation."""
+    checkpoint = load_checkpoint(path)
+    saved = saved_config(checkpoint, path)
+    scales = {"fem_scales": config.model.fem_scales}
+    given = config.model_copy(update={"model": saved.model.model_copy(update=scales)})
+    require_same(saved, given, path, unknown=checkpoint.get("unknown", ()))
+    return build_saved_model(given, checkpoint, path).to(hardware.device)
+
+
+def load_training_free(config: Config, hardware: Hardware, network: Network | None) -> TrainingFreeSegmenter:
+    """The method on the network's own backbone; without a network, on the one that the config names."""
+    name, weights = config.model.backbone, config.model.weights
+    free = build_training_free(name, weights=weights) if network is None else on_backbone(name, network.model.backbone)
+    return TrainingFreeSegmenter(free, name, hardware)
+
+
+def run_network(
+    network: Network,
+    index: ClassIndex,
+    episodes: list[list[EpisodeFiles]],
+    args: argparse.Namespace,
+    config: Config,
+    hardware: Hardware,
+) -> dict[str, np.ndarray]:
+    """Counts of the network, at its checkpoint's threshold too where that is not 0.5, and of what it can be held to."""
+    together = list(chain.from_iterable(episodes))  # so that seeds share what images give
+    logit = math.log(network.threshold / (1 - network.threshold))
+    calibrated: dict[str, Predictor] = {"calibrated": lambda output: output.logits - logit} if logit else {}
+    predictors = NETWORK | calibrated | (BASELINES if args.baselines else {})
+    print(f"what episodes share takes at most {config.eval.cache_gib:g} GiB at a time (eval.cache_gib)", flush=True)
+    with progress(total=len(together), desc="evaluation", unit="episode") as bar:
+        return evaluate(
+            network.model, index, together, config=config, hardware=hardware, predictors=predictors, bar=bar
+        )
+
+
+def run_training_free(
+    free: TrainingFreeSegmenter, index: ClassIndex, episodes: list[list[EpisodeFiles]], config: Config
+) -> dict[str, np.ndarray]:
+    """Counts of training-free segmentation, without and with edges."""
+    together = list(chain.from_iterable(episodes))
+    with progress(total=len(together), desc="without training", unit="episode") as bar:
+        return evaluate_training_free(free, index, together, cache_gib=config.eval.cache_gib, bar=bar)
+
+
+def score(
+    counts: dict[str, np.ndarray], episodes: list[list[EpisodeFiles]], config: Config, network: Network | None
+) -> dict[str, Any]:
+    """The part of the results that is scores: of the network, calibrated, and of the baselines."""
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    class_ids = np.array([episode.class_id for of_seed in episodes for episode in of_seed])
+    seeds = [list(numbers) for numbers in batched(range(len(class_ids)), len(episodes[0]))]
+    found = {name: over_seeds([scores(rows[n], class_ids[n], names) for n in seeds]) for name, rows in counts.items()}
+    results: dict[str, Any] = found.get("network", {})
+    if baselines := {name: found[name]["miou"] for name in found if name in TITLES}:
+        results["baselines"] = {name: {"miou": m["mean"], "std": m["std"]} for name, m in baselines.items()}
+    if network is not None and "calibrated" in found:
+        results["calibrated"] = {"threshold": network.threshold, **found["calibrated"]}
+    return results
+
+
+def describe(
+    args: argparse.Namespace, config: Config, index: ClassIndex, network: Network | None, episodes: int
+) -> dict[str, Any]:
+    """The part of the results that says what was evaluated, on what."""
+    trained = {} if network is None else network.trained
+    return {
+        "dataset": config.data.dataset,
+        "fold": config.data.fold,
+        "folds": config.data.num_folds,
+        "shots": config.data.shots,
+        "backbone": config.model.backbone,
+        "episodes": episodes,
+        "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
+        "seeds": args.seeds if args.episodes_from is None else [],
+        "unit": "percent",
+        "train_seed": trained.get("seed"),
+        "config": config.model_dump() | trained,
+        "checkpoint": args.checkpoint and str(args.checkpoint),
+        "checkpoint_sha256": args.checkpoint and sha256_of(args.checkpoint),
+        "list_sha256": index.list_sha256,
+    }
+
+
+def draw(
+    args: argparse.Namespace,
+    config: Config,
+    hardware: Hardware,
+    model: NTRENet,
+    baseline: NTRENet | None,
+    source: EpisodeList,
+    counts: np.ndarray,
+) -> None:
+    """--panel and --save-panels, of the first seed's episodes."""
+    count = len(source.episodes)
+    if args.panel is not None:
+        loader = build_eval_loader(config, source, range(min(PANEL_ROWS, count)))
+        save_picture(args.panel, draw_rows(episode_rows(model, loader, hardware=hardware)))
+        print(f"picture: {args.panel}")
+    if args.save_panels is not None:
+        folder = args.checkpoint.parent / "panels"
+        save_panels(folder, args.save_panels, model, baseline, source, counts[:count], config, hardware)
+        print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")
 
 
 def table(results: dict[str, Any]) -> str:

@@ -10,13 +10,11 @@ from util.command import run_command
 
 import argparse
 import itertools
-import os
-import sys
-import time
-from contextlib import closing, nullcontext, suppress
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import yaml
@@ -25,9 +23,9 @@ from tqdm import tqdm
 from model.parallel import processes, rank
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import ClassIndex
-from util.data.episodes import EpisodeFiles, EpisodeList
+from util.data.episodes import EpisodeFiles, EpisodeList, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import LoadingError, batches_of
+from util.data.loading import batches_of
 from util.data.published import is_benchmark, overlap, title_of
 from util.engine.build import (
     build_eval_loader,
@@ -41,13 +39,12 @@ from util.engine.build import (
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.engine.diagnosis import calibrated_threshold
 from util.engine.distributed import first_process_first, joined_processes
-from util.engine.events import Events
-from util.engine.interruption import Interruption, Stopped
 from util.engine.loops import evaluate, learning_rate, train
 from util.engine.memory import peak_memory_mib, return_freed_memory
 from util.engine.metrics import scores
+from util.engine.monitor import Monitor, monitored
 from util.engine.record import append_json_line, environment, keep_json_lines
-from util.engine.run_state import LAST, Training, start_or_resume
+from util.engine.run_state import Training, start_or_resume
 from util.errors import UserError, first_of
 from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
@@ -55,10 +52,6 @@ from util.segment.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
-LOADER_IS_THE_LIMIT = 0.25
-"""share of an epoch's time spent waiting for images above which a line says so"""
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
-"""fits 100 columns with the loss, the learning rate and the share of waiting"""
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
@@ -76,105 +69,63 @@ def main() -> None:
         run(config)
 
 
-def run(config: Config) -> None:
-    hardware = select_hardware(config)
-    return_freed_memory()
+class Data(NamedTuple):
+    """What a run trains on and is evaluated on."""
+
+    train: ClassIndex
+    val: ClassIndex
+    train_sampler: EpisodeSampler
+    val_sampler: EpisodeSampler
+    shared: str | None
+    """what the lists have in common, as a sentence"""
+
+
+def open_data(config: Config) -> Data:
+    """Read the lists.
+
+    Raises:
+        UserError: a benchmark's lists have images in common; see also util/data/.
+    """
     with first_process_first():
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
     shared = overlap(train_index.items, val_index.items)
     if shared and is_benchmark(config.data.dataset):
         raise UserError(shared)
-    train_sampler = build_train_sampler(config, train_index)
     val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
-    indices = {"train": train_index, "val": val_index}
-    training = start_or_resume(config, hardware, {name: index.list_sha256 for name, index in indices.items()})
-    epoch_steps = max(1, len(train_sampler) // config.train.batch_size)
-    total_steps = epoch_steps * config.train.epochs
+    return Data(train_index, val_index, build_train_sampler(config, train_index), val_sampler, shared)
+
+
+def run(config: Config) -> None:
+    """Train to the end, epoch after epoch, from the start or from where the run stood."""
+    hardware = select_hardware(config)
+    return_freed_memory()
+    data = open_data(config)
+    training = start_or_resume(config, hardware, {"train": data.train.list_sha256, "val": data.val.list_sha256})
+    options = config.train
+    epoch_steps = max(1, len(data.train_sampler) // options.batch_size)
+    total_steps = epoch_steps * options.epochs
     training.require_place(epoch_steps, total_steps)
-    episodes = [val_sampler(number) for number in range(config.eval.episodes)]
-    batches = batches_of(build_train_loader(config, train_sampler, start=training.step, stop=total_steps))
-
-    run_dir, first = Path(config.run_dir), rank() == 0
-    if first:
-        open_run(training, {str(index.list_path): index.list_sha256 for index in indices.values()})
-        for index in indices.values():
-            print(f"list {index.list_path}, {len(index.items)} lines: {title_of(index.items)}")
-        if shared:
-            print(f"warning: {shared}")
-        announce(training, len(train_sampler), len(val_sampler), total_steps)
-        if any(train_sampler.left_out.values()):
-            left_out = ", ".join(f"{config.data.classes[c - 1]} {n}" for c, n in train_sampler.left_out.items())
-            print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
-
-    options, before, began_at = config.train, training.seconds, training.step
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
-    began = saved = time.monotonic()
-    with (
-        closing(Events(run_dir / "tensorboard", config, training.step)) if first else nullcontext() as events,
-        progress(total=total_steps, initial=training.step, unit="step", bar_format=BAR, disable=not first) as bar,
-        Interruption() as stop,
-    ):
-
-        def save() -> None:
-            nonlocal saved
-            if events is not None:
-                events.flush()  # a checkpoint's own events are on the disk before it
-            training.save_last()
-            saved = time.monotonic()
-
-        def after_step(lr: float, terms: dict[str, float], norm: float) -> None:
-            training.seconds = before + time.monotonic() - began
-            if events is not None:
-                losses = {f"loss/{name}": value for name, value in terms.items()}
-                events.scalars(training.step, losses | {"lr": lr, "gradient_norm": norm})
-            if time.monotonic() - saved >= 60 * options.checkpoint_minutes and training.step % epoch_steps:
-                save()
-
-        try:
-            while training.finished_step < total_steps:
-                end = training.finished_step + epoch_steps
-                epoch = end // epoch_steps
-                bar.set_description(f"epoch {epoch}/{options.epochs}", refresh=False)
-                epoch_batches = itertools.islice(batches, end - training.step)
-                start, started = training.step, time.monotonic()
-                waiting = train(training, epoch_batches, lr_at=lr_at, stop=stop, bar=bar, on_step=after_step)
-                if events is not None and training.step > start:
-                    speed = (training.step - start) * options.batch_size / (time.monotonic() - started)
-                    memory = peak_memory_mib(hardware.device)
-                    events.scalars(training.step, {"episodes_per_second": speed, "peak_memory_mib": memory})
-                if first and waiting > LOADER_IS_THE_LIMIT:
-                    tqdm.write(
-                        f"epoch {epoch}: {waiting:.0%} of the time went to waiting for images: the loader is the limit,"
-                        f" not the model; raise workers (now {config.workers}, of {os.cpu_count()} cores)"
-                    )
-                improved = False
-                if epoch % config.eval.every == 0 or end == total_steps:
-                    miou = validate(training, val_index, episodes, events, epoch_steps, stop)
-                    improved = miou > training.best_miou
-                    training.best_miou = max(training.best_miou, miou)
-                training.sums = dict.fromkeys(training.sums, 0.0)
-                training.finished_step = end
-                training.seconds = before + time.monotonic() - began
-                if improved if config.eval.select == "miou" else end == total_steps:
-                    training.save_best()
-                save()
-        except Stopped as stopped:
-            save()
-            if first:
-                with suppress(OSError):  # the terminal may be gone
-                    bar.close()
-                    print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
-            sys.exit(stopped.exit_code)
-        except LoadingError as error:
-            if not first or training.step == began_at:
-                raise
-            save()
-            raise UserError(f"{error}; saved first, after step {training.step}: resume=auto goes on") from error
-    if first:
-        close_run(training, val_index)
+    episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
+    batches = batches_of(build_train_loader(config, data.train_sampler, start=training.step, stop=total_steps))
+    if rank() == 0:
+        open_run(training, data)
+        announce(training, data, total_steps)
+    with monitored(training, epoch_steps, total_steps) as monitor:
+        while training.finished_step < total_steps:
+            end = training.finished_step + epoch_steps
+            train(training, itertools.islice(batches, end - training.step), lr_at=lr_at, monitor=monitor)
+            evaluated = (end // epoch_steps) % config.eval.every == 0 or end == total_steps
+            miou = validate(training, data.val, episodes, monitor) if evaluated else -1.0
+            improved = training.finish_epoch(end, miou)
+            if improved if config.eval.select == "miou" else end == total_steps:
+                training.save_best()
+            monitor.save()
+    if rank() == 0:
+        close_run(training, data.val)
 
 
-def open_run(training: Training, lists: dict[str, str]) -> None:
+def open_run(training: Training, data: Data) -> None:
     """config.yaml and run.json; what an interrupted run wrote after its last checkpoint goes."""
     config, run_dir = training.config, Path(training.config.run_dir)
     write_text(run_dir / "config.yaml", yaml.safe_dump(config.model_dump(), sort_keys=False))
@@ -191,7 +142,7 @@ def open_run(training: Training, lists: dict[str, str]) -> None:
         "seed": config.seed,
         "eval_seed": EVAL_SEED,
         "weights": training.weights._asdict(),
-        "list_sha256": lists,
+        "list_sha256": {str(index.list_path): index.list_sha256 for index in (data.train, data.val)},
         "resumed_at_step": training.step,
         "starts": [*starts, start],
     }
@@ -228,47 +179,42 @@ def cost(training: Training) -> dict[str, float]:
     return {"steps": training.step, "seconds": training.seconds, "peak_memory_mib": peak}
 
 
-def announce(training: Training, train: int, val: int, steps: int) -> None:
+def announce(training: Training, data: Data, steps: int) -> None:
     """Say on screen what is about to run."""
     config, (device, precision), weights = training.config, training.hardware, training.weights
-    data = config.data
+    options, sampler = config.data, data.train_sampler
+    for index in (data.train, data.val):
+        print(f"list {index.list_path}, {len(index.items)} lines: {title_of(index.items)}")
+    if data.shared:
+        print(f"warning: {data.shared}")
     print(
-        f"{data.dataset} fold {data.fold} of {data.num_folds}, {data.shots}-shot, {config.model.backbone}"
+        f"{options.dataset} fold {options.fold} of {options.num_folds}, {options.shots}-shot, {config.model.backbone}"
         f" on {device.type}, {str(precision).removeprefix('torch.')}\n"
         f"weights: {weights.source} (stem {weights.stem}, sha256 {weights.sha256[:16] or 'none'})\n"
-        f"training: {train} images of {len(base_classes(data))} base classes,"
+        f"training: {len(sampler)} images of {len(base_classes(options))} base classes,"
         f" {steps} steps of {config.train.batch_size} episodes"
         f"{f', resumed at step {training.step}' if training.step else ''}\n"
-        f"validation: {config.eval.episodes} episodes over {val} images of"
-        f" {first_of([data.classes[c - 1] for c in novel_classes(data)], shown=20, separator=', ')}\n"
+        f"validation: {config.eval.episodes} episodes over {len(data.val_sampler)} images of"
+        f" {first_of([options.classes[c - 1] for c in novel_classes(options)], shown=20, separator=', ')}\n"
         f"best.pt is {SELECTION[config.eval.select]}; everything goes to {config.run_dir}",
         flush=True,
     )
+    if any(sampler.left_out.values()):
+        left_out = ", ".join(f"{options.classes[c - 1]} {n}" for c, n in sampler.left_out.items())
+        print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
 
 
-def validate(
-    training: Training,
-    index: ClassIndex,
-    episodes: list[EpisodeFiles],
-    events: Events | None,
-    epoch_steps: int,
-    stop: Interruption,
-) -> float:
-    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
-
-    Args:
-        events: of the first process; the others have none, and write nothing.
-        epoch_steps: that the training's sums of losses are over.
-    """
-    config, step, hardware = training.config, training.step, training.hardware
+def validate(training: Training, index: ClassIndex, episodes: list[EpisodeFiles], monitor: Monitor) -> float:
+    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU."""
+    config, step, hardware, events = training.config, training.step, training.hardware, monitor.events
     bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=events is None)
     with bar:
-        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=stop)
+        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=monitor.stop)
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if events is not None:
         tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
-        losses = {name: value / epoch_steps for name, value in training.sums.items()}
+        losses = {name: value / monitor.epoch_steps for name, value in training.sums.items()}
         append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
         loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))
         events.evaluation(step, found, draw_rows(episode_rows(training.model, loader, hardware=hardware)))

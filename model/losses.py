@@ -252,6 +252,7 @@ class NTRELoss(nn.Module):
     }
     """The terms of the total loss: name, method and default weight. A method gives None where the network makes no
     prediction for it."""
+    NAMES: ClassVar = ("total", *TERMS)
 
 
 def drawn(stored: Tensor, count: int) -> Tensor:

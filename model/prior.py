@@ -11,8 +11,7 @@ def prior_mask(query_high: Tensor, support_high: Tensor) -> Tensor:
     """C_p from stage-4 features.
 
     For every query position the largest cosine similarity to any support position, min-max normalised over
-    the image; the mean over the K shots. The K shots of an episode are one matrix product; one episode at a time
-    bounds the memory at (K n, h w).
+    the image; the mean over the K shots.
 
     Args:
         query_high: (B, C, h, w)
@@ -20,42 +19,58 @@ def prior_mask(query_high: Tensor, support_high: Tensor) -> Tensor:
     Returns:
         (B, 1, h, w) in [0, 1]; zeros where every similarity is the same (an empty support mask)
     """
-    size, shots = query_high.shape[-2:], support_high.shape[1]
-    query = query_high.flatten(2)  # (B, C, hw)
-    support = F.normalize(support_high.float(), dim=3).to(query.dtype).flatten(1, 2)  # (B, Kn, C)
-    largest = [(s @ q).unflatten(0, (shots, -1)).amax(1) for s, q in zip(support, query, strict=True)]
-    similarity = torch.stack(largest).float()  # (B, K, hw), still to be divided by the query's length
-    similarity = similarity / query.float().norm(dim=1, keepdim=True).clamp_min(1e-12)
+    pairs = zip(query_high.flatten(2), support_high, strict=True)
+    similarity = torch.stack([_largest_similarity(query, support) for query, support in pairs])  # (B, K, hw)
     low, high = torch.aminmax(similarity, dim=2, keepdim=True)
-    return ((similarity - low) / (high - low + 1e-7)).mean(1).unflatten(1, size).unsqueeze(1)
+    return ((similarity - low) / (high - low + 1e-7)).mean(1).unflatten(1, query_high.shape[-2:]).unsqueeze(1)
 
 
-def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor) -> Tensor:
+def _largest_similarity(query: Tensor, support: Tensor) -> Tensor:
+    """One episode's (C, hw) and (K, n, C) -> (K, hw), float32.
+
+    The K shots are one matrix product. One episode at a time bounds the memory at (K n, hw), and at one float32 copy of
+    its own features.
+    """
+    shots = len(support)
+    support = F.normalize(support.float(), dim=2).to(query.dtype).flatten(0, 1)
+    largest = (support @ query).unflatten(0, (shots, -1)).amax(1)
+    return largest.float() / query.float().norm(dim=0).clamp_min(1e-12)
+
+
+def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: int | None = None) -> Tensor:
     """Stage 4 at the support positions that can be most similar to a query position: on the target, and one beside it.
 
     The lineage zeroes the features beside the target, before stage 4 and after it, so all positions there have
     similarity 0 and one stands for them all. A support with fewer target positions than another of the batch keeps
-    more of the zeros. A GPU computes stage 4 of the whole batch at once; a CPU only what the target depends on.
+    more of the zeros.
+
+    A CPU computes only what the target depends on. A GPU computes stage 4 of the whole batch at once and, unless it is
+    told the largest number of target positions, keeps them all: a shape that depended on masks would have to be waited
+    for, and would be another one at each step. Features there are not multiplied by a partial ``target``, which changes
+    no cosine.
 
     Args:
         stage3: of the supports, (N, C3, h, w)
         target: (N, 1, h, w) in [0, 1], partial at the target's border; features are multiplied by it
+        most: the largest number of positions above 0 in a ``target`` of the batch, where it is known
     Returns:
-        (N, n, C4), n the largest number of target positions in the batch plus one (h w at most)
+        (N, n, C4), n = ``most`` + 1 (h w at most)
     """
     masked, inside = stage3 * target, target.squeeze(1) > 0
-    n = min(int(inside.sum((1, 2)).amax()) + 1, inside[0].numel())
+    positions = inside[0].numel()
     if stage3.is_cuda:
-        high, weight = backbone.high(masked).flatten(2).transpose(1, 2), target.flatten(1)
-        first = inside.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :n]  # target first
-        image = torch.arange(len(first), device=first.device).unsqueeze(1)
-        return high[image, first] * weight[image, first].unsqueeze(2)
+        high = backbone.high(masked).mul_(inside.unsqueeze(1)).flatten(2).transpose(1, 2)
+        if most is None or most + 1 >= positions:
+            return high
+        first = inside.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : most + 1]
+        return high.take_along_dim(first.unsqueeze(2), dim=1)
+    n = min((int(inside.sum((1, 2)).amax()) if most is None else most) + 1, positions)
     found = []
-    for x, weight, positions in zip(masked.split(1), target.squeeze(1), inside, strict=True):
-        rows, columns = _window(positions.any(1)), _window(positions.any(0))
+    for x, weight, shown in zip(masked.split(1), target.squeeze(1), inside, strict=True):
+        rows, columns = _window(shown.any(1)), _window(shown.any(0))
         high = backbone.high_within(x, rows, columns)[0].permute(1, 2, 0)
-        positions = positions[rows, columns]
-        target_rows = high[positions] * weight[rows, columns][positions].unsqueeze(1)
+        shown = shown[rows, columns]
+        target_rows = high[shown] * weight[rows, columns][shown].unsqueeze(1)
         found.append(F.pad(target_rows, (0, 0, 0, n - len(target_rows))))
     return torch.stack(found)
 

@@ -52,7 +52,7 @@ class PrototypeBank(nn.Module):
         place = classes * self.capacity + (self.stored[classes] + rank) % self.capacity
         # All shapes are fixed, so that a GPU is not waited for: a row that is not written repeats one that is, and
         # where none is, the row that stands at its place.
-        first = written.to(torch.uint8).argmax()
+        first = written.to(torch.uint8).argmax().unsqueeze(0)  # an index of no dimension would be waited for
         place = torch.where(written, place, place[first])
         flat = self.prototypes.view(-1, self.prototypes.shape[2])
         source = torch.where(written[:, None], prototypes, prototypes[first]).to(flat.dtype)

@@ -103,10 +103,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
-    if strange := [name for name, value in state.items() if not is_plain(name, value)]:
-        raise WeightsError(
-            f"weights file {path} is damaged: {strange[0]!r:.80} is no dense tensor of finite numbers; fetch it again"
-        )
+    if strange := strange_entry(state):
+        raise WeightsError(f"weights file {path} is damaged: {strange}; fetch it again")
     return {name.removeprefix("module."): value for name, value in state.items()}, digest
 
 
@@ -130,8 +128,13 @@ def load_data(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def is_plain(name: object, value: object) -> bool:
-    """Whether an entry of a state dict has a name and is a dense tensor of finite numbers."""
+def strange_entry(state: dict[str, Any]) -> str | None:
+    """Say which entry of a state dict has no name or is no dense tensor of finite numbers, where there is one."""
+    strange = (name for name, value in state.items() if not _is_plain(name, value))
+    return next((f"{name!r:.80} is no dense tensor of finite numbers" for name in strange), None)
+
+
+def _is_plain(name: object, value: object) -> bool:
     return (
         isinstance(name, str)
         and isinstance(value, Tensor)

@@ -179,12 +179,8 @@ def compare_outputs(
     """Largest difference of the logits and of the loss between ours and the plain formulation, dropout off."""
     batch = batch.to(hardware.device)
     outputs = plain_on(plain.eval(), batch), forward(ours.eval(), batch, hardware)
-    losses = [
-        float(
-            build_loss(config).to(hardware.device)(output, batch.query_mask, batch.support_masks, batch.class_id).total
-        )
-        for output in outputs
-    ]
+    labels = batch.query_mask, batch.support_masks, batch.class_id
+    losses = [float(build_loss(config).to(hardware.device)(output, *labels)["total"]) for output in outputs]
     logits = [output.logits.float() for output in outputs]
     return {
         "logits_difference": float((logits[1] - logits[0]).abs().max()),

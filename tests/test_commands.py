@@ -47,6 +47,7 @@ from util.data.synthetic import generate
 from util.engine import loops
 from util.engine.build import build_eval_sampler, build_index, build_model, build_train_sampler
 from util.engine.metrics import Scores
+from util.engine.monitor import BAR
 from util.segment.visualize import GAP, TILE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -565,7 +566,7 @@ def test_the_progress_bar_fits_100_columns() -> None:
     """At the longest of 200 epochs of PASCAL-5i: nothing is cut, the loss comes first."""
     line = tqdm.format_meter(
         n=29_800, total=37_200, elapsed=36_753, ncols=100, prefix="epoch 160/200", unit="step",
-        bar_format=train.BAR, postfix="loss=12.345, lr=0.0300, waiting=13%", rate=1 / 1.23,
+        bar_format=BAR, postfix="loss=12.345, lr=0.0300, waiting=13%", rate=1 / 1.23,
     )  # fmt: skip
     assert len(line) <= 100 and line.endswith(", loss=12.345, lr=0.0300, waiting=13%]")
 

@@ -202,7 +202,6 @@ OTHER_VALUES = {
     "seed": 9,
     "run_dir": "somewhere",
     "resume": "auto",
-    "resume_changed_code": True,
     "device": "cpu",
     "precision": "bf16",
     "workers": 0,

@@ -5,12 +5,16 @@ without them it is skipped.
 """
 
 import importlib.util
+import io
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,11 @@ import pytest
 from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
-from demo import require_free
 from util.data import synthetic
-from util.demo import steps
+from util.demo import server, steps
+from util.demo.server import is_own, require_free
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter
+from util.segment.segmenter import NTRESegmenter, Segmentation
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ORIENTATION = 0x0112
@@ -49,7 +53,7 @@ def editor(seed: int, paint: bool = True) -> dict[str, Any]:
     """What the page's editor gives for a scene: RGBA, with paint on the disc, half transparent as the brush."""
     pixels, disc = scene(seed)
     layer = np.zeros((*disc.shape, 4), np.uint8)
-    layer[disc & paint] = (230, 60, 60, 140)
+    layer[disc & paint] = (*steps.PAINT, 140)
     background = np.dstack([pixels, np.full(disc.shape, 255, np.uint8)])
     return {"background": background, "layers": [layer], "composite": background}
 
@@ -67,21 +71,31 @@ def photo(seed: int, height: int = 48, width: int = 60) -> steps.Photo:
 
 def test_what_is_painted_is_what_the_segmenter_is_given(segmenter: NTRESegmenter) -> None:
     photos = [photo(4), photo(5, 97, 50)]
-    results, cost = steps.segment(segmenter, editor(1), [], photos)
-    for result, one in zip(results, photos, strict=True):
-        expected = segmenter.segment(*scene(1), one.pixels)
-        for found, wanted in zip(result, expected, strict=True):
-            np.testing.assert_array_equal(found, wanted)
-    assert cost.startswith("2 photos from 1 support in ")
+    findings = steps.segment(segmenter, editor(1), [], photos)
+    for one in photos:
+        found = findings.of(one, 0)
+        assert found is not None
+        for values, wanted in zip(found, segmenter.segment(*scene(1), one.pixels), strict=True):
+            np.testing.assert_array_equal(values, wanted)
+    assert findings.sentence.startswith("2 photos from 1 support in ")
 
 
 def test_kept_supports_are_used_with_the_one_in_the_editor(segmenter: NTRESegmenter) -> None:
     kept = steps.add_support(editor(2), steps.add_support(editor(1), []))
     expected = segmenter.segment([scene(n)[0] for n in (1, 2, 3)], [scene(n)[1] for n in (1, 2, 3)], scene(4)[0])
     for last in (editor(3), editor(3, paint=False), None):
-        results, _ = steps.segment(segmenter, last, kept, [photo(4)])
-        same = np.array_equal(results[0].probability, expected.probability)
+        found = steps.segment(segmenter, last, kept, [photo(4)]).of(photo(4), 0)
+        assert found is not None
+        same = np.array_equal(found.probability, expected.probability)
         assert same == (last is not None and last["layers"][0].any())
+
+
+def test_what_is_found_is_of_its_own_photo_and_its_own_supports(segmenter: NTRESegmenter) -> None:
+    """Photos and supports that come while a request runs are not shown with what it finds."""
+    findings = steps.segment(segmenter, editor(1), [], [photo(4)], number=3)
+    assert findings.of(photo(4), 3) is not None
+    assert findings.of(photo(5), 3) is None
+    assert findings.of(photo(4), 4) is None
 
 
 @pytest.mark.parametrize("unpainted", [None, editor(1, paint=False), {**editor(1), "background": None}])
@@ -97,56 +111,74 @@ def test_no_photo_is_said_in_plain_words(segmenter: NTRESegmenter) -> None:
         steps.segment(segmenter, editor(1), [], [])
 
 
+def a_segmentation(probability: np.ndarray) -> Segmentation:
+    return Segmentation(probability > 0.5, probability.astype(np.float32))
+
+
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.9])
-def test_the_threshold_decides_the_mask_in_the_file_and_on_the_photo(
-    segmenter: NTRESegmenter, tmp_path: Path, threshold: float
-) -> None:
-    photos = [photo(4), photo(5)]
-    results, _ = steps.segment(segmenter, editor(1), [], photos)
-    levels = np.linspace(0, 1, 48 * 60, dtype=np.float32).reshape(48, 60)  # the network's own may all lie on one side
-    results[1] = results[1]._replace(probability=levels)
-    seen = steps.view(photos, results, 1, threshold, tmp_path)
-    assert seen.mask_file is not None and seen.photo is not None
-    mask = np.asarray(Image.open(seen.mask_file))
+def test_the_threshold_decides_the_mask_in_the_file_and_on_the_photo(threshold: float) -> None:
+    levels = np.linspace(0, 1, 48 * 60, dtype=np.float32).reshape(48, 60)
+    seen = steps.view(photo(5), a_segmentation(levels), threshold, False)
+    assert seen.mask is not None and seen.photo is not None
+    mask = np.asarray(Image.open(io.BytesIO(steps.mask_png(photo(5), seen.mask))))
     np.testing.assert_array_equal(mask, np.where(levels > threshold, 255, 0))
-    untouched = (seen.photo == photos[1].pixels).all(axis=2)
+    untouched = (seen.photo == photo(5).pixels).all(axis=2)
     assert untouched[mask == 0].mean() > 0.9
     assert untouched[mask == 255].mean() < 0.1
-    assert Path(seen.mask_file).name == "scene5_mask.png"
 
 
-def test_before_the_network_ran_the_photo_is_shown_alone(tmp_path: Path) -> None:
-    seen = steps.view([photo(4)], [], 0, 0.5, tmp_path)
+def test_before_the_network_ran_the_photo_is_shown_alone() -> None:
+    seen = steps.view(photo(4), None, 0.5, False)
     np.testing.assert_array_equal(seen.photo, scene(4)[0])
-    assert seen[1:] == (None, None, None, None)
-    assert steps.view([], [], 0, 0.5, tmp_path) == (None,) * 5
+    assert seen[1:] == (None,) * 4
 
 
-def test_a_network_without_elimination_has_only_the_prior(
-    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
-) -> None:
+def test_a_thumbnail_carries_the_mask() -> None:
+    large = photo(4, 480, 600)
+    plain, marked = (
+        steps.thumbnail(large, found, 0.5, False)
+        for found in (None, a_segmentation(scene(4, 480, 600)[1].astype(float)))
+    )
+    assert max(plain.shape) == steps.THUMBNAIL
+    touched = (plain != marked).any(2)
+    disc = steps.shrunk(scene(4, 480, 600)[1].astype(np.float32), steps.THUMBNAIL) > 0.5
+    assert (touched & disc).sum() / (touched | disc).sum() > 0.9
+
+
+def test_a_network_without_elimination_has_only_the_prior(tmp_path_factory: pytest.TempPathFactory) -> None:
     off = ("model.bgem=false", "model.doem=false", "loss.pcl=false")
     path = write_checkpoint(tmp_path_factory.mktemp("demo_pfenet") / "pfenet.pt", *off)
-    results, _ = steps.segment(NTRESegmenter.from_checkpoint(path, "cpu"), editor(1), [], [photo(4)])
+    findings = steps.segment(NTRESegmenter.from_checkpoint(path, "cpu"), editor(1), [], [photo(4)])
     path.unlink()
-    seen = steps.view([photo(4)], results, 0, 0.5, tmp_path)
+    seen = steps.view(photo(4), findings.of(photo(4), 0), 0.5, False)
     assert (seen.bg, seen.distractor) == (None, None)
     assert seen.prior is not None and seen.prior.shape == (48, 60, 3)
 
 
-def test_a_large_turned_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(
-    segmenter: NTRESegmenter, tmp_path: Path
-) -> None:
+def test_a_large_turned_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(tmp_path: Path) -> None:
     pixels, disc = scene(4, 1200, 1600)
     path = save(tmp_path / "IMG_1.png", np.rot90(pixels).copy(), orientation=6)  # to be turned clockwise
     one = steps.read_photo(path)
     assert (one.pixels.shape, one.size) == ((768, 1024, 3), (1200, 1600))
     np.testing.assert_array_equal(one.pixels, cv2.resize(pixels, (1024, 768), interpolation=cv2.INTER_AREA))
-    results, _ = steps.segment(segmenter, editor(1), [], [one])
-    results[0] = results[0]._replace(probability=cv2.resize(disc.astype(np.float32), (1024, 768)))
-    mask = np.asarray(Image.open(str(steps.view([one], results, 0, 0.5, tmp_path).mask_file))) > 0
+    small = cv2.resize(disc.astype(np.float32), (1024, 768)) > 0.5
+    mask = np.asarray(Image.open(io.BytesIO(steps.mask_png(one, small)))) > 0
     assert mask.shape == disc.shape
     assert (mask & disc).sum() / (mask | disc).sum() > 0.98
+
+
+def test_sharpening_brings_rough_paint_to_the_objects_edges() -> None:
+    pixels, disc = scene(1, 240, 320)
+    y, x = np.argwhere(disc).mean(0).round().astype(int)
+    rough = np.zeros(disc.shape, np.uint8)
+    cv2.circle(rough, (int(x) + 8, int(y) + 8), int(1.1 * np.sqrt(disc.sum() / np.pi)), 1, -1)
+    given = steps.editor_of(steps.Support(pixels, rough > 0))
+    (sharp,) = steps.painted(steps.sharpen(given))
+    before, after = ((m & disc).sum() / (m | disc).sum() for m in (rough > 0, sharp.mask))
+    assert before < 0.8 < 0.93 < after
+    np.testing.assert_array_equal(sharp.pixels, pixels)
+    with pytest.raises(UserError, match=r"^paint the object first"):
+        steps.sharpen(editor(1, paint=False))
 
 
 def test_what_cannot_be_read_is_named_and_the_other_photos_are_kept(tmp_path: Path) -> None:
@@ -163,7 +195,10 @@ def test_too_many_photos_or_supports_are_refused(tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", scene(4)[0])
     photos, complaints = steps.read_photos([path] * (steps.MOST + 2))
     assert len(photos) == steps.MOST
-    assert complaints == [f"{steps.MOST} photos are the most at a time; the other 2 are left out"]
+    assert complaints == [f"{steps.MOST} photos are the most at a time; 2 are left out"]
+    (tmp_path / "notes.png").write_text("not a picture")
+    photos, complaints = steps.read_photos([str(tmp_path / "notes.png")] * 2 + [path] * steps.MOST)
+    assert (len(photos), len(complaints)) == (steps.MOST, 2)  # what cannot be read takes no photo's place
     with pytest.raises(UserError, match="are the most"):
         steps.add_support(editor(1), steps.painted(editor(1)) * steps.MOST)
 
@@ -221,6 +256,52 @@ def test_a_port_in_use_is_refused_with_the_remedy() -> None:
     require_free(port)
 
 
+def test_folders_of_demos_that_were_killed_are_removed_and_those_of_running_ones_are_not(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, unlocked = tmp_path / "ntrenet_demo_killed", tmp_path / "ntrenet_demo_other"
+    for folder in (killed, unlocked):
+        folder.mkdir()
+        (folder / "photo.png").write_text("")
+    (killed / server.LOCK).write_text("")
+    (tmp_path / "ntrenet_demo_link").symlink_to(killed)
+    code = "from util.demo.server import upload_folder\nwith upload_folder() as f: print(f, flush=True); input()"
+    running = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert running.stdout is not None
+    folder = Path(running.stdout.readline().strip())
+    server.remove_old_folders()
+    assert (killed.exists(), unlocked.exists(), folder.is_dir()) == (False, True, True)
+    running.send_signal(signal.SIGHUP)
+    running.communicate(timeout=60)
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("headers", "own"),
+    [
+        ({"host": "127.0.0.1:7860"}, True),
+        ({"host": "localhost:9000", "origin": "http://localhost:9000", "sec-fetch-site": "same-origin"}, True),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),
+        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, False),
+        ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8888"}, False),
+        ({"host": "127.0.0.1:7860", "origin": "null"}, False),
+        ({"host": "elsewhere.example:7860"}, False),
+        ({"host": "127.0.0.1.elsewhere.example"}, False),
+        ({}, False),
+    ],
+)
+def test_requests_of_other_pages_are_not_answered(headers: dict[str, str], own: bool) -> None:
+    assert is_own(headers) == own
+
+
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None or not all(map(importlib.util.find_spec, ("gradio", "playwright"))),
     reason="needs chromium, requirements-demo.txt and playwright",
@@ -272,6 +353,7 @@ def test_the_page_works_in_a_browser_without_any_other_host_and_leaves_no_files(
         try:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
             walk(page, served.address, photo_file, support_file, str(tmp_path / "notes.png"), tmp_path)
+            refuse(served.address)
             for width in (390, 360):
                 phone = browser.new_page(viewport={"width": width, "height": 800})
                 phone.goto(served.address)
@@ -281,7 +363,7 @@ def test_the_page_works_in_a_browser_without_any_other_host_and_leaves_no_files(
                 phone.screenshot(path=tmp_path / f"phone{width}.png", full_page=True)
         finally:
             browser.close()
-            printed = served.end(signal.SIGTERM)
+            printed = served.end(signal.SIGHUP)
     assert served.process.returncode == 0
     assert "Traceback" not in printed
     assert list(folder.iterdir()) == []
@@ -303,6 +385,7 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     page.locator("#photos button").nth(1).click()
     page.wait_for_timeout(1500)
     assert not np.array_equal(mask_of(page), first)
+    assert page.evaluate("[...document.images].every(image => image.alt)")
 
     drop(page, "#support-file", text_file)
     assert "notes.png is no picture" in toast(page)
@@ -310,13 +393,21 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     assert "notes.png is no picture" in toast(page)
 
     drop(page, "#support-file", support_file)
-    page.wait_for_timeout(2000)
+    page.wait_for_function("document.querySelector('#status').innerText == 'Now press Segment.'")
+    assert page.locator("#download a").count() == 0  # the new support clears the old result
     page.click("#segment")
     assert "paint the object first" in toast(page)
     paint(page)
     page.screenshot(path=out / "painted.png", full_page=True)
-    drop(page, "#photo-files", photo_file)
+    page.click("#sharpen")
+    page.wait_for_timeout(2000)
+    page.screenshot(path=out / "sharpened.png", full_page=True)
+    page.click("#segment")
+    drop(page, "#photo-files", photo_file)  # while the request runs
     page.wait_for_function("document.querySelectorAll('#photos img').length == 1")
+    page.wait_for_function("document.querySelector('#segment').innerText == 'Segment'", timeout=20000)
+    page.wait_for_timeout(1500)
+    assert page.locator("#download a").count() == 0  # it was about other photos
     assert segment(page) == "1 photo from 1 support"
     assert mask_of(page).shape == (300, 400)
     page.screenshot(path=out / "own.png", full_page=True)
@@ -331,6 +422,13 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     assert hosts <= {"127.0.0.1", None}
 
 
+def refuse(address: str) -> None:
+    """What another page in the same browser might send."""
+    for headers in ({"Host": "elsewhere.example"}, {"Origin": "http://elsewhere.example"}):
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20)
+
+
 def segment(page: Any) -> str:
     """Press Segment; what the status says without the time."""
     before = page.inner_text("#status")
@@ -342,7 +440,7 @@ def segment(page: Any) -> str:
 
 def mask_of(page: Any) -> np.ndarray:
     with page.expect_download() as download:
-        page.click("#download")
+        page.click("#download a")
     return np.asarray(Image.open(download.value.path()))
 
 

@@ -252,6 +252,10 @@ class EvalConfig(Section):
     """what best.pt is: the highest novel-fold mIoU, as in the lineage, or simply the last"""
 
 
+RETIRED = ("resume_changed_code",)
+"""keys that mean nothing any more; records that were written with them are still read"""
+
+
 class Config(Section):
     data: Annotated[DataConfig, COMPARED]
     model: Annotated[ModelConfig, NETWORK, VARIANT] = ModelConfig()
@@ -264,8 +268,6 @@ class Config(Section):
     """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
     resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
-    resume_changed_code: Annotated[bool, MACHINE] = False
-    """resume although train.py, model/ or util/ changed since the checkpoint: the result is then of both"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
     precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], SHOWN] = "auto"
     """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
@@ -347,6 +349,7 @@ def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
 
 def config_from_dict(values: dict[str, Any], source: str) -> Config:
     """Validate a whole config that stands in a checkpoint or a record; ``source`` is named in errors."""
+    values = {key: value for key, value in values.items() if key not in RETIRED}
     return _validate(values, {}, source, contradiction=source)
 
 

@@ -1,23 +1,27 @@
 """The demo's page: where everything stands, and which step of util/demo/steps.py each control calls. Needs gradio."""
 
+import base64
 import functools
+import html
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from io import BytesIO
+from typing import Any, NamedTuple
 
 import gradio as gr
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from util.data.images import FORMATS, encoded
 from util.demo import steps
-from util.demo.steps import Photo, Support
+from util.demo.steps import PAINT, Findings, Photo, Support, View
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter, Segmentation, Segmenter
+from util.segment.segmenter import NTRESegmenter, Segmenter
 from util.segment.visualize import DISTRACTOR, TARGET
 
 FONT = ("system-ui", "sans-serif")  # the visitor's own: nothing is fetched
 THEME = gr.themes.Soft(primary_hue="red", neutral_hue="slate", font=FONT, font_mono=("ui-monospace", "monospace"))
 RED, BLUE = f"rgb{TARGET}", f"rgb{DISTRACTOR}"
-BRUSH = gr.Brush(colors=[("#{:02x}{:02x}{:02x}".format(*TARGET), 0.55)], color_mode="fixed", default_size=24)
+BRUSH = gr.Brush(colors=[("#{:02x}{:02x}{:02x}".format(*PAINT), 0.55)], color_mode="fixed", default_size=24)
 
 CSS = f"""
 .gradio-container {{ max-width: 1240px !important; width: 100%; margin: auto; }}
@@ -34,12 +38,18 @@ CSS = f"""
 .drop [data-testid=upload-text]::after {{ content: "Drop here, or click to choose"; font-size: 1rem; }}
 .drop .or {{ display: none; }}
 .drop .icon-wrap {{ width: 22px; margin: 0; }}
-.strip .grid-container {{ grid-template-columns: repeat(auto-fill, 72px) !important; padding: 0; }}
-.strip .grid-wrap {{ min-height: 0; height: auto; }}
-.map img {{ max-height: 420px; }}
-.small-map img {{ max-height: 180px; }}
-.map .icon-button-wrapper {{ display: none; }}
-.caption {{ font-size: .85rem; text-align: center; }}
+.strip {{ display: flex; flex-wrap: wrap; gap: 8px; }}
+.strip button {{ padding: 0 !important; border: 0 !important; border-radius: 8px; }}
+.strip img {{ width: 72px; height: 72px; object-fit: cover; border-radius: 8px; display: block; }}
+.strip button[aria-pressed=true] {{ outline: 3px solid {RED}; }}
+#editor .toolbar-wrap {{ top: 4px; left: 4px; right: auto; width: auto; flex-direction: row; }}
+#editor .half-container {{ flex-direction: row; padding: 0 4px; border: 0; }}
+#found img {{ max-height: 420px; max-width: 100%; margin: auto; display: block; }}
+.maps {{ display: flex; flex-wrap: wrap; gap: 10px; }}
+.maps figure {{ flex: 1 1 70px; margin: 0; text-align: center; font-size: .85rem; }}
+.maps img {{ max-height: 180px; max-width: 100%; margin: auto; display: block; }}
+#download a {{ display: block; text-align: center; padding: 6px; border-radius: 8px;
+  background: var(--button-secondary-background-fill); color: inherit; text-decoration: none; }}
 .legend span {{ white-space: nowrap; margin-right: 1.2em; }}
 .legend i {{ display: inline-block; width: 1em; height: 1em; border-radius: 3px; vertical-align: -2px;
   margin-right: .4em; }}
@@ -49,6 +59,9 @@ CSS = f"""
 @media (max-width: 640px) {{ .gradio-container main {{ padding: 12px !important; }} }}
 .small {{ font-size: .85rem; opacity: .75; }}
 """
+
+MAP_SIDE = 360
+"""longer side of the maps, in pixels"""
 
 # An editor that is given paint before it has drawn itself loses it.
 EDITOR_READY = """async () => {
@@ -61,124 +74,278 @@ LEGEND = """<div class="legend"><span><i class="target"></i>found</span>
 <span><i class="distractor"></i>distracting objects</span><span>0 <i class="heat"></i>1</span></div>"""
 
 
-def build_page(segmenter: Segmenter[Any, Any], folder: Path) -> gr.Blocks:
-    """The page, with the embedded example on it and its result; ``folder`` is for the masks to be downloaded."""
-    network = segmenter if isinstance(segmenter, NTRESegmenter) else None
-    example, example_photos = steps.example(None if network is None else network.config.data)
-    example_editor = steps.editor_of(example)
-    example_results, example_cost = steps.segment(segmenter, example_editor, [], example_photos)
-    first = steps.view(example_photos, example_results, 0, segmenter.threshold, folder, edges=network is None)
-    still = {"interactive": False, "buttons": [], "show_label": False}
-    strip = {**still, "elem_classes": "strip", "fit_columns": False, "allow_preview": False}
+# Which thumbnail was clicked.
+STRIP_CLICK = """element.addEventListener("click", (event) => {
+  const button = event.target.closest("button");
+  if (button) trigger("click", {index: Number(button.dataset.index)});
+});"""
 
-    with gr.Blocks(
-        title="NTRENet: few-shot segmentation", analytics_enabled=False, fill_width=True, delete_cache=(300, 1800)
-    ) as page:
-        supports, photos, results = gr.State([]), gr.State(example_photos), gr.State(example_results)
-        chosen = gr.State(0)
+EDITOR_PIXELS = 4 * steps.LONGEST**2
+"""most pixels of a picture from the editor; it was given one of ``steps.LONGEST``"""
+
+
+class Session(NamedTuple):
+    """What the server keeps for a visitor."""
+
+    supports: gr.State
+    """list[Support], without the one in the editor"""
+    number: gr.State
+    """of the supports, see :class:`Findings`"""
+    photos: gr.State
+    """list[Photo]"""
+    findings: gr.State
+    chosen: gr.State
+    """place of the photo that is shown large"""
+
+
+class SupportControls(NamedTuple):
+    file: gr.File
+    editor: gr.ImageEditor
+    sharpen: gr.Button
+    add: gr.Button
+    kept: gr.Column
+    strip: gr.HTML
+    remove: gr.Button
+    clear: gr.Button
+
+
+class PhotoControls(NamedTuple):
+    files: gr.File
+    strip: gr.HTML
+
+
+class ResultControls(NamedTuple):
+    go: gr.Button
+    status: gr.HTML
+    found: gr.HTML
+    threshold: gr.Slider
+    edges: gr.Checkbox
+    download: gr.HTML
+    maps: gr.HTML
+
+
+def build_page(segmenter: Segmenter[Any, Any]) -> gr.Blocks:
+    """The page, with the embedded example on it and its result."""
+    network = segmenter if isinstance(segmenter, NTRESegmenter) else None
+    example, photos = steps.example(None if network is None else network.config.data)
+    editor = steps.editor_of(example)
+    findings = steps.segment(segmenter, editor, [], photos)
+    title = "NTRENet: few-shot segmentation"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(300, 1800)) as page:
+        session = Session(*map(gr.State, ([], 0, photos, findings, 0)))
         text(
             "<h1>Few-shot segmentation</h1>Paint one object in a photo, and the network finds its like in other"
             " photos, even of a kind it was never trained on."
         )
         with gr.Row():
             with gr.Column(scale=5, min_width=260):
-                step(1, "Show the object", "Drop a photo of it and brush over all of it.")
-                support_file = drop("support-file", "single")
-                editor = gr.ImageEditor(
-                    show_label=False,
-                    sources=(),
-                    transforms=(),
-                    layers=False,
-                    brush=BRUSH,
-                    format="png",
-                    canvas_size=example.mask.shape[::-1],  # a layer is laid in its middle, so it must fit exactly
-                    buttons=[],
-                    height=440,
-                    interactive=True,
-                    elem_id="editor",
-                )
-                add = gr.Button("Keep this one, and show another", size="sm", elem_id="add")
-                with gr.Column(visible=False) as kept_column:
-                    gallery = gr.Gallery(elem_id="supports", **strip)
-                    with gr.Row():
-                        remove = gr.Button("Remove the last", size="sm", min_width=60, elem_id="remove")
-                        clear = gr.Button("Remove all", size="sm", min_width=60)
-                step(2, "Choose where to look", "Drop other photos; click one to see its result.")
-                photo_files = drop("photo-files", "multiple")
-                photo_gallery = gr.Gallery(thumbnails(example_photos), elem_id="photos", **strip)
+                support = support_controls(example.mask.shape[::-1])
+                photo = photo_controls()
             with gr.Column(scale=6, min_width=260):
-                step(3, "Segment", "Move the threshold: the network does not run again.")
-                go = gr.Button("Segment", variant="primary", elem_id="segment")
-                status = text(example_cost, elem_id="status")
-                found = gr.Image(first.photo, format="jpeg", elem_id="found", elem_classes="map", **still)
-                threshold = gr.Slider(
-                    0.05, 0.95, segmenter.threshold, step=0.01, label="Threshold", elem_id="threshold"
-                )
-                edges = gr.Checkbox(network is None, label="Sharp edges (GrabCut)", elem_id="edges")
-                download = gr.DownloadButton("Download the mask", first.mask_file, size="sm", elem_id="download")
-                text("What the network thinks:", visible=bool(segmenter.maps))
-                with gr.Row():
-                    prior = small_map(first.prior, "prior: like the object", visible="prior" in segmenter.maps)
-                    bg = small_map(first.bg, "background", visible="bg" in segmenter.maps)
-                    distractor = small_map(
-                        first.distractor, "distracting objects", visible="distractor" in segmenter.maps
-                    )
-                text(LEGEND, visible=bool(segmenter.maps))
-        text(f'<div class="small">This is {segmenter.about}.</div>')
-
-        # What follows says which control calls which step.
-        seen = [found, prior, bg, distractor, download]
-        kept = [supports, gallery, kept_column]
-        looked = [photos, photo_gallery, results, chosen, status]
-
-        def show(
-            photos: list[Photo], results: list[Segmentation], chosen: int, threshold: float, sharp: bool
-        ) -> list[Any]:
-            return list(steps.view(photos, results, chosen, threshold, folder, edges=sharp))
-
-        def keep(supports: list[Support]) -> list[Any]:
-            return [supports, [steps.thumbnail(support) for support in supports], gr.Column(visible=bool(supports))]
-
-        def look_in(paths: list[str]) -> Any:
-            photos, complaints = steps.read_photos(paths)
-            for complaint in complaints:
-                gr.Warning(complaint)
-            return [photos, thumbnails(photos), [], 0, "Now press Segment."] if photos else gr.skip()
-
-        def choose(event: gr.SelectData) -> int:
-            return event.index
-
-        view_of = {
-            "fn": show,
-            "inputs": [photos, results, chosen, threshold, edges],
-            "outputs": seen,
+                result = result_controls(segmenter, edges=network is None)
+        text(f'<div class="small">This is {html.escape(segmenter.about)}.</div>')
+        draw = {
+            "fn": drawn,
+            "inputs": [*session[1:], result.threshold, result.edges],
+            "outputs": [photo.strip, result.status, result.found, result.download, result.maps],
             "show_progress": "hidden",
         }
-        ready = {"fn": lambda: gr.Button("Segment", interactive=True), "outputs": go, "queue": False}
-
-        page.load(lambda: example_editor, None, editor, js=EDITOR_READY, show_progress="hidden")
-        opened = support_file.upload(plainly(steps.open_support), support_file, editor)
-        opened.then(lambda: None, None, support_file, show_progress="hidden")
-        add.click(plainly(lambda *given: [*keep(steps.add_support(*given)), None]), [editor, supports], [*kept, editor])
-        remove.click(lambda supports: keep(supports[:-1]), supports, kept)
-        clear.click(lambda: keep([]), None, kept)
-        photo_files.upload(look_in, photo_files, looked).then(**view_of).then(
-            lambda: None, None, photo_files, show_progress="hidden"
-        )
-        photo_gallery.select(choose, None, chosen).then(**view_of)
-        threshold.change(**view_of, trigger_mode="always_last")
-        edges.change(**view_of, trigger_mode="always_last")
-        busy = go.click(lambda: gr.Button("Segmenting ...", interactive=False), None, go, queue=False)
-        done = busy.then(
-            plainly(functools.partial(steps.segment, segmenter)),
-            [editor, supports, photos],
-            [results, status],
-            show_progress_on=found,
-            concurrency_limit=1,
-        )
-        done.success(**ready).then(**view_of)
-        done.failure(**ready).then(lambda: "It failed; the terminal says why.", None, status)
+        page.load(lambda: editor, None, support.editor, js=EDITOR_READY, show_progress="hidden")
+        page.load(**draw)
+        connect_supports(session, support, draw)
+        connect_photos(session, photo, draw)
+        connect_segment(segmenter, session, support, result, draw)
     return page
+
+
+def support_controls(canvas_size: tuple[int, ...]) -> SupportControls:
+    """Step 1. ``canvas_size``: width and height of the example, in whose middle a layer is laid; it must fit."""
+    step(1, "Show the object", "Drop a photo of it and brush over all of it.")
+    file = drop("support-file", "single")
+    editor = gr.ImageEditor(
+        label="the photo that shows the object, to be painted over",
+        show_label=False,
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=BRUSH,
+        format="png",
+        canvas_size=canvas_size,
+        buttons=[],
+        height=440,
+        interactive=True,
+        elem_id="editor",
+    )
+    editor.convert_and_format_image = bounded(editor.convert_and_format_image)
+    with gr.Row():
+        sharpen = gr.Button("Sharpen my mask", size="sm", min_width=60, elem_id="sharpen")
+        add = gr.Button("Keep this one, and show another", size="sm", min_width=60, elem_id="add")
+    with gr.Column(visible=False) as kept:
+        strip = gr.HTML(elem_id="supports", padding=False)
+        with gr.Row():
+            remove = gr.Button("Remove the last", size="sm", min_width=60, elem_id="remove")
+            clear = gr.Button("Remove all", size="sm", min_width=60)
+    return SupportControls(file, editor, sharpen, add, kept, strip, remove, clear)
+
+
+def photo_controls() -> PhotoControls:
+    """Step 2."""
+    step(2, "Choose where to look", "Drop other photos; click one to see its result.")
+    files = drop("photo-files", "multiple")
+    return PhotoControls(files, gr.HTML(elem_id="photos", padding=False, js_on_load=STRIP_CLICK))
+
+
+def result_controls(segmenter: Segmenter[Any, Any], edges: bool) -> ResultControls:
+    """Step 3, and what is found."""
+    step(3, "Segment", "Move the threshold: the network does not run again.")
+    go = gr.Button("Segment", variant="primary", elem_id="segment")
+    status, found = text("", elem_id="status"), text("", elem_id="found")
+    threshold = gr.Slider(0.05, 0.95, segmenter.threshold, step=0.01, label="Threshold", elem_id="threshold")
+    sharp = gr.Checkbox(edges, label="Sharp edges (GrabCut)", elem_id="edges")
+    download, maps = text("", elem_id="download"), text("", elem_id="maps")
+    return ResultControls(go, status, found, threshold, sharp, download, maps)
+
+
+def connect_supports(session: Session, control: SupportControls, draw: dict[str, Any]) -> None:
+    """Let supports be opened, painted, kept and removed; what was found with others is no longer shown."""
+
+    def keep(supports: list[Support], number: int) -> list[Any]:
+        thumbnails = [("support", steps.support_thumbnail(support)) for support in supports]
+        return [supports, number, strip(thumbnails), gr.Column(visible=bool(supports))]
+
+    supports, kept = [session.supports, session.number], [control.strip, control.kept]
+    opened = control.file.upload(
+        plainly(lambda path, number: [steps.open_support(path), number + 1]),
+        [control.file, session.number],
+        [control.editor, session.number],
+    )
+    opened.then(lambda: None, None, control.file, show_progress="hidden").then(**draw)
+    control.sharpen.click(plainly(steps.sharpen), control.editor, control.editor)
+    control.add.click(
+        plainly(lambda editor, supports, number: [*keep(steps.add_support(editor, supports), number), None]),
+        [control.editor, *supports],
+        [*supports, *kept, control.editor],
+    )
+    control.remove.click(lambda held, n: keep(held[:-1], n + 1), supports, [*supports, *kept]).then(**draw)
+    control.clear.click(lambda number: keep([], number + 1), session.number, [*supports, *kept]).then(**draw)
+
+
+def connect_photos(session: Session, control: PhotoControls, draw: dict[str, Any]) -> None:
+    """Let photos be dropped, and one of them be looked at."""
+
+    def look_in(paths: list[str]) -> Any:
+        photos, complaints = steps.read_photos(paths)
+        for complaint in complaints:
+            gr.Warning(html.escape(complaint, quote=False))
+        return [photos, 0] if photos else gr.skip()
+
+    def choose(event: gr.EventData) -> int:
+        return int(event.index)
+
+    dropped = control.files.upload(look_in, control.files, [session.photos, session.chosen])
+    dropped.then(**draw).then(lambda: None, None, control.files, show_progress="hidden")
+    control.strip.click(choose, None, session.chosen).then(**draw)
+
+
+def connect_segment(
+    segmenter: Segmenter[Any, Any],
+    session: Session,
+    support: SupportControls,
+    result: ResultControls,
+    draw: dict[str, Any],
+) -> None:
+    """Let the button search, and the threshold and the edges draw again."""
+    result.threshold.change(**draw, trigger_mode="always_last")
+    result.edges.change(**draw, trigger_mode="always_last")
+    ready = {"fn": lambda: gr.Button("Segment", interactive=True), "outputs": result.go, "queue": False}
+    busy = result.go.click(lambda: gr.Button("Segmenting ...", interactive=False), None, result.go, queue=False)
+    done = busy.then(
+        plainly(functools.partial(steps.segment, segmenter)),
+        [support.editor, session.supports, session.photos, session.number],
+        session.findings,
+        show_progress_on=result.found,
+        concurrency_limit=1,
+    )
+    done.success(**ready).then(**draw)
+    done.failure(**ready).then(lambda: "It failed; the terminal says why.", None, result.status)
+
+
+def drawn(
+    number: int, photos: list[Photo], findings: Findings, chosen: int, threshold: float, sharp: bool
+) -> list[str]:
+    """The strip of photos, the status, the chosen photo, the download of its mask, and its maps, as HTML."""
+    all_found = [findings.of(photo, number) for photo in photos]
+    thumbnails = [
+        (
+            f"{photo.name}{'' if found is None else ' with what is found'}",
+            steps.thumbnail(photo, found, threshold, sharp),
+        )
+        for photo, found in zip(photos, all_found, strict=True)
+    ]
+    photo, found = photos[chosen], all_found[chosen]
+    seen = steps.view(photo, found, threshold, sharp)
+    status = "Now press Segment." if found is None else findings.sentence
+    alternative = photo.name if seen.mask is None else f"{photo.name}, {seen.mask.mean():.0%} of it found"
+    assert seen.photo is not None
+    return [strip(thumbnails, chosen), status, image(seen.photo, alternative), download(photo, seen), maps(seen)]
+
+
+def strip(thumbnails: list[tuple[str, np.ndarray]], chosen: int | None = None) -> str:
+    """Thumbnails with their descriptions, as buttons; one of them may be pressed."""
+    pressed = ["true" if n == chosen else "false" for n in range(len(thumbnails))]
+    buttons = [
+        f'<button type="button" data-index="{n}" aria-pressed="{pressed[n]}">{image(picture, name)}</button>'
+        for n, (name, picture) in enumerate(thumbnails)
+    ]
+    return f'<div class="strip">{"".join(buttons)}</div>'
+
+
+def download(photo: Photo, seen: View) -> str:
+    """A link that holds the mask's file."""
+    if seen.mask is None:
+        return ""
+    data = base64.b64encode(steps.mask_png(photo, seen.mask)).decode()
+    name = html.escape(f"{photo.name}_mask.png")
+    return f'<a download="{name}" href="data:image/png;base64,{data}">Download the mask</a>'
+
+
+def maps(seen: View) -> str:
+    """The network's maps with their names, and a legend; nothing where there are none."""
+    named = {"prior: like the object": seen.prior, "background": seen.bg, "distracting objects": seen.distractor}
+    figures = [
+        f"<figure>{image(steps.shrunk(picture, MAP_SIDE), name)}<figcaption>{name}</figcaption></figure>"
+        for name, picture in named.items()
+        if picture is not None
+    ]
+    return f'What the network thinks:<div class="maps">{"".join(figures)}</div>{LEGEND}' if figures else ""
+
+
+def image(pixels: np.ndarray, alternative: str) -> str:
+    """A picture with its alternative text."""
+    data = base64.b64encode(encoded(Image.fromarray(pixels), "JPEG", quality=90)).decode()
+    return f'<img alt="{html.escape(alternative)}" src="data:image/jpeg;base64,{data}">'
+
+
+def bounded(convert: Callable[..., Any]) -> Callable[..., Any]:
+    """Gradio's reader of the editor's pictures, for those alone that an upload may be: it looks at none of this itself.
+
+    Raises:
+        gr.Error: another format, or more pixels than the page's own editor sends.
+    """
+
+    def checked(file: Any, *arguments: Any, **options: Any) -> Any:
+        if file is not None:
+            try:
+                source = BytesIO(file) if isinstance(file, bytes) else file.path
+                with Image.open(source, formats=tuple(FORMATS)) as opened:
+                    pixels = opened.width * opened.height
+            except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+                raise gr.Error("the editor's picture cannot be read; drop the photo again") from error
+            if pixels > EDITOR_PIXELS:
+                raise gr.Error(f"the editor's picture has more than {EDITOR_PIXELS / 1e6:.0f} megapixels")
+        return convert(file, *arguments, **options)
+
+    return checked
 
 
 def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
@@ -188,7 +355,7 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*values)
         except UserError as error:
-            gr.Warning(str(error))
+            gr.Warning(html.escape(str(error), quote=False))
             return gr.skip()
 
     return shown
@@ -207,16 +374,3 @@ def drop(name: str, count: str) -> gr.File:
     return gr.File(
         show_label=False, file_types=["image"], file_count=count, height=64, elem_id=name, elem_classes="drop"
     )
-
-
-def small_map(picture: np.ndarray | None, caption: str, visible: bool = True) -> gr.Image:
-    with gr.Column(min_width=70, visible=visible):
-        image = gr.Image(
-            picture, show_label=False, format="jpeg", interactive=False, buttons=[], elem_classes=["map", "small-map"]
-        )
-        text(f'<div class="caption">{caption}</div>')
-    return image
-
-
-def thumbnails(photos: list[Photo]) -> list[np.ndarray]:
-    return [photo.pixels for photo in photos]

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from PIL import Image
 from util.config import DataConfig
 from util.data import synthetic
 from util.data.folds import base_classes
+from util.data.images import encoded
 from util.errors import UserError
-from util.segment.edges import sharp_mask
+from util.segment.edges import mask_of_paint, sharp_mask
 from util.segment.pictures import read_picture
 from util.segment.segmenter import Segmentation, Segmenter
 from util.segment.visualize import DISTRACTOR, TARGET, heat, overlay
@@ -22,8 +24,16 @@ from util.segment.visualize import DISTRACTOR, TARGET, heat, overlay
 LONGEST = 1024
 """Larger pictures are shrunk to this side for painting and viewing; the network itself sees fewer pixels."""
 
+THUMBNAIL = 144
+
 MOST = 8
 """photos, and supports, at a time: bounds the memory that a visitor takes"""
+
+LARGE = Lock()
+"""is held while a picture is in memory at the full size of its file: there is one at a time"""
+
+PAINT = (0, 215, 255)
+"""of the brush: no mask has it, and it is seen on red"""
 
 EXAMPLE_SEED = 2  # no data set of scripts/make_synthetic.py has these pictures unless its --seed says so
 EXAMPLE_ZOOM = 4  # the drawn pictures are about 150 pixels wide, hard to paint in
@@ -46,6 +56,25 @@ class Photo(NamedTuple):
     size: tuple[int, int]
     """(H, W) of the file, turned as EXIF says"""
 
+    @property
+    def key(self) -> str:
+        """The same for the same pixels, and for no others."""
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
+
+
+class Findings(NamedTuple):
+    """What was found, and what it was found with and in; meanwhile other photos may be on the page, or supports."""
+
+    supports: int = 0
+    """number of the supports on the page, which rises with each change"""
+    by_photo: Mapping[str, Segmentation] = {}
+    """by :attr:`Photo.key`"""
+    sentence: str = ""
+    """on what it took"""
+
+    def of(self, photo: Photo, supports: int) -> Segmentation | None:
+        return self.by_photo.get(photo.key) if supports == self.supports else None
+
 
 class View(NamedTuple):
     """One photo with what the network thinks of it; None what there is not, or not yet."""
@@ -54,7 +83,8 @@ class View(NamedTuple):
     prior: np.ndarray | None = None
     bg: np.ndarray | None = None
     distractor: np.ndarray | None = None
-    mask_file: str | None = None
+    mask: np.ndarray | None = None
+    """boolean, of the photo's pixels"""
 
 
 def example(data: DataConfig | None) -> tuple[Support, list[Photo]]:
@@ -77,8 +107,18 @@ def open_support(path: str) -> Editor:
 def editor_of(support: Support) -> Editor:
     """A support as if it had been painted."""
     paint = np.zeros((*support.mask.shape, 4), np.uint8)
-    paint[support.mask] = (*TARGET, 140)
+    paint[support.mask] = (*PAINT, 140)
     return {"background": support.pixels, "layers": [paint], "composite": None}
+
+
+def sharpen(editor: Editor | None) -> Editor:
+    """The same with paint on the object's own edges.
+
+    Raises:
+        UserError: nothing is painted.
+    """
+    (support,) = _required(painted(editor))
+    return editor_of(Support(support.pixels, mask_of_paint(support.pixels, support.mask)))
 
 
 def painted(editor: Editor | None) -> list[Support]:
@@ -94,9 +134,7 @@ def painted(editor: Editor | None) -> list[Support]:
 
 def add_support(editor: Editor | None, supports: Sequence[Support]) -> list[Support]:
     """Raises UserError: nothing is painted, or there are enough."""
-    new = painted(editor)
-    if not new:
-        raise UserError("paint the object first: brush over it in the photo of step 1")
+    new = _required(painted(editor))
     if len(supports) >= MOST:
         raise UserError(f"{MOST} supports are the most; remove one")
     return [*supports, *new]
@@ -105,93 +143,105 @@ def add_support(editor: Editor | None, supports: Sequence[Support]) -> list[Supp
 def read_photo(path: str) -> Photo:
     """Raises UserError: what util/segment/pictures.py refuses, naming the file as its owner does."""
     file = Path(path)
-    try:
-        pixels = read_picture(file).pixels
-    except UserError as error:
-        raise UserError(str(error).replace(str(file), file.name)) from error
+    with LARGE:
+        try:
+            pixels = read_picture(file).pixels
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), file.name)) from error
+        return Photo(file.stem, shrunk(pixels, LONGEST), _size(pixels))
+
+
+def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
+    """A picture or a map whose longer side is at most ``side``."""
     height, width = _size(pixels)
-    if (scale := LONGEST / max(height, width)) < 1:
-        shrunk = (max(1, round(width * scale)), max(1, round(height * scale)))
-        return Photo(file.stem, cv2.resize(pixels, shrunk, interpolation=cv2.INTER_AREA), (height, width))
-    return Photo(file.stem, pixels, (height, width))
+    if (scale := side / max(height, width)) >= 1:
+        return pixels
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
 
 
 def read_photos(paths: Sequence[str]) -> tuple[list[Photo], list[str]]:
     """The photos that can be read, and what is wrong with the others."""
     photos, complaints = list[Photo](), list[str]()
-    for path in paths[:MOST]:
+    for number, path in enumerate(paths):
+        if len(photos) == MOST:
+            complaints.append(f"{MOST} photos are the most at a time; {len(paths) - number} are left out")
+            break
         try:
             photos.append(read_photo(path))
         except UserError as error:
             complaints.append(str(error))
-    if len(paths) > MOST:
-        complaints.append(f"{MOST} photos are the most at a time; the other {len(paths) - MOST} are left out")
     return photos, complaints
 
 
 def segment(
-    segmenter: Segmenter[Any, Any], editor: Editor | None, supports: Sequence[Support], photos: Sequence[Photo]
-) -> tuple[list[Segmentation], str]:
-    """Find what is painted, in the editor and in the supports, in every photo; and a sentence on what it took.
+    segmenter: Segmenter[Any, Any],
+    editor: Editor | None,
+    supports: Sequence[Support],
+    photos: Sequence[Photo],
+    number: int = 0,
+) -> Findings:
+    """Find what is painted, in the editor and in the supports, in every photo.
 
+    Args:
+        number: of the supports, see :class:`Findings`.
     Raises:
         UserError: nothing is painted, no photo, or a support in which the network sees nothing.
     """
-    shown = [*supports, *painted(editor)]
-    if not shown:
-        raise UserError("paint the object first: brush over it in the photo of step 1")
+    shown = _required([*supports, *painted(editor)])
     if not photos:
         raise UserError("drop a photo to search in first, in step 2")
     start = perf_counter()
     target = segmenter.encode([support.pixels for support in shown], [support.mask for support in shown])
-    results = [segmenter.segment_encoded(target, photo.pixels) for photo in photos]
+    found = {photo.key: segmenter.segment_encoded(target, photo.pixels) for photo in photos}
     cost = 1000 * (perf_counter() - start)
-    return results, f"{_count(len(photos), 'photo')} from {_count(len(shown), 'support')} in {cost:.0f} ms"
+    sentence = f"{_count(len(photos), 'photo')} from {_count(len(shown), 'support')} in {cost:.0f} ms"
+    return Findings(number, found, sentence)
 
 
-def view(
-    photos: Sequence[Photo],
-    results: Sequence[Segmentation],
-    chosen: int,
-    threshold: float,
-    folder: Path,
-    *,
-    edges: bool = False,
-) -> View:
-    """Draw a photo and its maps; its mask is written below ``folder`` at the size of the photo's file."""
-    if not photos:
-        return View()
-    photo = photos[chosen]
-    if not results:
+def view(photo: Photo, found: Segmentation | None, threshold: float, edges: bool) -> View:
+    """Draw a photo, and its mask and maps where it has been searched."""
+    if found is None:
         return View(photo.pixels)
-    result = results[chosen]
-    mask = sharp_mask(result.probability, photo.pixels, threshold) if edges else result.probability > threshold
+    mask = _mask(photo.pixels, found.probability, threshold, edges)
     return View(
         photo=overlay(photo.pixels, mask, TARGET),
-        prior=None if result.prior is None else heat(result.prior),
-        bg=None if result.bg is None else heat(result.bg),
-        distractor=None if result.distractor is None else overlay(photo.pixels, result.distractor > 0.5, DISTRACTOR),
-        mask_file=str(write_mask(photo, mask if edges else result.probability, 0.5 if edges else threshold, folder)),
+        prior=None if found.prior is None else heat(found.prior),
+        bg=None if found.bg is None else heat(found.bg),
+        distractor=None if found.distractor is None else overlay(photo.pixels, found.distractor > 0.5, DISTRACTOR),
+        mask=mask,
     )
 
 
-def write_mask(photo: Photo, values: np.ndarray, threshold: float, folder: Path) -> Path:
-    """PNG of 255 where a mask or a probability is above the threshold, and 0, at the size of the photo's file.
+def thumbnail(photo: Photo, found: Segmentation | None, threshold: float, edges: bool) -> np.ndarray:
+    """A photo with its mask, small."""
+    pixels = shrunk(photo.pixels, THUMBNAIL)
+    if found is None:
+        return pixels
+    return overlay(pixels, _mask(pixels, shrunk(found.probability, THUMBNAIL), threshold, edges), TARGET)
 
-    It lies in a folder named by its content, so that none is mixed up.
-    """
+
+def support_thumbnail(support: Support) -> np.ndarray:
+    """A support with its paint, small."""
+    return shrunk(overlay(*support, PAINT), THUMBNAIL)
+
+
+def mask_png(photo: Photo, mask: np.ndarray) -> bytes:
+    """PNG of 255 where the target is, and 0, at the size of the photo's file."""
     height, width = photo.size
-    at_size = cv2.resize(values.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR)
-    mask = Image.fromarray((at_size > threshold).astype(np.uint8) * 255)
-    path = folder / hashlib.sha256(mask.tobytes()).hexdigest()[:16] / f"{photo.name}_mask.png"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mask.save(path)
-    return path
+    with LARGE:
+        values = cv2.resize(255 * mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)
+        return encoded(Image.fromarray(np.where(values > 127, np.uint8(255), np.uint8(0))), "PNG")
 
 
-def thumbnail(support: Support) -> np.ndarray:
-    return overlay(*support, TARGET)
+def _required(supports: list[Support]) -> list[Support]:
+    if not supports:
+        raise UserError("paint the object first: brush over it in the photo of step 1")
+    return supports
+
+
+def _mask(pixels: np.ndarray, probability: np.ndarray, threshold: float, edges: bool) -> np.ndarray:
+    return sharp_mask(probability, pixels, threshold) if edges else probability > threshold
 
 
 def _zoomed(picture: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from model.weights import is_plain, load_data
+from model.weights import load_data, strange_entry
 from util.config import MACHINE, NETWORK, TASK, Config, config_from_dict, flatten, keys_with
 from util.errors import UserError
 from util.files import refuse_pipe, write_atomically
@@ -80,10 +80,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
         what = f"is not a checkpoint of this project (format {FORMAT}: {key or 'a dictionary'} is missing or strange)"
         raise UserError(f"{path} {what}; train.py writes them") from error
-    if strange := [name for name, value in state["model"].items() if not is_plain(name, value)]:
-        raise UserError(
-            f"checkpoint {path} is damaged: {strange[0]!r:.80} is no dense tensor of finite numbers; use another one"
-        )
+    if strange := strange_entry(state["model"]):
+        raise UserError(f"checkpoint {path} is damaged: {strange}; use another one")
     return state
 
 

@@ -1,8 +1,5 @@
 """Training and evaluation loops, called by train.py and test.py alike."""
 
-import math
-import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -23,11 +20,11 @@ from util.data.episodes import EpisodeFiles
 from util.data.loading import batches_of
 from util.data.transforms import normalize, to_original
 from util.engine.build import Hardware, build_image_loader
-from util.engine.interruption import Interruption, Stopped
+from util.engine.interruption import Interruption
 from util.engine.metrics import confusion, scores
+from util.engine.monitor import Monitor
 from util.engine.rounds import EncodingSize, Round, batched, plan_rounds
 from util.engine.run_state import Training
-from util.errors import UserError
 
 Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
@@ -45,75 +42,42 @@ def learning_rate(step: int, *, base: float, total: int, power: float, warmup: i
     return base * (1 - step / total) ** power * min(1.0, (step + 1) / max(warmup, 1))
 
 
-def train(
-    training: Training,
-    batches: Iterable[Episode],
-    *,
-    lr_at: Callable[[int], float],
-    stop: Interruption,
-    bar: tqdm,
-    on_step: Callable[[float, dict[str, float], float], None],
-) -> float:
+def train(training: Training, batches: Iterable[Episode], *, lr_at: Callable[[int], float], monitor: Monitor) -> None:
     """Train on ``batches``, one step each.
+
+    From the first loss on that is not finite no weight changes; the monitor finds it one step later.
 
     Args:
         lr_at: learning rate of a step.
-        on_step: called with (learning rate, loss terms, norm of the gradient) after each.
-    Returns:
-        the share of the time, after the first step, that went to waiting for the loader; the bar shows it
     Raises:
-        UserError: a loss is not finite; names the step, every term and the files.
-        Stopped: asked to, between two steps.
+        UserError, Stopped: see :meth:`util.engine.monitor.Monitor.after_step`.
     """
     optimizer, scaler, device = training.optimizer, training.scaler, training.hardware.device
     training.model.train()
-    share, waited, began = 0.0, 0.0, None
-    ready = iter(batches)
-    while True:
-        asked = time.perf_counter()
-        batch = next(ready, None)
-        if batch is None:
-            return share
-        if began is None:
-            began = time.perf_counter()  # the first batch has the loader's start in it
-        else:
-            waited += time.perf_counter() - asked
+    broken = torch.zeros((), device=device)
+    for batch in monitor.watched(batches):
         lr = lr_at(training.step)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        on_device = batch.to(device)
+        episodes = batch.to(device)
         if training.step == 0:
             with training.hardware.autocast():
-                training.model.backbone.measure_scale(normalize(on_device.query))
-        output = forward(training.network, on_device, training.hardware)
+                training.model.backbone.measure_scale(normalize(episodes.query))
+        output = forward(training.network, episodes, training.hardware)
         losses = training.criterion(
-            output, on_device.query_mask, on_device.support_masks, on_device.class_id, on_device.query_classes
+            output, episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
         )
         scaler.scale(losses["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
-        asked_to_stop = torch.full((), float(stop.requested or 0), device=device)
-        values = torch.stack([*(term.detach() for term in losses.values()), norm, asked_to_stop])
-        *means, norm_value, stopping = log_mean(values).tolist()
-        terms = dict(zip(losses, means, strict=True))
-        if not math.isfinite(terms["total"]):
-            shown = ", ".join(f"{name} {value:g}" for name, value in terms.items())
-            path = training.save_for_inspection(batch.names, terms)
-            raise UserError(
-                f"the loss of step {training.step} is not finite ({shown}); its episodes: {' | '.join(batch.names)};"
-                f" the state before it is in {path}; lower train.lr, set precision=fp32, or look at these files"
-            )
+        values = log_mean(torch.stack([*(term.detach() for term in losses.values()), norm, monitor.asked_to_stop()]))
+        broken = torch.maximum(broken, (~values[0].isfinite()).float())
+        optimizer.found_inf = broken  # type: ignore[attr-defined]  # a fused optimiser takes no step where it is 1
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)  # here, so that no forward pass finds the gradients of the step before
-        training.sums = {name: training.sums[name] + value for name, value in terms.items()}
         training.step += 1
-        on_step(lr, terms, norm_value)
-        share = waited / (time.perf_counter() - began)
-        bar.set_postfix(loss=f"{terms['total']:.3f}", lr=f"{lr:.4f}", waiting=f"{share:.0%}", refresh=False)
-        bar.update()
-        if stopping > 0:
-            raise Stopped(stop.requested or signal.SIGTERM)
+        monitor.after_step(lr, batch.names, values)
 
 
 NETWORK: dict[str, Predictor] = {"network": lambda output: output.logits}

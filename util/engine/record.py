@@ -1,7 +1,5 @@
 """What a run tells about itself: environment, hashes, results."""
 
-import ast
-import hashlib
 import json
 import os
 import platform
@@ -10,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,20 +48,11 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return platform.processor() or platform.machine() or "unknown processor"
 
 
-def code_sha256(entry: Path = ROOT / "train.py") -> str:
-    """Of a command and of every module of this project that it imports, directly or not."""
-    files, waiting = set[Path](), [entry]
-    while waiting:
-        path = waiting.pop()
-        if path not in files and path.exists():
-            files.add(path)
-            tree = ast.parse(path.read_bytes())
-            names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
-            waiting += [ROOT / f"{name.replace('.', '/')}.py" for name in names]
-    digest = hashlib.sha256()
-    for path in sorted(files):
-        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+@cache
+def revision() -> str:
+    """The git revision of the code, and whether files differ from it; as it was when first asked."""
+    commit = _git("rev-parse", "HEAD")
+    return "unknown" if commit is None else commit if _git("status", "--porcelain") == "" else f"{commit} with changes"
 
 
 def _git(*arguments: str) -> str | None:

@@ -1,6 +1,7 @@
 """A run in progress: what training moves forward, and what a checkpoint must hold to continue it exactly."""
 
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from util.config import Config, config_from_dict, read_yaml
 from util.engine.build import Hardware, build_loss, build_model, build_optimizer
 from util.engine.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.engine.distributed import first_process_first
-from util.engine.record import code_sha256
+from util.engine.record import revision
 from util.errors import UserError
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
@@ -39,17 +40,37 @@ class Training:
     finished_step: int = 0
     """where the last epoch ended that was dealt with to the end: evaluated where due, its scores written"""
     best_miou: float = -1.0
-    seconds: float = 0.0
-    """spent so far, evaluations included, over all resumptions"""
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *NTRELoss.TERMS), 0.0))
+    seconds_before: float = 0.0
+    """spent before this start"""
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NTRELoss.NAMES, 0.0))
     """of every loss term over the steps of the epoch at hand"""
 
     def __post_init__(self) -> None:
+        self._began = time.monotonic()
         self.network: nn.Module = self.model
         """the model as a training step calls it: on several processes, what averages their gradients"""
         if processes() > 1:
             devices = [self.hardware.device] if self.hardware.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)
+
+    @property
+    def seconds(self) -> float:
+        """Spent so far, evaluations included, over all resumptions."""
+        return self.seconds_before + time.monotonic() - self._began
+
+    def finish_epoch(self, end: int, miou: float) -> bool:
+        """Note that the epoch is dealt with up to step ``end``.
+
+        Args:
+            miou: of its evaluation; -1 where none was due.
+        Returns:
+            whether it is the highest so far
+        """
+        improved = miou > self.best_miou
+        self.best_miou = max(self.best_miou, miou)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+        self.finished_step = end
+        return improved
 
     def save_best(self) -> None:
         """The model alone: what test.py needs."""
@@ -80,7 +101,7 @@ class Training:
             "random": random,
             "finished_step": self.finished_step,
             "sums": self.sums,
-            "code_sha256": code_sha256(),
+            "revision": revision(),
         }
 
     def _model_state(self) -> dict[str, Any]:
@@ -113,8 +134,9 @@ class Training:
         whole = type(checkpoint["finished_step"]) is int and all(type(v) is float for v in checkpoint["sums"].values())
         if not whole or checkpoint["sums"].keys() != self.sums.keys():
             raise ValueError("strange contents")
-        for name in ("step", "finished_step", "best_miou", "seconds", "sums"):
+        for name in ("step", "finished_step", "best_miou", "sums"):
             setattr(self, name, checkpoint[name])
+        self.seconds_before = checkpoint["seconds"]
         self.model.load_state_dict(checkpoint["model"])
         self.criterion.load_state_dict(checkpoint["criterion"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
@@ -129,7 +151,7 @@ def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, s
 
     Raises:
         UserError: the run folder holds another run, or one already and resume is 'none'; or the checkpoint does not
-            fit the config, the lists or the code.
+            fit the config or the lists.
     """
     checkpoint, path = _checkpoint_to_resume(config, list_sha256)
     torch.manual_seed(config.seed)
@@ -196,10 +218,12 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
                 " episodes would be others;"
                 " restore the list, or start anew with another run_dir"
             )
-    if checkpoint.get("code_sha256") != code_sha256() and not config.resume_changed_code:
-        raise UserError(
-            f"the code (train.py, model/ or util/) has changed since checkpoint {path} was written; check out the"
-            " revision that run.json beside it names, or set resume_changed_code=true to go on with this one"
+    before = checkpoint.get("revision", revision())
+    if before != revision() and rank() == 0:
+        print(
+            f"warning: checkpoint {path} was written by revision {before}, this is {revision()}; the result is of both,"
+            " and run.json names them",
+            file=sys.stderr,
         )
     if path == previous and config.resume == "auto" and rank() == 0:
         with suppress(FileNotFoundError):

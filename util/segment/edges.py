@@ -9,6 +9,8 @@ LONGER_SIDE = 288
 """of the picture that GrabCut sees: the rest is interpolated"""
 BOX_SIDE = 576
 """the same where a mask is made of a box: a support is worth more time"""
+MARGIN, CORE = 0.25, 0.5
+"""of paint: shares of its frame around it, and of a stroke's depth in it, see mask_of_paint"""
 FEWEST = 8
 """pixels of target, and of what is not, that GrabCut needs to know colours"""
 
@@ -67,3 +69,27 @@ def mask_in_box(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarr
     target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds, iterations=5)
     mask = (cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5) & (inside > 0)
     return mask if mask.any() else inside > 0
+
+
+def mask_of_paint(picture: np.ndarray, paint: np.ndarray) -> np.ndarray:
+    """The object that rough paint (H, W), boolean, stands on in RGB (H, W, 3) uint8: boolean (H, W), by GrabCut.
+
+    The middle of each stroke is target for certain. What lies outside the frame of the paint, widened by ``MARGIN`` of
+    its longer side, is not. The rest GrabCut decides, so that paint may lie over the object's border as well as miss a
+    part of it. The paint itself where GrabCut finds nothing.
+    """
+    height, width = paint.shape
+    ratio = min(1.0, BOX_SIDE / max(height, width))
+    size = max(1, round(width * ratio)), max(1, round(height * ratio))
+    coarse = cv2.resize(paint.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    x, y, w, h = cv2.boundingRect(coarse)
+    margin = round(MARGIN * max(w, h))
+    depth = cv2.distanceTransform(coarse, cv2.DIST_L2, 3)
+    ridge = cv2.dilate(depth, np.ones((2 * margin + 1, 2 * margin + 1), np.uint8))
+    seeds = np.full(coarse.shape, cv2.GC_BGD, np.uint8)
+    seeds[max(y - margin, 0) : y + h + margin, max(x - margin, 0) : x + w + margin] = cv2.GC_PR_BGD
+    seeds[coarse > 0] = cv2.GC_PR_FGD
+    seeds[(coarse > 0) & (depth >= CORE * ridge)] = cv2.GC_FGD
+    target = grab(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), seeds, iterations=5)
+    mask = cv2.resize(target.astype(np.float32), (width, height), interpolation=cv2.INTER_LINEAR) > 0.5
+    return mask if mask.any() else paint
