@@ -10,10 +10,11 @@ from typing import TypeVar
 
 from torch.utils.data import DataLoader
 
-from util.engine.interruption import SIGNALS
 from util.errors import UserError
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""those that ask a run to stop"""
 
 
 class LoadingError(UserError):
