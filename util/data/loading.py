@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.engine.interruption import SIGNALS
 from util.errors import UserError
 
 T = TypeVar("T")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""those that ask a run to stop"""
 
 
 class LoadingError(UserError):

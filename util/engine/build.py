@@ -94,16 +94,8 @@ def build_model(
         backbone.fold_batch_norm()
     model = build_ntrenet(
         backbone,
-        bgem=config.model.bgem,
-        doem=config.model.doem,
-        elimination=config.model.elimination,
-        do_average=config.model.do_average,
-        fem_prior=config.model.fem_prior,
-        do_similarity=config.model.do_similarity,
         base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
-        channels=config.model.channels,
-        prototype_channels=config.model.prototype_channels,
-        fem_scales=config.model.fem_scales,
+        **config.model.model_dump(exclude={"backbone", "weights", "base_learner"}),
     )
     return model.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
 
@@ -133,18 +125,13 @@ def build_loss(config: Config) -> NTRELoss:
     )
     return NTRELoss(
         bank=bank if options.pcl else None,
+        weights=options.weights,
         alpha=options.alpha,
-        beta=options.beta,
-        lambda_bg=options.lambda_bg,
-        gamma=options.gamma,
-        initial=options.initial,
-        fem_aux=options.fem_aux,
         bg_ignored=options.bg_ignored,
         pcl_negatives=options.pcl_negatives,
         pcl_regions=options.pcl_regions,
         pcl_drawn=options.pcl_drawn,
         pcl_temperature=options.pcl_temperature,
-        base=options.base,
         base_ids=base_classes(config.data) if config.model.base_learner else (),
     )
 
