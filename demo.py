@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from model.backbone import BACKBONES
+from model.backbones import BACKBONES
 from util.demo.server import require_free, require_gradio, serve, upload_folder
 from util.segment.segmenter import NTRESegmenter, Segmenter
 

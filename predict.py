@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from model.backbone import BACKBONES
+from model.backbones import BACKBONES
 from model.weights import sha256_of
 from util.errors import UserError
 from util.files import require_writable, write_json

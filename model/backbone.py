@@ -1,13 +1,8 @@
-"""Frozen ImageNet backbones, cut into a stem and four stages.
-
-ResNets run at output stride 8: stages 3 and 4 have stride 1 and every 3x3 convolution of the stage is dilated by
-2 and 4. (torchvision's ``replace_stride_with_dilation`` leaves the first block of a stage at the dilation of the
-stage before; this lineage does not.) VGG-16 keeps its pools, rounded up, so its stages 3 and 4 are at stride 16
-and stage 2 is resized to stage 3, as in PFENet.
-"""
+"""The frozen backbone: an ImageNet network, cut into a stem and four stages. The networks stand in model/backbones/."""
 
 import copy
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.efficientnet_lite import EfficientNetLite0
+from model.backbones import BACKBONES
 from model.ops import resize
 from model.parallel import log_mean
-from model.torchvision_compat import import_models
-from model.weights import WeightsInfo, imagenet_file, load_exactly, read_weights
-
-UNUSED = ("fc.", "classifier.", "_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16)))
-"""what weights files hold beyond the stages used here: classification heads, the last blocks of EfficientNet"""
+from model.weights import WeightsInfo, load_exactly, read_weights
 
 
 class Features(NamedTuple):
@@ -32,6 +23,25 @@ class Features(NamedTuple):
     """(N, middle_channels, h, w): stage 3 (+) stage 2, in this order as in PFENet"""
     stage3: Tensor
     """(N, C3, h, w): the input of stage 4"""
+
+
+class Network(NamedTuple):
+    """What a file of model/backbones/ tells of an ImageNet network."""
+
+    build: Callable[[bool], nn.Module]
+    """whether the stem is deep -> the network, with the parameter names of its weights file"""
+    stages: Callable[..., list[nn.Module]]
+    """the network -> its stem and stages 1 to 4"""
+    middle_channels: int
+    """channels of stages 2 and 3 together"""
+    imagenet: Callable[[Path], Path]
+    """a folder -> the file of its ImageNet weights, fetched into the folder if it is not there"""
+    unused: tuple[str, ...]
+    """prefixes of what that file holds beyond the stages"""
+    has_deep_stem: Callable[[dict[str, Tensor]], bool] = lambda state: False
+    """whether a weights file is of a network with a deep stem"""
+    last: Callable[[dict[str, Tensor] | None], nn.Module] | None = None
+    """weights, or None for random ones -> the blocks behind stage 4, which training-free segmentation alone reads"""
 
 
 class Backbone(nn.Module):
@@ -164,6 +174,18 @@ def fold_batch_norm(module: nn.Module) -> None:
         before = name, child
 
 
+def describe(name: str) -> Network:
+    """Look a backbone up in ``BACKBONES``.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    if name not in BACKBONES:
+        raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}")
+    described: Network = import_module(f"model.backbones.{BACKBONES[name].file}").describe(name)
+    return described
+
+
 def build_backbone(
     name: str, *, weights: str = "imagenet", weights_dir: Path = Path("initmodel"), deep_stem: bool = False
 ) -> tuple[Backbone, WeightsInfo]:
@@ -171,82 +193,22 @@ def build_backbone(
 
     Args:
         name: one of ``BACKBONES``.
-        weights: 'imagenet' (by name: torchvision's file in ``weights_dir``, fetched if absent, or the pip
+        weights: 'imagenet' (the network's own: torchvision's file in ``weights_dir``, fetched if absent, or a pip
             package), 'random', or the path of a file. A ResNet file with a deep stem is recognised.
         deep_stem: the stem of a ResNet with random weights (a checkpoint fills them in).
     Raises:
         WeightsError: see :mod:`model.weights`.
         ValueError: an unknown name.
     """
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}")
+    described = describe(name)
     if weights == "random":
-        network = BACKBONES[name].network(deep_stem)
+        network = described.build(deep_stem)
         info = WeightsInfo("random", "deep" if deep_stem else "standard", "")
     else:
-        path = imagenet_file(name, weights_dir) if weights == "imagenet" else Path(weights)
+        path = described.imagenet(weights_dir) if weights == "imagenet" else Path(weights)
         state, digest = read_weights(path)
-        deep_stem = name.startswith("resnet") and state.get("conv1.weight", torch.empty(0)).shape[-2:] == (3, 3)
-        network = BACKBONES[name].network(deep_stem)
-        load_exactly(network, state, source=str(path), ignore=UNUSED)
+        deep_stem = described.has_deep_stem(state)
+        network = described.build(deep_stem)
+        load_exactly(network, state, source=str(path), ignore=described.unused)
         info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
-    spec = BACKBONES[name]
-    return Backbone(stages=spec.stages(network), middle_channels=spec.middle_channels), info
-
-
-def _resnet(name: str, deep_stem: bool) -> nn.Module:
-    net = getattr(import_models(), name)(weights=None)
-    del net.fc
-    if deep_stem:
-        net.conv1, net.bn1 = _conv3x3(3, 64, stride=2), nn.BatchNorm2d(64)
-        net.conv2, net.bn2 = _conv3x3(64, 64), nn.BatchNorm2d(64)
-        net.conv3, net.bn3 = _conv3x3(64, 128), nn.BatchNorm2d(128)
-        first = net.layer1[0]
-        first.conv1 = nn.Conv2d(128, 64, 1, bias=False)
-        first.downsample[0] = nn.Conv2d(128, 256, 1, bias=False)
-    for stage, dilation in ((net.layer3, 2), (net.layer4, 4)):
-        for block in stage:
-            block.conv2.stride, block.conv2.dilation, block.conv2.padding = (1, 1), (dilation,) * 2, (dilation,) * 2
-        stage[0].downsample[0].stride = (1, 1)
-    return net
-
-
-def _resnet_stages(net: nn.Module) -> list[nn.Module]:
-    part = dict(net.named_children())
-    stem = [part["conv1"], part["bn1"], nn.ReLU(inplace=True)]
-    if "conv2" in part:
-        stem += [part["conv2"], part["bn2"], nn.ReLU(inplace=True), part["conv3"], part["bn3"], nn.ReLU(inplace=True)]
-    return [nn.Sequential(*stem, part["maxpool"]), *(part[f"layer{n}"] for n in (1, 2, 3, 4))]
-
-
-def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
-
-
-def _vgg16_bn(deep_stem: bool) -> nn.Module:
-    net = import_models().vgg16_bn(weights=None, init_weights=False)
-    del net.classifier
-    for layer in net.features:
-        if isinstance(layer, nn.MaxPool2d):
-            layer.ceil_mode = True
-    return net
-
-
-def _vgg_stages(net: nn.Module) -> list[nn.Module]:
-    layers = list(net.get_submodule("features").children())
-    return [nn.Sequential(*layers[a:b]) for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]
-
-
-class _Spec(NamedTuple):
-    network: Callable[[bool], nn.Module]
-    """deep_stem -> network with the parameter names of its weights file"""
-    stages: Callable[..., list[nn.Module]]
-    middle_channels: int
-
-
-BACKBONES: dict[str, _Spec] = {
-    "resnet50": _Spec(lambda deep: _resnet("resnet50", deep), _resnet_stages, 1024 + 512),
-    "resnet101": _Spec(lambda deep: _resnet("resnet101", deep), _resnet_stages, 1024 + 512),
-    "vgg16_bn": _Spec(_vgg16_bn, _vgg_stages, 512 + 256),
-    "efficientnet_lite0": _Spec(lambda deep: EfficientNetLite0(), EfficientNetLite0.stages, 80 + 40),
-}
+    return Backbone(stages=described.stages(network), middle_channels=described.middle_channels), info

@@ -5,8 +5,8 @@ Shapes: B batch, K shots, C channels, (H, W) mask side, (h, w) feature side. Mas
 -log(sigmoid(x)) = softplus(-x) and -log(1 - sigmoid(x)) = softplus(x).
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,11 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
     valid = masks != IGNORE
     loss = F.binary_cross_entropy_with_logits(logits, (masks == 1).float(), reduction="none")
     return mean_over_batch(loss.where(valid, 0).sum(), valid.sum())
+
+
+def mean_target_loss(predictions: Sequence[Tensor], masks: Tensor) -> Tensor | None:
+    """The mean of :func:`target_loss` over several predictions; None where there are none."""
+    return torch.stack([target_loss(logits, masks) for logits in predictions]).mean() if predictions else None
 
 
 def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float, *, ignored: bool = False) -> Tensor:
@@ -93,34 +98,33 @@ def base_loss(logits: Tensor, labels: Tensor, background: float = 0.3) -> Tensor
     return mean_over_batch((each * weight).sum(), weight.sum())
 
 
-class LossTerms(NamedTuple):
-    """Scalars. ``total`` is what is minimised; the others are its terms before their weights, 0 where switched off."""
+class Labels(NamedTuple):
+    """What is known of the episodes of a batch."""
 
-    total: Tensor
-    final: Tensor
-    initial: Tensor
-    fem_aux: Tensor
-    bg: Tensor
-    pcl: Tensor
-    base: Tensor
+    query_masks: Tensor
+    """(B, H, W)"""
+    support_masks: Tensor
+    """(B, K, H, W)"""
+    class_ids: Tensor
+    """(B,), from 1"""
+    query_classes: Tensor | None
+    """(B, H, W), class ids of the query's pixels; a base learner needs them"""
 
 
 class NTRELoss(nn.Module):
-    """Total training loss, with the prototype bank that eq. 10 needs.
+    """The total training loss, with the prototype bank that eq. 10 needs.
 
         L_T = initial BCE(y_ini, M) + BCE(y, M)                                                         (eq. 12)
         L   = beta L_T + lambda L_BG + gamma L_PCL  (+ beta fem_aux mean over FEM's scales of BCE)      (eq. 11)
               (+ base cross-entropy of the base learner)
 
-    The terms follow the output: without y_BG or y_ini (the ablations) theirs are 0; where y_ini is predicted at
-    several scales, its term is their mean.
+    It is the weighted sum of the terms in ``TERMS``. A term whose prediction the network does not make (the ablations)
+    counts as 0.
 
     Args:
         bank: None switches PCL off.
-        beta, lambda_bg, gamma: weights of eq. 11 (the paper leaves them open; gamma = 0.01 is the authors' code).
+        weights: of terms, by name, where they are not those of ``TERMS``.
         alpha: weight inside eq. 3.
-        initial: weight of y_ini's term (1 as printed, 0.6 in the authors' code).
-        fem_aux: weight of FEM's per-scale predictions (0.4 in the authors' code; the paper is silent).
         bg_ignored: whether pixels of 255 count in the second term of eq. 3, as in the authors' code.
         pcl_negatives: what the bank stores (Table 4): prototypes of distracting objects, of the background, or
             of everything that is not the target.
@@ -129,7 +133,6 @@ class NTRELoss(nn.Module):
             are resized by nearest neighbour for query and support, 255 is not target, and empty prototypes count.
         pcl_drawn: how many prototypes of the bank, drawn at random, eq. 10 sums over; 0 for all.
         pcl_temperature: what the cosines of eq. 10 are divided by.
-        base: weight of the base learner's cross-entropy.
         base_ids: class ids of the base learner's classes, in its order.
     """
 
@@ -140,27 +143,25 @@ class NTRELoss(nn.Module):
         self,
         *,
         bank: PrototypeBank | None,
+        weights: Mapping[str, float] = {},
         alpha: float = 0.5,
-        beta: float = 1.0,
-        lambda_bg: float = 1.0,
-        gamma: float = 0.01,
-        initial: float = 1.0,
-        fem_aux: float = 0.4,
         bg_ignored: bool = False,
         pcl_negatives: Negatives = "do",
         pcl_regions: Regions = "predicted",
         pcl_drawn: int = 0,
         pcl_temperature: float = 1.0,
-        base: float = 3.0,
         base_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        self.bank = bank
-        self.alpha, self.beta, self.lambda_bg, self.gamma = alpha, beta, lambda_bg, gamma
-        self.initial, self.fem_aux, self.bg_ignored = initial, fem_aux, bg_ignored
+        if unknown := weights.keys() - self.TERMS.keys():
+            raise ValueError(
+                f"no loss term is named {', '.join(sorted(unknown))}; the terms are {', '.join(self.TERMS)}"
+            )
+        self.weights = {name: weights.get(name, weight) for name, (_, weight) in self.TERMS.items()}
+        self.bank, self.alpha, self.bg_ignored = bank, alpha, bg_ignored
         self.pcl_negatives: Negatives = pcl_negatives
         self.pcl_regions: Regions = pcl_regions
-        self.pcl_drawn, self.pcl_temperature, self.base = pcl_drawn, pcl_temperature, base
+        self.pcl_drawn, self.pcl_temperature = pcl_drawn, pcl_temperature
         labels = torch.zeros(256, dtype=torch.long)
         labels[IGNORE] = IGNORE
         labels[list(base_ids)] = torch.arange(1, len(base_ids) + 1)
@@ -173,62 +174,85 @@ class NTRELoss(nn.Module):
         support_masks: Tensor,
         class_ids: Tensor,
         query_classes: Tensor | None = None,
-    ) -> LossTerms:
-        """Loss of one batch; stores its negative prototypes in the bank first, then takes eq. 10.
+    ) -> dict[str, Tensor]:
+        """Compute the loss of one batch; shapes as in :class:`Labels`.
 
-        Args:
-            output: of the model
-            query_masks: (B, H, W)
-            support_masks: (B, K, H, W)
-            class_ids: (B,), from 1
-            query_classes: (B, H, W), class ids of the query's pixels; a base learner needs them
+        Returns:
+            scalars: 'total', which is minimised, and every term of ``TERMS`` before its weight
         """
-        final = target_loss(output.feature_logits, query_masks)
-        fem_aux = torch.stack([target_loss(logits, query_masks) for logits in output.scale_logits]).mean()
-        zero = torch.zeros_like(final)
-        initial = zero
-        if output.initial_logits is not None:
-            scales = (output.initial_logits, *output.coarser_initial_logits)
-            initial = torch.stack([target_loss(logits, query_masks) for logits in scales]).mean()
-        bg = zero
-        if output.query_bg_logits is not None and output.support_bg_logits is not None:
-            logits = torch.cat([output.query_bg_logits.unsqueeze(1), output.support_bg_logits], 1)
-            masks = torch.cat([query_masks.unsqueeze(1), support_masks], 1)
-            bg = background_mining_loss(logits.flatten(0, 1), masks.flatten(0, 1), self.alpha, ignored=self.bg_ignored)
-        pcl = zero if self.bank is None else self._contrast(self.bank, output, query_masks, support_masks, class_ids)
-        target = self.initial * initial + final + self.fem_aux * fem_aux
-        base = zero
-        if output.base_logits is not None:
-            if query_classes is None:
-                raise ValueError("a base learner needs the classes of the query's pixels")
-            base = base_loss(output.base_logits, self.base_labels[query_classes.long()])
-        total = self.beta * target + self.lambda_bg * bg + self.gamma * pcl + self.base * base
-        return LossTerms(total, final, initial, fem_aux, bg, pcl, base)
+        labels = Labels(query_masks, support_masks, class_ids, query_classes)
+        zero = output.logits.new_zeros((), dtype=torch.float32)
+        terms = {
+            name: zero if (loss := term(self, output, labels)) is None else loss
+            for name, (term, _) in self.TERMS.items()
+        }
+        total = sum((self.weights[name] * loss for name, loss in terms.items()), zero)
+        return {"total": total, **terms}
 
-    def _contrast(
-        self, bank: PrototypeBank, output: NTRENetOutput, query_masks: Tensor, support_masks: Tensor, class_ids: Tensor
-    ) -> Tensor:
-        shots, annotated = support_masks.shape[1], self.pcl_regions == "ground_truth"
-        negatives = negative_prototypes(
-            output, support_masks, self.pcl_negatives, query_masks=query_masks if annotated else None
-        )
-        bank.store(gathered(negatives).flatten(0, 1), gathered(class_ids).repeat_interleave(1 + shots))
+    def final(self, output: NTRENetOutput, labels: Labels) -> Tensor:
+        """Compare y with the query's mask."""
+        return target_loss(output.fem.logits, labels.query_masks)
+
+    def initial(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Compare y_ini with it, in the mean over the scales at which it is predicted."""
+        return mean_target_loss([e.initial_logits for e in output.eliminated], labels.query_masks)
+
+    def fem_aux(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Compare FEM's predictions with it, in the mean over its scales."""
+        return mean_target_loss(output.fem.scale_logits, labels.query_masks)
+
+    def background(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Apply eq. 3 to the query and every support."""
+        if output.query_bg_logits is None or output.support_bg_logits is None:
+            return None
+        logits = torch.cat([output.query_bg_logits.unsqueeze(1), output.support_bg_logits], 1).flatten(0, 1)
+        masks = torch.cat([labels.query_masks.unsqueeze(1), labels.support_masks], 1).flatten(0, 1)
+        return background_mining_loss(logits, masks, self.alpha, ignored=self.bg_ignored)
+
+    def contrast(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Store the batch's negative prototypes in the bank, then apply eq. 10."""
+        bank, support_masks, class_ids = self.bank, labels.support_masks, labels.class_ids
+        if bank is None:
+            return None
+        annotated = self.pcl_regions == "ground_truth"
+        query_masks = labels.query_masks if annotated else None
+        negatives = negative_prototypes(output, support_masks, self.pcl_negatives, query_masks=query_masks)
+        bank.store(gathered(negatives).flatten(0, 1), gathered(class_ids).repeat_interleave(negatives.shape[1]))
         stored, counted = bank.of_classes(class_ids)
         if annotated:
             x_q, x_s = output.query_feature, output.support_features
             assert x_s is not None  # negative_prototypes has seen to that
-            query = masked_average_pool(x_q, _nearest_target(query_masks, x_q).float())
+            query = masked_average_pool(x_q, _nearest_target(labels.query_masks, x_q).float())
             of_each = masked_average_pool(x_s.flatten(0, 1), _nearest_target(support_masks.flatten(0, 1), x_q).float())
             support = of_each.unflatten(0, support_masks.shape[:2]).mean(1)
         else:
-            query = masked_average_pool(output.query_feature, (output.feature_logits > 0).float())
+            query = masked_average_pool(output.query_feature, (output.fem.logits > 0).float())
             support = output.support_prototype.float()
             counted = counted & (query.detach().abs().amax((1, 2, 3)) > 0).unsqueeze(1)
         if 0 < self.pcl_drawn < bank.capacity:
             counted = drawn(counted, self.pcl_drawn)
-        return prototypical_contrastive_loss(
-            query.flatten(1), support.flatten(1), stored, counted, self.pcl_temperature
-        )
+        temperature = self.pcl_temperature
+        return prototypical_contrastive_loss(query.flatten(1), support.flatten(1), stored, counted, temperature)
+
+    def base(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Compare the base learner's prediction with the classes of the query's pixels."""
+        if output.base_logits is None:
+            return None
+        if labels.query_classes is None:
+            raise ValueError("a base learner needs the classes of the query's pixels")
+        return base_loss(output.base_logits, self.base_labels[labels.query_classes.long()])
+
+    TERMS: ClassVar[dict[str, tuple[Callable[..., Tensor | None], float]]] = {
+        "final": (final, 1.0),
+        "initial": (initial, 1.0),  # 0.6 in the authors' code
+        "fem_aux": (fem_aux, 0.4),  # the authors' code; the paper is silent
+        "bg": (background, 1.0),
+        "pcl": (contrast, 0.01),  # the authors' code; the paper is silent
+        "base": (base, 3.0),
+    }
+    """The terms of the total loss: name, method and default weight. A method gives None where the network makes no
+    prediction for it."""
+    NAMES: ClassVar = ("total", *TERMS)
 
 
 def drawn(stored: Tensor, count: int) -> Tensor:
@@ -254,13 +278,17 @@ def negative_prototypes(
 
         do: neither background nor target (eq. 7)    bg: background, not target    non_target: all but the target
     """
-    bg_q, bg_s, initial = output.query_bg_logits, output.support_bg_logits, output.initial_logits
-    x_q, x_s = output.query_feature, output.support_features
-    if bg_q is None or bg_s is None or initial is None or x_s is None:
+    bg_q, bg_s, x_q, x_s = (
+        output.query_bg_logits,
+        output.support_bg_logits,
+        output.query_feature,
+        output.support_features,
+    )
+    if bg_q is None or bg_s is None or x_s is None or not output.eliminated:
         raise ValueError("the contrastive loss needs the background and the initial prediction: bgem and doem")
     size, masks_s = (x_q.shape[-2], x_q.shape[-1]), support_masks.flatten(0, 1)
     if query_masks is None:
-        target_q, target_s = resize(initial, size) > 0, foreground(masks_s, size) > 0
+        target_q, target_s = resize(output.eliminated[0].initial_logits, size) > 0, foreground(masks_s, size) > 0
         ignored_s = resize((masks_s == IGNORE).float().unsqueeze(1), size) > 0
     else:
         target_q, target_s = _nearest_target(query_masks, x_q), _nearest_target(masks_s, x_q)

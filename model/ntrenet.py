@@ -25,7 +25,7 @@ from model.bgem import BGEM
 from model.bgmm import BGMM, DeepBGMM
 from model.doem import Average, distracting_similarity
 from model.elimination import Eliminated, Elimination
-from model.fem import FEM, FEMScale
+from model.fem import FEM, FEMOutput, FEMScale
 from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, pool, resize
 from model.parallel import Dropout2d
@@ -35,40 +35,35 @@ EliminationKind = Literal["single", "per_scale", "authors"]
 
 
 class NTRENetOutput(NamedTuple):
-    """What one forward gives, in training and in evaluation alike. All predictions are logits: y = sigmoid(logits)."""
+    """What the boxes of one forward give, in training and in evaluation alike.
+
+    All predictions are logits: y = sigmoid(logits).
+    """
 
     logits: Tensor
     """y^q at the image's size, (B, 1, H, W)"""
-    feature_logits: Tensor
-    """y^q before upsampling, (B, 1, h, w)"""
-    scale_logits: tuple[Tensor, ...]
-    """FEM's prediction at each scale, (B, 1, side, side); from ``forward`` only"""
+    fem: FEMOutput
+    """y^q before it is upsampled, and from ``forward`` FEM's prediction at each scale"""
     prior: Tensor
     """C_p, (B, 1, h, w) in [0, 1]"""
     query_feature: Tensor
     """X^q, (B, C, h, w)"""
     support_prototype: Tensor
     """P^s, (B, C, 1, 1)"""
-    support_features: Tensor | None = None
-    """X^s, (B, K, C, h, w); from ``forward`` only"""
     query_bg_logits: Tensor | None = None
     """y_BG^q, (B, 1, h, w); None without BGEM"""
+    eliminated: tuple[Eliminated, ...] = ()
+    """of the one elimination, or of that at each of FEM's scales, fine to coarse; empty without DOEM"""
+    support_features: Tensor | None = None
+    """X^s, (B, K, C, h, w); from ``forward`` only"""
     support_bg_logits: Tensor | None = None
     """y_BG^s, (B, K, 1, h, w); from ``forward`` only, None without BGEM"""
-    initial_logits: Tensor | None = None
-    """y_ini, (B, 1, h, w), or at FEM's finest scale where it is predicted at each; None without DOEM"""
-    coarser_initial_logits: tuple[Tensor, ...] = ()
-    """y_ini at FEM's other scales, (B, 1, side, side), where it is predicted at each"""
-    do_mask: Tensor | None = None
-    """Y_DO^q, 0 and 1, sized like ``initial_logits``; None without DOEM"""
-    do_prototype: Tensor | None = None
-    """P_DO^q, (B, C, 1, 1), zero where Y_DO is empty; None without DOEM"""
     base_logits: Tensor | None = None
     """of background and n base classes in the query, (B, n + 1, h, w); from ``forward`` only, with a base learner"""
 
 
-class Query(NamedTuple):
-    """What the network reads from B query images."""
+class QueryEncoding(NamedTuple):
+    """What the network reads from B query images, whatever the target."""
 
     feature: Tensor
     """X^q, (B, C, h, w)"""
@@ -78,8 +73,8 @@ class Query(NamedTuple):
     """probabilities of the n base classes, (B, n, h, w); n is 0 without a base learner"""
 
 
-class Target(NamedTuple):
-    """What the network knows of the target from its supports: enough to segment any query."""
+class SupportEncoding(NamedTuple):
+    """What the network reads from the supports of B episodes: enough to segment any query."""
 
     prototype: Tensor
     """P^s, (B, C, 1, 1)"""
@@ -89,15 +84,15 @@ class Target(NamedTuple):
     """mean probabilities of the base classes over the target, (B, n)"""
 
 
-def join_shots(targets: Sequence[Target]) -> Target:
-    """K one-shot targets of B = 1 as one K-shot target of B = 1.
+def join_shots(supports: Sequence[SupportEncoding]) -> SupportEncoding:
+    """Join K encodings of one shot and B = 1 into one of K shots and B = 1.
 
     Those with fewer positions get zeros, such as every position beside a target has.
     """
-    most = max(t.high.shape[2] for t in targets)
-    high = torch.cat([F.pad(t.high, (0, 0, 0, most - t.high.shape[2])) for t in targets], 1)
-    prototype, base = torch.stack([t.prototype for t in targets]), torch.stack([t.base for t in targets])
-    return Target(prototype.mean(0), high, base.mean(0))
+    most = max(s.high.shape[2] for s in supports)
+    high = torch.cat([F.pad(s.high, (0, 0, 0, most - s.high.shape[2])) for s in supports], 1)
+    prototype, base = torch.stack([s.prototype for s in supports]), torch.stack([s.base for s in supports])
+    return SupportEncoding(prototype.mean(0), high, base.mean(0))
 
 
 class NTRENet(nn.Module):
@@ -105,7 +100,7 @@ class NTRENet(nn.Module):
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
     Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one: FEM follows with P_DO and, if it is built with a prior,
-    C_p, less S_DO with ``do_similarity``. With ``every_scale`` each of FEM's scales has its own (the authors' code).
+    C_p, less S_DO with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own (the authors' code).
     """
 
     def __init__(
@@ -118,7 +113,7 @@ class NTRENet(nn.Module):
         bgmm: BGMM | DeepBGMM | None = None,
         bgem: BGEM | None = None,
         eliminations: Sequence[Elimination] = (),
-        every_scale: bool = False,
+        per_scale: bool = False,
         do_similarity: bool = False,
         base_learner: BaseLearner | None = None,
     ) -> None:
@@ -129,7 +124,7 @@ class NTRENet(nn.Module):
         self.bgmm = bgmm
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
-        self.every_scale, self.do_similarity = every_scale, do_similarity
+        self.per_scale, self.do_similarity = per_scale, do_similarity
         self.base_learner = base_learner
         self.fem = fem
 
@@ -142,55 +137,57 @@ class NTRENet(nn.Module):
             support_masks: (B, K, H, W), integer; 1 target, 0 other, 255 ignored
         """
         size = (query.shape[-2], query.shape[-1])
-        target, x_s = self.encode_supports(supports, support_masks)
+        support, x_s = self.encode_supports(supports, support_masks)
         features = self.backbone(query)
         base_logits = None if self.base_learner is None else self.base_learner(features.middle)
         searched = self.read_query(features, base_logits)
-        x_q, p_s, prior = searched.feature, target.prototype, prior_mask(searched.high, target.high)
-        base = self._base_elsewhere(searched.base, target.base)
-        del features, searched, target  # stage 4 is large and no longer needed
+        x_q, p_s, prior = searched.feature, support.prototype, prior_mask(searched.high, support.high)
+        base = self._base_elsewhere(searched.base, support.base)
+        del features, searched, support  # stage 4 is large and no longer needed
         output = self.eliminate_and_enrich(x_q, p_s, prior, size, base=base, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
         return output._replace(support_features=x_s, support_bg_logits=bg_s, base_logits=base_logits)
 
-    def encode_query(self, query: Tensor) -> Query:
-        """(B, 3, H, W) -> what is read from it once, whatever the target."""
+    def encode_query(self, query: Tensor) -> QueryEncoding:
+        """Encode query images (B, 3, H, W)."""
         return self.read_query(self.backbone(query))
 
-    def encode_supports(self, supports: Tensor, support_masks: Tensor) -> tuple[Target, Tensor]:
-        """(B, K, 3, H, W) and (B, K, H, W) -> the target, and X^s (B, K, C, h, w), which the losses need."""
+    def encode_supports(self, supports: Tensor, support_masks: Tensor) -> tuple[SupportEncoding, Tensor]:
+        """Encode (B, K, 3, H, W) with (B, K, H, W); also gives X^s (B, K, C, h, w), which the losses need."""
         batch_and_shots = supports.shape[:2]
-        each, x_s = self.read_targets(self.backbone(supports.flatten(0, 1)), support_masks.flatten(0, 1))
+        each, x_s = self.read_supports(self.backbone(supports.flatten(0, 1)), support_masks.flatten(0, 1))
         prototype = each.prototype.unflatten(0, batch_and_shots).mean(1)
         high = each.high.squeeze(1).unflatten(0, batch_and_shots)
         base = each.base.unflatten(0, batch_and_shots).mean(1)
-        return Target(prototype, high, base), x_s.unflatten(0, batch_and_shots)
+        return SupportEncoding(prototype, high, base), x_s.unflatten(0, batch_and_shots)
 
-    def read_query(self, features: Features, base_logits: Tensor | None = None) -> Query:
-        """What a query gives, from its backbone features and, where they are known already, its base logits."""
+    def read_query(self, features: Features, base_logits: Tensor | None = None) -> QueryEncoding:
+        """Encode queries from their backbone features and, where they are known already, their base logits."""
         base = self.read_base(features.middle) if base_logits is None else base_posterior(base_logits)
-        return Query(self.reduce_query(features.middle), self.backbone.high(features.stage3), base)
+        return QueryEncoding(self.reduce_query(features.middle), self.backbone.high(features.stage3), base)
 
     def read_base(self, middle: Tensor) -> Tensor:
         """Middle features (N, C_middle, h, w) -> probabilities of the n base classes (N, n, h, w)."""
         return middle[:, :0] if self.base_learner is None else base_posterior(self.base_learner(middle))
 
-    def read_targets(self, features: Features, masks: Tensor) -> tuple[Target, Tensor]:
-        """N images and their masks (N, H, W) as N one-shot targets, and X^s (N, C, h, w)."""
+    def read_supports(self, features: Features, masks: Tensor) -> tuple[SupportEncoding, Tensor]:
+        """Encode N images and their masks (N, H, W) as N episodes of one shot; also gives X^s (N, C, h, w)."""
         target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
         high = target_positions(self.backbone, features.stage3, target).unsqueeze(1)
         x_s = self.reduce_support(features.middle)
         base = masked_average_pool(self.read_base(features.middle), target).flatten(1)
-        return Target(masked_average_pool(x_s, target), high, base), x_s
+        return SupportEncoding(masked_average_pool(x_s, target), high, base), x_s
 
-    def segment(self, queries: Sequence[Query], targets: Sequence[Target], size: tuple[int, int]) -> NTRENetOutput:
-        """Segment queries of an image size (H, W), each for its target; all but the prior runs as one batch.
+    def segment(
+        self, queries: Sequence[QueryEncoding], supports: Sequence[SupportEncoding], size: tuple[int, int]
+    ) -> NTRENetOutput:
+        """Segment queries of an image size (H, W), each by its supports; all but the prior runs as one batch.
 
         The record lacks what only training asks for.
         """
-        prior = torch.cat([prior_mask(q.high, t.high) for q, t in zip(queries, targets, strict=True)])
-        x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([t.prototype for t in targets])
-        base = self._base_elsewhere(torch.cat([q.base for q in queries]), torch.cat([t.base for t in targets]))
+        prior = torch.cat([prior_mask(q.high, s.high) for q, s in zip(queries, supports, strict=True)])
+        x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([s.prototype for s in supports])
+        base = self._base_elsewhere(torch.cat([q.base for q in queries]), torch.cat([s.base for s in supports]))
         return self.eliminate_and_enrich(x_q, p_s, prior, size, base=base)
 
     def _base_elsewhere(self, query: Tensor, target: Tensor) -> Tensor | None:
@@ -212,44 +209,50 @@ class NTRENet(nn.Module):
             base: (B, 1, h, w) of :func:`model.base_learner.base_elsewhere`; FEM then takes it in the place of C_p.
             every_scale: give FEM's prediction at each scale as well.
         """
-        full = (x_q.shape[-2], x_q.shape[-1])
         bg: Tensor | None = None
-        eliminated: list[Eliminated] = []
-
-        if self.bgmm is None:  # PFENet
-            out = self.fem(x_q, p_s, prior, every_scale=every_scale)
-        elif self.bgem is not None:
-            bg = self.bgmm(x_q)
-            out = self.fem(self.bgem(x_q, self.bgmm.prototype), p_s, prior, every_scale=every_scale)
-        else:
+        eliminated: tuple[Eliminated, ...] = ()
+        feature = x_q
+        if self.bgmm is not None:
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
-            sizes = self.fem.sizes(full) if self.every_scale else [full]
-            for eliminate, side in zip(self.eliminations, sizes, strict=True):
-                x, y_bg, c_p = pool(x_q, side), resize(bg, side), resize(prior, side)
-                known = None if base is None else resize(base, side)
-                eliminated.append(eliminate(x, p_bg, y_bg, p_s, c_p, known))
-            if self.every_scale:
-                inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
-                out = self.fem.enrich(inputs, full, every_scale=every_scale)
-            else:
-                (once,) = eliminated
-                seen = (prior if base is None else base) if self.fem.with_prior else None
-                if seen is not None and self.do_similarity:
-                    seen = seen - distracting_similarity(x_q, once.do_prototype)
-                out = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
-
+            feature = x_q if self.bgem is None else self.bgem(x_q, p_bg)
+            eliminated = self._eliminate(x_q, p_bg, bg, p_s, prior, base)
+        if self.per_scale:
+            inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
+            fem = self.fem.enrich(inputs, (x_q.shape[-2], x_q.shape[-1]), every_scale=every_scale)
+        elif eliminated:
+            (once,) = eliminated
+            seen = (prior if base is None else base) if self.fem.with_prior else None
+            if seen is not None and self.do_similarity:
+                seen = seen - distracting_similarity(x_q, once.do_prototype)
+            fem = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
+        else:  # PFENet, or BGEM alone
+            fem = self.fem(feature, p_s, prior, every_scale=every_scale)
         return NTRENetOutput(
-            logits=resize(out.logits, size),
-            feature_logits=out.logits,
-            scale_logits=out.scale_logits,
+            logits=resize(fem.logits, size),
+            fem=fem,
             prior=prior,
             query_feature=x_q,
             support_prototype=p_s,
             query_bg_logits=bg,
-            initial_logits=eliminated[0].initial_logits if eliminated else None,
-            coarser_initial_logits=tuple(e.initial_logits for e in eliminated[1:]),
-            do_mask=eliminated[0].do_mask if eliminated else None,
-            do_prototype=eliminated[0].do_prototype if eliminated else None,
+            eliminated=eliminated,
+        )
+
+    def _eliminate(
+        self, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Tensor, prior: Tensor, known: Tensor | None
+    ) -> tuple[Eliminated, ...]:
+        """Apply eq. 4 to 8 to the whole feature, or at each of FEM's scales to what is pooled to it."""
+        full = (x_q.shape[-2], x_q.shape[-1])
+        sizes = self.fem.sizes(full) if self.per_scale else [full] * len(self.eliminations)
+        return tuple(
+            eliminate(
+                pool(x_q, side),
+                p_bg,
+                resize(bg, side),
+                p_s,
+                resize(prior, side),
+                None if known is None else resize(known, side),
+            )
+            for eliminate, side in zip(self.eliminations, sizes, strict=True)
         )
 
 
@@ -287,19 +290,19 @@ def build_ntrenet(
     if base_classes and not doem:
         raise ValueError("a base learner needs doem: it says which objects are distracting")
     sizes = {"channels": channels, "prototype_channels": prototype_channels}
-    deep, every_scale = elimination == "authors", elimination != "single"
-    count = 0 if not doem else len(fem_scales) if every_scale else 1
+    deep, per_scale = elimination == "authors", doem and elimination != "single"
+    count = len(fem_scales) if per_scale else int(doem)
     middle = backbone.middle_channels
     learner = BaseLearner(middle_channels=middle, base_classes=base_classes) if base_classes else None
     network = NTRENet(
         backbone=backbone,
         reduce_query=_reduction(middle, channels),
         reduce_support=_reduction(middle, channels),
-        fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem or (fem_prior and not every_scale)),
+        fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem or (fem_prior and not per_scale)),
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[Elimination(**sizes, deep=deep, do_average=do_average) for _ in range(count)],
-        every_scale=every_scale,
+        per_scale=per_scale,
         do_similarity=do_similarity,
         base_learner=learner,
     )

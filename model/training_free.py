@@ -26,9 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone, build_backbone, fold_batch_norm
-from model.efficientnet_lite import last_blocks
-from model.weights import imagenet_file, read_weights
+from model.backbone import Backbone, build_backbone, describe, fold_batch_norm
+from model.weights import read_weights
 
 PASSES = 2
 """self-support passes"""
@@ -166,10 +165,10 @@ def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> Tra
     Args:
         weights: of those last blocks; 'imagenet' (from the pip package), 'random' or a file.
     """
-    last = None
-    if name == "efficientnet_lite0":
-        path = imagenet_file(name, Path()) if weights == "imagenet" else Path(weights)
-        last = last_blocks(None if weights == "random" else read_weights(path)[0])
+    described, last = describe(name), None
+    if described.last is not None:
+        path = described.imagenet(Path()) if weights == "imagenet" else Path(weights)
+        last = described.last(None if weights == "random" else read_weights(path)[0])
         fold_batch_norm(last)
         last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return TrainingFree(backbone=backbone.to(memory_format=torch.channels_last), last=last)  # type: ignore[call-overload]

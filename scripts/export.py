@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from model import IGNORE
-from model.ntrenet import NTRENet, Query, Target
+from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding
 from model.ops import foreground, masked_average_pool
 from util.data.transforms import normalize
 from util.errors import UserError
@@ -113,9 +113,9 @@ class FixedShots(nn.Module):
         high = model.backbone.high(features.stage3 * target) * target
         prototype = masked_average_pool(model.reduce_support(features.middle[1:]), target[1:]).mean(0, keepdim=True)
         base = model.read_base(features.middle)
-        searched = Query(model.reduce_query(features.middle[:1]), high[:1], base[:1])
+        searched = QueryEncoding(model.reduce_query(features.middle[:1]), high[:1], base[:1])
         of_target = masked_average_pool(base[1:], target[1:]).flatten(1).mean(0, keepdim=True)
-        shown = Target(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0), of_target)
+        shown = SupportEncoding(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0), of_target)
         return model.segment([searched], [shown], (query.shape[-2], query.shape[-1])).logits.sigmoid()
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.bgmm import DeepBGMM
-from model.elimination import Elimination
-from model.fem import FEM, FEMScale
+from model.elimination import Eliminated, Elimination
+from model.fem import FEM, FEMOutput, FEMScale
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import foreground, masked_average_pool, resize
 from util.config import Config
@@ -40,7 +40,7 @@ def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks
     x_s, p_s, c_p = torch.stack(features, 1), torch.stack(prototypes).mean(0), torch.stack(priors).mean(0)
 
     bg_q = bg_s = None
-    eliminated: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    eliminated: list[Eliminated] = []
     sides = model.fem.sizes((x_q.shape[-2], x_q.shape[-1]))
     if model.bgmm is None:
         feature_logits, scale_logits = fem(model.fem, x_q, p_s, c_p)
@@ -50,32 +50,28 @@ def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks
         bg_s = torch.stack(each, 1)
         if model.bgem is not None:
             feature_logits, scale_logits = fem(model.fem, concat(model.bgem.conv, x_q, p_bg).relu(), p_s, c_p)
-        elif not model.every_scale:
+        elif not model.per_scale:
             eliminated = [elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p)]
             seen = c_p if model.fem.with_prior else None
             if seen is not None and model.do_similarity:
-                seen = seen - F.cosine_similarity(x_q, eliminated[0][3], dim=1, eps=1e-4).unsqueeze(1)
-            feature_logits, scale_logits = fem(model.fem, eliminated[0][0], eliminated[0][3], seen)
+                seen = seen - F.cosine_similarity(x_q, eliminated[0].do_prototype, dim=1, eps=1e-4).unsqueeze(1)
+            feature_logits, scale_logits = fem(model.fem, eliminated[0].activated, eliminated[0].do_prototype, seen)
         else:
             for part, side in zip(model.eliminations, sides, strict=True):
                 x = F.adaptive_avg_pool2d(x_q, side)
                 eliminated.append(elimination(part, x, p_bg, resize(bg_q, side), p_s, resize(c_p, side)))
-            inputs = [(e[0], e[3], None) for e in eliminated]
+            inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
             feature_logits, scale_logits = enrich(model.fem, inputs, (x_q.shape[-2], x_q.shape[-1]))
     return NTRENetOutput(
         logits=resize(feature_logits, (query.shape[-2], query.shape[-1])),
-        feature_logits=feature_logits,
-        scale_logits=scale_logits,
+        fem=FEMOutput(feature_logits, scale_logits),
         prior=c_p,
         query_feature=x_q,
         support_prototype=p_s,
         support_features=x_s,
         query_bg_logits=bg_q,
         support_bg_logits=bg_s,
-        initial_logits=eliminated[0][1] if eliminated else None,
-        coarser_initial_logits=tuple(e[1] for e in eliminated[1:]),
-        do_mask=eliminated[0][2] if eliminated else None,
-        do_prototype=eliminated[0][3] if eliminated else None,
+        eliminated=tuple(eliminated),
     )
 
 
@@ -119,10 +115,8 @@ def bgmm(model: NTRENet, x: Tensor) -> Tensor:
     return logits
 
 
-def elimination(
-    part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Tensor, c_p: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Eq. 4 to 8: X_act, logits of y_ini, Y_DO, P_DO."""
+def elimination(part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Tensor, c_p: Tensor) -> Eliminated:
+    """Eq. 4 to 8."""
     assert isinstance(part, Elimination)
     x_bg = concat(part.bgem.conv, x_q, p_bg).relu()
     x_act = concat(part.matching.conv, x_bg, p_s, c_p).relu()
@@ -133,7 +127,7 @@ def elimination(
     p_do = (x_q * do_mask).mean((2, 3), keepdim=True)
     if part.do_average == "region":
         p_do = masked_average_pool(x_q, do_mask)
-    return x_act, initial, do_mask, p_do
+    return Eliminated(x_act, initial, do_mask, p_do)
 
 
 def fem(part: FEM, x: Tensor, prototype: Tensor, c_p: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -166,10 +160,12 @@ def enrich(
 
 
 @torch.inference_mode()
-def plain_counts(model: NTRENet, episode: Episode, config: Config) -> np.ndarray:
-    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives."""
+def plain_counts(model: NTRENet, episode: Episode, truth: np.ndarray, config: Config) -> np.ndarray:
+    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives.
+
+    ``truth`` (H, W) is the query's mask at its own size: 1 target, 0 other, 255 ignored.
+    """
     output = plain_forward(model, normalize(episode.query), normalize(episode.supports), episode.support_masks)
-    truth = episode.truths[0].numpy()
     logits = to_original(output.logits[0].float(), truth.shape[0], truth.shape[1], config.eval.geometry)[0]
     prediction = (logits > 0).numpy()
     return np.array([((truth == t) & (prediction == p)).sum() for t in (0, 1) for p in (False, True)])

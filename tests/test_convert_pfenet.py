@@ -187,7 +187,7 @@ def test_the_logit_of_the_converted_model_is_pfenets_difference_of_two(
     assert difference(expected).std() > 0.1
     assert difference(expected).abs().max() > 1
     assert (got.logits - difference(expected)).abs().max() < 1e-3
-    for logits, wanted in zip(got.scale_logits, inner, strict=True):
+    for logits, wanted in zip(got.fem.scale_logits, inner, strict=True):
         assert (logits - difference(wanted)).abs().max() < 1e-3
 
 
@@ -213,7 +213,7 @@ def test_the_checkpoint_is_of_this_project_and_names_what_nobody_knows(converted
     config = load_config(ROOT / f"configs/pascal/{converted.kind}_fold0_1shot.yaml", convert_pfenet.ALL_OFF)
     assert config_from_dict(checkpoint["config"], "test") == config
     unknown = {
-        *("dataset", "classes", "fold_scheme", "folds", "fold", "image_size"),
+        *("dataset", "classes", "base_classes", "fold_scheme", "folds", "fold", "image_size"),
         *("fem_scales", "prototype_channels", "seed"),
     }
     assert {key.rpartition(".")[2] for key in checkpoint["unknown"]} == unknown

@@ -3,7 +3,6 @@
 Shapes: B batch, K shots, C channels, (H, W) mask, (h, w) features.
 """
 
-import inspect
 import math
 from collections import deque
 
@@ -13,6 +12,8 @@ import torch
 from authors import authors_contrast
 from torch import nn
 
+from model.elimination import Eliminated
+from model.fem import FEMOutput
 from model.losses import (
     NTRELoss,
     background_mining_loss,
@@ -281,17 +282,21 @@ def random_output(batch=3, shots=2, channels=4, side=3, image=6):
 
     output = NTRENetOutput(
         logits=leaf(batch, 1, image, image),
-        feature_logits=leaf(batch, 1, side, side),
-        scale_logits=(leaf(batch, 1, side, side), leaf(batch, 1, 2, 2)),
+        fem=FEMOutput(leaf(batch, 1, side, side), (leaf(batch, 1, side, side), leaf(batch, 1, 2, 2))),
         prior=torch.rand(batch, 1, side, side),
         query_feature=leaf(batch, channels, side, side),
         support_features=leaf(batch, shots, channels, side, side),
         support_prototype=leaf(batch, channels, 1, 1),
         query_bg_logits=leaf(batch, 1, side, side),
         support_bg_logits=leaf(batch, shots, 1, side, side),
-        initial_logits=leaf(batch, 1, side, side),
+        eliminated=(eliminated(leaf(batch, 1, side, side)),),
     )
     return output, random_masks(batch, image, image), sparse_masks(batch, shots, image)
+
+
+def eliminated(initial_logits):
+    """An elimination's output of which the losses read y_ini alone."""
+    return Eliminated(*[torch.zeros(())] * 4)._replace(initial_logits=initial_logits)
 
 
 def sparse_masks(batch, shots, image):
@@ -316,7 +321,9 @@ def naive_negatives(output, support_masks, kind):
 
     rows = []
     for b in range(len(output.query_feature)):
-        query_region = region(array(output.query_bg_logits[b, 0]) > 0, array(output.initial_logits[b, 0]) > 0)
+        query_region = region(
+            array(output.query_bg_logits[b, 0]) > 0, array(output.eliminated[0].initial_logits[b, 0]) > 0
+        )
         row = [naive_pool(array(output.query_feature[b]), query_region)]
         for k, mask in enumerate(support_masks[b].numpy()):
             size = output.support_features.shape[-2:]
@@ -364,17 +371,18 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
     class_ids, bank = torch.tensor([2, 4, 2]), make_bank()
     old = torch.randn(3, 4)
     bank.store(old, torch.tensor([2, 3, 4]))
-    loss = NTRELoss(bank=bank, alpha=0.3, beta=2.0, lambda_bg=3.0, gamma=0.7, fem_aux=0.6, pcl_negatives=kind)
+    weights = {"final": 2.0, "initial": 2.0, "fem_aux": 1.2, "bg": 3.0, "pcl": 0.7}
+    loss = NTRELoss(bank=bank, weights=weights, alpha=0.3, pcl_negatives=kind)
     terms = loss(output, query_masks, support_masks, class_ids)
 
-    final = naive_target_loss(output.feature_logits, query_masks)
-    initial = naive_target_loss(output.initial_logits, query_masks)
-    scales = [naive_target_loss(logits, query_masks) for logits in output.scale_logits]
+    final = naive_target_loss(output.fem.logits, query_masks)
+    initial = naive_target_loss(output.eliminated[0].initial_logits, query_masks)
+    scales = [naive_target_loss(logits, query_masks) for logits in output.fem.scale_logits]
     bg_logits = torch.cat([output.query_bg_logits, output.support_bg_logits.flatten(0, 1)])
     bg_masks = torch.cat([query_masks, support_masks.flatten(0, 1)])
     bg = naive_background_mining_loss(bg_logits, bg_masks, 0.3)
 
-    predicted = array(output.feature_logits)[:, 0] > 0
+    predicted = array(output.fem.logits)[:, 0] > 0
     p_q = [naive_pool(x, region) for x, region in zip(array(output.query_feature), predicted, strict=True)]
     p_s = array(output.support_prototype)[:, :, 0, 0]
     banks = {2: [array(old[0])], 3: [array(old[1])], 4: [array(old[2])]}
@@ -382,13 +390,13 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
         banks[class_id].extend(prototype for prototype in row if prototype.any())
     pcl = naive_contrastive_loss(p_q, p_s, [banks[c] for c in class_ids.tolist()])
 
-    assert terms.final.item() == pytest.approx(final, rel=1e-5)
-    assert terms.initial.item() == pytest.approx(initial, rel=1e-5)
-    assert terms.fem_aux.item() == pytest.approx(sum(scales) / 2, rel=1e-5)
-    assert terms.bg.item() == pytest.approx(bg, rel=1e-5)
-    assert terms.pcl.item() == pytest.approx(pcl, rel=1e-5)
+    assert terms["final"].item() == pytest.approx(final, rel=1e-5)
+    assert terms["initial"].item() == pytest.approx(initial, rel=1e-5)
+    assert terms["fem_aux"].item() == pytest.approx(sum(scales) / 2, rel=1e-5)
+    assert terms["bg"].item() == pytest.approx(bg, rel=1e-5)
+    assert terms["pcl"].item() == pytest.approx(pcl, rel=1e-5)
     total = 2.0 * (initial + final + 0.6 * sum(scales) / 2) + 3.0 * bg + 0.7 * pcl
-    assert terms.total.item() == pytest.approx(total, rel=1e-5)
+    assert terms["total"].item() == pytest.approx(total, rel=1e-5)
     for class_id, prototypes in banks.items():  # the query's and the supports' prototypes are in the bank now
         assert np.allclose(bank_content(bank, class_id), sorted(map(tuple, prototypes)), atol=1e-5)
 
@@ -397,7 +405,7 @@ def test_the_authors_losses_equal_their_description():
     """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL on the annotated regions."""
     loss = NTRELoss(
         bank=PrototypeBank(class_ids=range(1, 5), channels=4, capacity=200, keep_empty=True),
-        initial=0.6,
+        weights={"initial": 0.6},
         bg_ignored=True,
         pcl_regions="ground_truth",
         pcl_drawn=100,
@@ -406,7 +414,7 @@ def test_the_authors_losses_equal_their_description():
     for _ in range(3):
         output, query_masks, support_masks = random_output(shots=1)
         coarser = torch.randn(3, 1, 2, 2, requires_grad=True)
-        output = output._replace(coarser_initial_logits=(coarser,))
+        output = output._replace(eliminated=(*output.eliminated, eliminated(coarser)))
         support_masks[1] = 1  # no distracting object: an empty prototype, which is stored
         class_ids = torch.tensor([2, 4, 2])
         x_q, x_s = output.query_feature, output.support_features[:, 0]
@@ -414,8 +422,8 @@ def test_the_authors_losses_equal_their_description():
         pcl = authors_contrast(x_q, x_s, output.query_bg_logits, bg_s, query_masks, masks_s, class_ids, bank)
         expected = torch.autograd.grad(pcl, (x_q, x_s))
         terms = loss(output, query_masks, support_masks, class_ids)
-        got = torch.autograd.grad(terms.pcl, (x_q, output.support_features), retain_graph=True)
-        assert terms.pcl.item() == pytest.approx(pcl.item(), abs=1e-5)
+        got = torch.autograd.grad(terms["pcl"], (x_q, output.support_features), retain_graph=True)
+        assert terms["pcl"].item() == pytest.approx(pcl.item(), abs=1e-5)
         assert torch.allclose(got[0], expected[0], atol=1e-4)
         assert torch.allclose(got[1][:, 0], expected[1], atol=1e-4)
 
@@ -425,11 +433,11 @@ def test_the_authors_losses_equal_their_description():
     everywhere = naive_background_mining_loss(  # the second term of a mask without ignored pixels and target
         torch.cat([output.query_bg_logits, bg_s]), torch.zeros_like(torch.cat([query_masks, masks_s])), 0.5
     )
-    assert terms.bg.item() == pytest.approx(on_target + everywhere, rel=1e-5)
-    initial = [naive_target_loss(logits, query_masks) for logits in (output.initial_logits, coarser)]
-    assert terms.initial.item() == pytest.approx(sum(initial) / 2, rel=1e-5)
-    total = 0.6 * terms.initial + terms.final + 0.4 * terms.fem_aux + terms.bg + 0.01 * terms.pcl
-    assert terms.total.item() == pytest.approx(total.item(), rel=1e-6)
+    assert terms["bg"].item() == pytest.approx(on_target + everywhere, rel=1e-5)
+    initial = [naive_target_loss(logits, query_masks) for logits in (output.eliminated[0].initial_logits, coarser)]
+    assert terms["initial"].item() == pytest.approx(sum(initial) / 2, rel=1e-5)
+    total = 0.6 * terms["initial"] + terms["final"] + 0.4 * terms["fem_aux"] + terms["bg"] + 0.01 * terms["pcl"]
+    assert terms["total"].item() == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_drawing_keeps_a_random_part_of_what_is_stored():
@@ -442,50 +450,45 @@ def test_drawing_keeps_a_random_part_of_what_is_stored():
 
 
 def test_weights_are_the_documented_ones_unless_given():
-    defaults = {name: p.default for name, p in inspect.signature(NTRELoss).parameters.items() if name != "bank"}
-    documented = {"alpha": 0.5, "beta": 1.0, "lambda_bg": 1.0, "gamma": 0.01, "initial": 1.0, "fem_aux": 0.4}
-    assert {name: defaults[name] for name in documented} == documented
     output, query_masks, support_masks = random_output()
     terms = NTRELoss(bank=make_bank())(output, query_masks, support_masks, torch.tensor([1, 2, 3]))
-    total = terms.initial + terms.final + 0.4 * terms.fem_aux + terms.bg + 0.01 * terms.pcl
-    assert terms.total.item() == pytest.approx(total.item(), rel=1e-6)
+    total = terms["initial"] + terms["final"] + 0.4 * terms["fem_aux"] + terms["bg"] + 0.01 * terms["pcl"]
+    assert terms["total"].item() == pytest.approx(total.item(), rel=1e-6)
 
 
 def test_terms_of_what_is_switched_off_are_zero():
     output, query_masks, support_masks = random_output()
     class_ids = torch.tensor([1, 2, 3])
     no_bank = NTRELoss(bank=None)(output, query_masks, support_masks, class_ids)
-    assert no_bank.pcl == 0
-    assert no_bank.bg > 0
-    assert no_bank.initial > 0
-    bgem_only = NTRELoss(bank=None)(output._replace(initial_logits=None), query_masks, support_masks, class_ids)
-    assert bgem_only.initial == 0
-    assert bgem_only.bg > 0
-    bare = output._replace(initial_logits=None, query_bg_logits=None, support_bg_logits=None)
+    assert no_bank["pcl"] == 0
+    assert no_bank["bg"] > 0
+    assert no_bank["initial"] > 0
+    bgem_only = NTRELoss(bank=None)(output._replace(eliminated=()), query_masks, support_masks, class_ids)
+    assert bgem_only["initial"] == 0
+    assert bgem_only["bg"] > 0
+    bare = output._replace(eliminated=(), query_bg_logits=None, support_bg_logits=None)
     pfenet = NTRELoss(bank=None)(bare, query_masks, support_masks, class_ids)
-    assert [pfenet.initial.item(), pfenet.bg.item(), pfenet.pcl.item()] == [0, 0, 0]
-    assert pfenet.total.item() == pytest.approx((pfenet.final + 0.4 * pfenet.fem_aux).item(), rel=1e-6)
+    assert [pfenet["initial"].item(), pfenet["bg"].item(), pfenet["pcl"].item()] == [0, 0, 0]
+    assert pfenet["total"].item() == pytest.approx((pfenet["final"] + 0.4 * pfenet["fem_aux"]).item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("missing", ["initial_logits", "query_bg_logits"])
+@pytest.mark.parametrize("missing", [{"eliminated": ()}, {"query_bg_logits": None}])
 def test_contrasting_without_the_predictions_it_needs_is_refused(missing):
     output, query_masks, support_masks = random_output()
     with pytest.raises(ValueError, match="bgem and doem"):
-        NTRELoss(bank=make_bank())(
-            output._replace(**{missing: None}), query_masks, support_masks, torch.tensor([1, 2, 3])
-        )
+        NTRELoss(bank=make_bank())(output._replace(**missing), query_masks, support_masks, torch.tensor([1, 2, 3]))
 
 
 def test_contrast_sends_gradient_to_the_query_and_support_prototypes_only():
     output, query_masks, support_masks = random_output()
     bank = make_bank()
-    NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 2])).pcl.backward()
-    predicted = (output.feature_logits > 0).expand_as(output.query_feature)
+    NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 2]))["pcl"].backward()
+    predicted = (output.fem.logits > 0).expand_as(output.query_feature)
     assert (output.query_feature.grad[predicted] != 0).all()
     assert (output.query_feature.grad[~predicted] == 0).all()
     assert (output.support_prototype.grad != 0).all()
-    for name in ("feature_logits", "query_bg_logits", "support_bg_logits", "initial_logits", "support_features"):
-        assert getattr(output, name).grad is None, name
+    others = output.fem.logits, output.query_bg_logits, output.support_bg_logits, output.support_features
+    assert all(x.grad is None for x in (*others, output.eliminated[0].initial_logits))
     assert not bank.prototypes.requires_grad
 
 
@@ -493,7 +496,7 @@ def test_two_steps_do_not_share_a_graph():
     loss, class_ids = NTRELoss(bank=make_bank()), torch.tensor([1, 1, 1])
     for _ in range(2):
         output, query_masks, support_masks = random_output()
-        loss(output, query_masks, support_masks, class_ids).total.backward()
+        loss(output, query_masks, support_masks, class_ids)["total"].backward()
 
 
 def test_only_the_bank_of_the_episodes_class_counts():
@@ -502,7 +505,7 @@ def test_only_the_bank_of_the_episodes_class_counts():
     other.store(torch.randn(5, 4), torch.full((5,), 3))
     same.store(torch.randn(5, 4), torch.full((5,), 1))
     values = [
-        NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 4])).pcl.item()
+        NTRELoss(bank=bank)(output, query_masks, support_masks, torch.tensor([1, 2, 4]))["pcl"].item()
         for bank in (clean, other, same)
     ]
     assert values[0] == values[1]
@@ -511,19 +514,19 @@ def test_only_the_bank_of_the_episodes_class_counts():
 
 def test_an_episode_without_any_prediction_is_finite_and_not_contrasted():
     output, query_masks, support_masks = random_output(batch=1)
-    nothing = output._replace(feature_logits=torch.full((1, 1, 3, 3), -3.0, requires_grad=True))
+    nothing = output._replace(fem=output.fem._replace(logits=torch.full((1, 1, 3, 3), -3.0, requires_grad=True)))
     terms = NTRELoss(bank=make_bank())(nothing, query_masks, support_masks, torch.tensor([1]))
-    terms.total.backward()
-    assert terms.pcl == 0
-    assert output.initial_logits.grad.isfinite().all()
+    terms["total"].backward()
+    assert terms["pcl"] == 0
+    assert output.eliminated[0].initial_logits.grad.isfinite().all()
 
 
 def test_extreme_predictions_and_empty_masks_give_a_finite_total():
     output, query_masks, support_masks = random_output()
     for value in (1e4, -1e4):
         wild = output._replace(
-            feature_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
-            initial_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
+            fem=output.fem._replace(logits=torch.full((3, 1, 3, 3), value, requires_grad=True)),
+            eliminated=(eliminated(torch.full((3, 1, 3, 3), value, requires_grad=True)),),
             query_bg_logits=torch.full((3, 1, 3, 3), value, requires_grad=True),
             support_bg_logits=torch.full((3, 2, 1, 3, 3), value, requires_grad=True),
         )
@@ -531,11 +534,11 @@ def test_extreme_predictions_and_empty_masks_give_a_finite_total():
             terms = NTRELoss(bank=make_bank())(
                 wild, torch.full_like(query_masks, fill), torch.full_like(support_masks, fill), torch.tensor([1, 2, 3])
             )
-            terms.total.backward()
-            assert all(term.isfinite() for term in terms)
+            terms["total"].backward()
+            assert all(term.isfinite() for term in terms.values())
         assert all(
             x.grad.isfinite().all()
-            for x in (wild.feature_logits, wild.query_bg_logits, wild.query_feature)
+            for x in (wild.fem.logits, wild.query_bg_logits, wild.query_feature)
             if x.grad is not None
         )
 

@@ -617,7 +617,7 @@ def test_all_parts_off_is_pfenet(kind, shots, scales):
     # PFENet's prototypes are smaller by 0.0005 / (area of the mask), and that is all
     assert agree(got.prior, prior)
     assert agree(got.support_prototype, prototype)
-    for logits, wanted in zip(got.scale_logits, inner, strict=True):
+    for logits, wanted in zip(got.fem.scale_logits, inner, strict=True):
         assert agree(logits, difference(wanted))
     assert agree(got.logits, difference(expected))
 
@@ -643,7 +643,7 @@ KINDS = {
 NETWORKS = ["pfenet", "bgem", "bgem+doem", *KINDS]
 
 
-def network(lite0, row="bgem+doem", *, as_built=False):
+def network(lite0, row="bgem+doem", *, as_built=False, scales=(1, 0.5, 0.25)):
     """A row of the table in eval mode.
 
     Its weights are drawn here, lest a test hang on the model's initialisation, and every prediction's bias is set
@@ -658,7 +658,7 @@ def network(lite0, row="bgem+doem", *, as_built=False):
         **KINDS.get(row, {}),
         channels=8,
         prototype_channels=12,
-        fem_scales=(1, 0.5, 0.25),
+        fem_scales=scales,
     ).eval()
     if not as_built:
         for name, parameter in model.named_parameters():
@@ -667,10 +667,10 @@ def network(lite0, row="bgem+doem", *, as_built=False):
                 nn.init.normal_(parameter, std=math.sqrt(2 / fan_in) if fan_in > 1 else 0.5)
         with torch.no_grad():
             if model.bgmm is not None:
-                balance(last_bias(model.bgmm.classifier), model, "query_bg_logits")
+                balance(last_bias(model.bgmm.classifier), model, lambda out: out.query_bg_logits)
             for elimination in model.eliminations:
-                balance(elimination.matching.initial[-1].bias, model, "initial_logits")
-            balance(model.fem.classifier[-1].bias, model, "feature_logits")
+                balance(elimination.matching.initial[-1].bias, model, lambda out: out.eliminated[0].initial_logits)
+            balance(model.fem.classifier[-1].bias, model, lambda out: out.fem.logits)
     torch.manual_seed(3)
     return model
 
@@ -681,22 +681,24 @@ def last_bias(module):
 
 def balance(bias, model, prediction):
     torch.manual_seed(4)
-    bias -= getattr(model(*episode(6, 1)), prediction).quantile(0.6)
+    bias -= prediction(model(*episode(6, 1))).quantile(0.6)
 
 
 def assert_same(got, expected, atol=1e-4):
     """Two outputs agree in every field that does not depend on the number of shots."""
-    for name in ("logits", "feature_logits", "prior", "query_feature", "support_prototype", "query_bg_logits"):
-        compare(getattr(got, name), getattr(expected, name), atol)
-    for name in ("initial_logits", "do_mask", "do_prototype"):
-        compare(getattr(got, name), getattr(expected, name), atol)
-    for mine, theirs in zip(got.scale_logits, expected.scale_logits, strict=True):
-        compare(mine, theirs, atol)
+    shots = {"support_features": None, "support_bg_logits": None}
+    mine, theirs = tensors(got._replace(**shots)), tensors(expected._replace(**shots))
+    assert mine.keys() == theirs.keys()
+    for name, value in mine.items():
+        assert torch.allclose(value, theirs[name], atol=atol), name
 
 
-def compare(got, expected, atol):
-    assert (got is None) == (expected is None)
-    assert got is None or torch.allclose(got, expected, atol=atol)
+def tensors(record, prefix=""):
+    """Every tensor of an output by name, however deep."""
+    if isinstance(record, torch.Tensor):
+        return {prefix: record}
+    fields = record._asdict() if hasattr(record, "_asdict") else dict(enumerate(record or ()))
+    return {k: v for name, field in fields.items() for k, v in tensors(field, f"{prefix}.{name}").items()}
 
 
 def plain_elimination(w, name, x_q, p_bg, y_bg, p_s, prior, *, eq_8=False):
@@ -748,12 +750,10 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0, ro
     for got, expected in (
         (out.support_prototype, p_s),
         (out.query_bg_logits, y_bg),
-        (out.initial_logits, y_ini),
-        (out.do_mask, y_do),
-        (out.do_prototype, p_do),
-        (out.feature_logits, difference(y)),
+        *zip(out.eliminated[0][1:], (y_ini, y_do, p_do), strict=True),
+        (out.fem.logits, difference(y)),
         (out.logits, bilinear(difference(y), (65, 65))),
-        *zip(out.scale_logits, map(difference, inner), strict=True),
+        *zip(out.fem.scale_logits, map(difference, inner), strict=True),
     ):
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, atol=1e-4)
@@ -762,9 +762,9 @@ def test_full_network_is_the_papers_equations_in_the_plain_formulation(lite0, ro
 
 
 @torch.no_grad()
-def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
-    scales = (1.0, 0.5, 0.25)
-    model = network(lite0, "per scale")
+@pytest.mark.parametrize("scales", [(1.0, 0.5, 0.25), (0.5,)], ids=["three", "one, not the whole feature"])
+def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0, scales):
+    model = network(lite0, "per scale", scales=scales)
     head = pfenet_head(8, scales, with_prior=False)
     model.fem.load_state_dict(to_our_names(head))
     query, supports, masks = episode(2, 2)
@@ -778,19 +778,18 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0):
         merged.append((x_act, p_do, None))
         initial.append(y_ini)
         mined.append(y_do)
-    assert any(0 < y_do.mean() < 1 for y_do in mined[1:])  # not the finest alone finds distracting objects
+    assert any(0 < y_do.mean() < 1 for y_do in mined[-2:])  # not the finest alone finds distracting objects
     expected = model.fem.enrich(merged, (9, 9))
     assert expected.logits.std() > 0.1
-    assert torch.allclose(out.feature_logits, expected.logits, atol=1e-4)
-    assert torch.allclose(out.initial_logits, initial[0], atol=1e-4)
-    for got, wanted in zip(out.coarser_initial_logits, initial[1:], strict=True):
-        assert torch.allclose(got, wanted, atol=1e-4)
-    assert torch.equal(out.do_mask, mined[0])
+    assert torch.allclose(out.fem.logits, expected.logits, atol=1e-4)
+    for got, y_ini, y_do in zip(out.eliminated, initial, mined, strict=True):
+        assert torch.allclose(got.initial_logits, y_ini, atol=1e-4)
+        assert torch.equal(got.do_mask, y_do)
     query_masks = (torch.rand(2, 65, 65) < 0.3).long()
-    terms = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))(
-        out, query_masks, masks, torch.tensor([1, 2])
-    )
-    assert terms.initial.item() == pytest.approx(sum(target_loss(y, query_masks).item() for y in initial) / 3, rel=1e-5)
+    loss = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))
+    terms = loss(out, query_masks, masks, torch.tensor([1, 2]))
+    mean = sum(target_loss(y, query_masks).item() for y in initial) / len(initial)
+    assert terms["initial"].item() == pytest.approx(mean, rel=1e-5)
 
 
 @torch.no_grad()
@@ -807,14 +806,16 @@ def test_authors_elimination_is_the_authors_network(lite0, scales, shots):
     inputs = out.query_feature, out.support_features, out.support_prototype, out.prior
     y, bg_q, bg_s, initial, inner = authors_forward(head, *inputs, scales)
     assert difference(y).std() > 0.1
-    assert 0 < out.do_mask.mean() < 1
-    compare(out.feature_logits, difference(y), 1e-3)
-    compare(out.query_bg_logits, difference(bg_q), 1e-3)
-    compare(out.support_bg_logits, bg_s[:, :, 1:] - bg_s[:, :, :1], 1e-3)
-    for got, expected in zip((out.initial_logits, *out.coarser_initial_logits), initial, strict=True):
-        compare(got, difference(expected), 1e-3)
-    for got, expected in zip(out.scale_logits, inner, strict=True):
-        compare(got, difference(expected), 1e-3)
+    assert 0 < out.eliminated[0].do_mask.mean() < 1
+    assert torch.allclose(out.support_bg_logits, bg_s[:, :, 1:] - bg_s[:, :, :1], atol=1e-3)
+    predictions = [
+        out.fem.logits,
+        out.query_bg_logits,
+        *(e.initial_logits for e in out.eliminated),
+        *out.fem.scale_logits,
+    ]
+    for got, expected in zip(predictions, (y, bg_q, *initial, *inner), strict=True):
+        assert torch.allclose(got, difference(expected), atol=1e-3)
 
 
 def test_a_state_is_of_one_kind_of_elimination_only(lite0):
@@ -833,8 +834,6 @@ def test_every_ablation_equals_its_plain_formulation(lite0, row, shots):
     assert_same(got, expected)
     if got.support_bg_logits is not None:
         assert torch.allclose(got.support_bg_logits, expected.support_bg_logits, atol=1e-4)
-    for mine, theirs in zip(got.coarser_initial_logits, expected.coarser_initial_logits, strict=True):
-        assert torch.allclose(mine, theirs, atol=1e-4)
 
 
 def test_gradients_equal_those_of_the_plain_formulation(lite0):
@@ -845,7 +844,7 @@ def test_gradients_equal_those_of_the_plain_formulation(lite0):
     for run in (model, partial(plain_forward, model)):
         model.zero_grad()
         loss = NTRELoss(bank=PrototypeBank(class_ids=range(1, 3), channels=8))
-        loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2])).total.backward()
+        loss(run(query, supports, masks), query_masks, masks, torch.tensor([1, 2]))["total"].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, expected in gradients[1].items():
         assert (gradients[0][name] - expected).abs().max() < 1e-3 * expected.abs().max(), name
@@ -862,7 +861,7 @@ def test_bgem_alone_enriches_the_background_free_feature_with_the_support_protot
     x_bg = conv2d(w, "bgem.conv", torch.cat([x_q, expand_to(w["bgmm.prototype"], x_q)], 1)).relu()
     expected, _ = pfenet_fem(head, x_bg, out.support_prototype, out.prior, scales)
     assert difference(expected).std() > 0.1
-    assert torch.allclose(out.feature_logits, difference(expected), atol=1e-4)
+    assert torch.allclose(out.fem.logits, difference(expected), atol=1e-4)
 
 
 @torch.no_grad()
@@ -905,12 +904,8 @@ def test_a_batch_equals_its_episodes_one_by_one(lite0, row):
     batch = model(query, supports, masks)
     for b in range(3):
         alone = model(query[b : b + 1], supports[b : b + 1], masks[b : b + 1])
-        for name, value in batch._asdict().items():
-            if isinstance(value, tuple):
-                for mine, theirs in zip(value, getattr(alone, name), strict=True):
-                    compare(mine[b : b + 1], theirs, 1e-4)
-            else:
-                compare(None if value is None else value[b : b + 1], getattr(alone, name), 1e-4)
+        for name, value in tensors(alone).items():
+            assert torch.allclose(tensors(batch)[name][b : b + 1], value, atol=1e-4), name
 
 
 @torch.no_grad()
@@ -944,7 +939,7 @@ def test_a_support_mask_without_target_gives_a_finite_output(lite0, row, value):
 def test_images_need_not_be_square(lite0):
     out = network(lite0)(*episode(2, 2, size=(65, 49)))
     assert out.logits.shape == (2, 1, 65, 49)
-    assert out.feature_logits.shape == (2, 1, 9, 7)
+    assert out.fem.logits.shape == (2, 1, 9, 7)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -954,33 +949,28 @@ def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
     bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if pcl else None
     query, supports, masks = episode(2, 3)
     out = model(query, supports, masks)
-    shapes = {
-        "logits": (2, 1, 65, 65),
-        "feature_logits": (2, 1, 9, 9),
-        "prior": (2, 1, 9, 9),
-        "query_feature": (2, 8, 9, 9),
-        "support_features": (2, 3, 8, 9, 9),
-        "support_prototype": (2, 8, 1, 1),
-        "query_bg_logits": (2, 1, 9, 9) if bgem else None,
-        "support_bg_logits": (2, 3, 1, 9, 9) if bgem else None,
-        "initial_logits": (2, 1, 9, 9) if doem else None,
-        "do_mask": (2, 1, 9, 9) if doem else None,
-        "do_prototype": (2, 8, 1, 1) if doem else None,
-        "base_logits": None,
+    sides = [9, 4, 2]
+    eliminated = sides if row in ("per scale", "authors") else sides[: int(doem)]
+    expected = {
+        ".logits": (2, 1, 65, 65),
+        ".fem.logits": (2, 1, 9, 9),
+        **{f".fem.scale_logits.{i}": (2, 1, side, side) for i, side in enumerate(sides)},
+        ".prior": (2, 1, 9, 9),
+        ".query_feature": (2, 8, 9, 9),
+        ".support_features": (2, 3, 8, 9, 9),
+        ".support_prototype": (2, 8, 1, 1),
+        **({".query_bg_logits": (2, 1, 9, 9), ".support_bg_logits": (2, 3, 1, 9, 9)} if bgem else {}),
+        **{f".eliminated.{i}.activated": (2, 8, side, side) for i, side in enumerate(eliminated)},
+        **{f".eliminated.{i}.initial_logits": (2, 1, side, side) for i, side in enumerate(eliminated)},
+        **{f".eliminated.{i}.do_mask": (2, 1, side, side) for i, side in enumerate(eliminated)},
+        **{f".eliminated.{i}.do_prototype": (2, 8, 1, 1) for i in range(len(eliminated))},
     }
-    assert {
-        n: v if v is None else tuple(v.shape)
-        for n, v in out._asdict().items()
-        if not n.endswith("r_initial_logits") and n != "scale_logits"
-    } == shapes
-    coarser = [(2, 1, 4, 4), (2, 1, 2, 2)] if row in ("per scale", "authors") else []
-    assert [tuple(v.shape) for v in out.coarser_initial_logits] == coarser
-    assert [tuple(v.shape) for v in out.scale_logits] == [(2, 1, 9, 9), (2, 1, 4, 4), (2, 1, 2, 2)]
+    assert {name: tuple(value.shape) for name, value in tensors(out).items()} == expected
     terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 3]))
-    assert all(term.isfinite() for term in terms)
-    assert [terms.bg != 0, terms.initial != 0, terms.pcl != 0] == [bgem, doem, pcl]
-    assert terms.final > 0
-    assert terms.fem_aux > 0
+    assert all(term.isfinite() for term in terms.values())
+    assert [terms["bg"] != 0, terms["initial"] != 0, terms["pcl"] != 0] == [bgem, doem, pcl]
+    assert terms["final"] > 0
+    assert terms["fem_aux"] > 0
 
 
 def test_doem_without_bgem_is_refused(lite0):
@@ -994,7 +984,7 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_backbone_none(lite0, 
     bank = PrototypeBank(class_ids=range(1, 4), channels=8, capacity=10) if ROWS[row][2] else None
     query, supports, masks = episode(2, 2)
     loss = NTRELoss(bank=bank)(model(query, supports, masks), masks[:, 0].flip(-1), masks, torch.tensor([1, 2]))
-    loss.total.backward()
+    loss["total"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if not name.startswith("backbone.")}
     assert [n for n, g in gradients.items() if g is None or not g.isfinite().all() or not g.any()] == []
     assert [n for n, p in model.backbone.named_parameters() if p.requires_grad or p.grad is not None] == []
@@ -1022,9 +1012,9 @@ def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
     with torch.autocast("cpu", torch.bfloat16):
         out = model(query, supports, masks)
         terms = NTRELoss(bank=bank)(out, masks[:, 0], masks, torch.tensor([1, 2]))
-    terms.total.backward()
+    terms["total"].backward()
     assert (out.logits - expected).abs().mean() < 0.1 * expected.std()
-    assert {term.dtype for term in terms} == {torch.float32}
+    assert {term.dtype for term in terms.values()} == {torch.float32}
     assert [n for n, p in model.named_parameters() if p.requires_grad and not p.grad.isfinite().all()] == []
 
 

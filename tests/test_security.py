@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from model.weights import imagenet_file
+from model.weights import torchvision_file
 from scripts import prepare_pascal
 from scripts.prepare_coco import read_jobs
 from util.errors import UserError
@@ -290,7 +290,7 @@ def test_weights_by_name_are_fetched_with_a_hash(monkeypatch: pytest.MonkeyPatch
         torch.hub, "download_url_to_file", lambda url, path, hash_prefix=None: asked.append(hash_prefix)
     )
     for backbone in ("resnet50", "resnet101", "vgg16_bn"):
-        path = imagenet_file(backbone, tmp_path)
+        path = torchvision_file(backbone, tmp_path)
         assert path.parent == tmp_path and asked[-1] is not None and f"-{asked[-1]}." in path.name
     assert len(asked) == 3
 

@@ -71,7 +71,7 @@ def test_supports_encoded_one_by_one_equal_one_forward_on_all(
     squares = {
         "prior": output.prior,
         "bg": output.query_bg_logits.sigmoid(),
-        "distractor": output.do_mask,
+        "distractor": output.eliminated[0].do_mask,
     }
     np.testing.assert_allclose(result.probability, 1 / (1 + np.exp(-at_size(output.logits[0, 0], *size))), atol=2e-5)
     for name, square in squares.items():

@@ -12,17 +12,24 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
+from model.backbones import BACKBONES
 from util.errors import UserError
 from util.files import refuse_pipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
+
+
+if TYPE_CHECKING:
+    BackboneName = str
+else:
+    BackboneName = Literal[tuple(BACKBONES)]
 
 
 def _names_of(value: Any) -> Any:
@@ -139,7 +146,7 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Annotated[Literal["resnet50", "resnet101", "vgg16_bn", "efficientnet_lite0"], NETWORK, SHOWN] = "resnet50"
+    backbone: Annotated[BackboneName, NETWORK, SHOWN] = "resnet50"
     weights: Annotated[str, COMPARED] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
     bgem: bool = True
@@ -203,6 +210,18 @@ class LossConfig(Section):
     """weight of the base learner's cross-entropy (model.base_learner)"""
     bank_size: Count = 2000
     """prototypes kept a class"""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term of model.losses.NTRELoss in the total."""
+        return {
+            "final": self.beta,
+            "initial": self.beta * self.initial,
+            "fem_aux": self.beta * self.fem_aux,
+            "bg": self.lambda_bg,
+            "pcl": self.gamma,
+            "base": self.base,
+        }
 
 
 class TrainConfig(Section):

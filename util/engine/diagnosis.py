@@ -82,9 +82,9 @@ def count(
                 bins = np.digitize(logits.cpu().numpy(), EDGES)
                 for r, region in enumerate(regions):
                     histogram[done, r] = np.bincount(bins[region], minlength=len(EDGES) + 1)
-                if output.do_mask is not None:
+                if output.eliminated:
                     side = (config.data.image_size, config.data.image_size)
-                    do_mask = resize(output.do_mask[place : place + 1].float(), side)[0]
+                    do_mask = resize(output.eliminated[0].do_mask[place : place + 1].float(), side)[0]
                     covered = (to_original(do_mask, height, width, config.eval.geometry)[0] > 0.5).cpu().numpy()
                     distracting[done] = [covered[r].mean() if r.any() else np.nan for r in regions]
                 done += 1

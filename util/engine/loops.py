@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.backbone import Features
-from model.ntrenet import NTRENet, NTRENetOutput, Query, Target, join_shots
+from model.ntrenet import NTRENet, NTRENetOutput, QueryEncoding, SupportEncoding, join_shots
 from model.ops import resize
 from model.parallel import log_mean, processes, rank
 from util.config import Config
@@ -67,10 +67,10 @@ def train(training: Training, batches: Iterable[Episode], *, lr_at: Callable[[in
         losses = training.criterion(
             output, episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
         )
-        scaler.scale(losses.total).backward()
+        scaler.scale(losses["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
-        values = log_mean(torch.stack([*(term.detach() for term in losses), norm, monitor.asked_to_stop()]))
+        values = log_mean(torch.stack([*(term.detach() for term in losses.values()), norm, monitor.asked_to_stop()]))
         broken = torch.maximum(broken, (~values[0].isfinite()).float())
         optimizer.found_inf = broken  # type: ignore[attr-defined]  # a fused optimiser takes no step where it is 1
         scaler.step(optimizer)
@@ -93,8 +93,8 @@ class Encoded(NamedTuple):
     """What is kept of one image while its round lasts."""
 
     truth: Tensor
-    query: Query | None
-    target: Target | None
+    query: QueryEncoding | None
+    support: SupportEncoding | None
 
 
 @torch.inference_mode()
@@ -174,24 +174,26 @@ def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -
     masks = batch.masks.to(hardware.device, non_blocking=True)
     with hardware.autocast():
         features = model.backbone(normalize(images))
-        queries, targets = (
+        queries, supports = (
             [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
         )
-        query_of: dict[int, Query] = {}
+        query_of: dict[int, QueryEncoding] = {}
         if queries:
             query = model.read_query(Features(*(feature[queries] for feature in features)))
-            query_of = {n: Query(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)}
-        target_of: dict[int, Target] = {}
-        if targets:
-            target, _ = model.read_targets(Features(*(feature[targets] for feature in features)), masks[targets])
-            row = torch.arange(1, target.high.shape[2] + 1, device=images.device)
-            last = ((target.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
-            target_of = {
-                n: Target(prototype[None], high[None, :, : rows + 1].clone(), base[None])
-                for n, rows, prototype, high, base in zip(targets, last, *target, strict=True)
+            query_of = {
+                n: QueryEncoding(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)
+            }
+        support_of: dict[int, SupportEncoding] = {}
+        if supports:
+            support, _ = model.read_supports(Features(*(feature[supports] for feature in features)), masks[supports])
+            row = torch.arange(1, support.high.shape[2] + 1, device=images.device)
+            last = ((support.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
+            support_of = {
+                n: SupportEncoding(prototype[None], high[None, :, : rows + 1].clone(), base[None])
+                for n, rows, prototype, high, base in zip(supports, last, *support, strict=True)
             }
     return {
-        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), target_of.get(n))
+        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), support_of.get(n))
         for n, (place, truth) in enumerate(zip(batch.places, batch.truths, strict=True))
     }
 
@@ -201,8 +203,8 @@ def segment(
 ) -> NTRENetOutput:
     """Run episodes whose images are encoded as one batch."""
     queries = [encoded[episode.query].query for episode in episodes]
-    targets = [[encoded[place].target for place in episode.supports] for episode in episodes]
-    joined = [join_shots([t for t in shots if t is not None]) for shots in targets]
+    supports = [[encoded[place].support for place in episode.supports] for episode in episodes]
+    joined = [join_shots([s for s in shots if s is not None]) for shots in supports]
     with hardware.autocast():
         return model.segment([q for q in queries if q is not None], joined, (side, side))
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.losses import LossTerms
+from model.losses import NTRELoss
 from model.parallel import processes, rank
 from util.data.dataset import Episode
 from util.data.loading import LoadingError
@@ -51,7 +51,7 @@ class _Report(NamedTuple):
         if self.copied is not None:
             self.copied.synchronize()
         *means, norm, stopping = self.values.tolist()
-        return dict(zip(LossTerms._fields, means, strict=True)), norm, stopping
+        return dict(zip(NTRELoss.NAMES, means, strict=True)), norm, stopping
 
 
 class Monitor:

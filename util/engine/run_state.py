@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.losses import LossTerms, NTRELoss
+from model.losses import NTRELoss
 from model.ntrenet import NTRENet
 from model.parallel import processes, rank
 from model.weights import WeightsInfo
@@ -42,7 +42,7 @@ class Training:
     best_miou: float = -1.0
     seconds_before: float = 0.0
     """spent before this start"""
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(LossTerms._fields, 0.0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(NTRELoss.NAMES, 0.0))
     """of every loss term over the steps of the epoch at hand"""
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from model.backbones import BACKBONES
 from util.config import COMPARED, departures, flatten, keys_with
 from util.report.runs import Run
 
@@ -83,7 +84,7 @@ def frame(runs: Sequence[Run], paper: Mapping[str, Any]) -> pd.DataFrame:
         found.loc[group.index, "row"] = [
             name_of({k: v for k, v in c.items() if k not in common}, named) for c in changes
         ]
-    found["backbone"] = [paper["backbones"].get(backbone, backbone) for backbone in found.backbone]
+    found["backbone"] = [BACKBONES[name].title if name in BACKBONES else name for name in found.backbone]
     found = found.sort_values([*CELL, "modified"], ignore_index=True)
     return found.assign(replaced=found.duplicated(CELL, keep="last"))
 

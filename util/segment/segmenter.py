@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from model import IGNORE
-from model.ntrenet import NTRENet, Query, Target, join_shots
+from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding, join_shots
 from model.ops import resize
 from model.training_free import (
     Described,
@@ -171,7 +171,7 @@ class Segmenter(ABC, Generic[Q, T]):
         """'probability', and the ``maps``, each (H, W)."""
 
 
-class NTRESegmenter(Segmenter[Query, Target]):
+class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
     """A trained network, ready for pictures."""
 
     def __init__(self, model: NTRENet, config: Config, hardware: Hardware) -> None:
@@ -218,14 +218,14 @@ class NTRESegmenter(Segmenter[Query, Target]):
         hardware = find_hardware(device, precision)
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
-    def join(self, targets: Sequence[Target]) -> Target:
+    def join(self, targets: Sequence[SupportEncoding]) -> SupportEncoding:
         return join_shots(targets)
 
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return fit(image, labels, self.config.data.image_size)
 
     @torch.inference_mode()
-    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Target:
+    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> SupportEncoding:
         labels = torch.from_numpy(mask)[None, None].to(self.hardware.device)
         with self.hardware.autocast():
             target, _ = self.model.encode_supports(_input(image, self.hardware)[None], labels)
@@ -234,11 +234,11 @@ class NTRESegmenter(Segmenter[Query, Target]):
             raise UserError(f"the target of {name} vanishes at the network's {side} pixels; crop the support around it")
         return target
 
-    def _read(self, image: np.ndarray) -> Query:
+    def _read(self, image: np.ndarray) -> QueryEncoding:
         with self.hardware.autocast():
             return self.model.encode_query(_input(image, self.hardware))
 
-    def _maps(self, target: Target, features: Query, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _maps(self, target: SupportEncoding, features: QueryEncoding, size: tuple[int, int]) -> dict[str, np.ndarray]:
         side = self.config.data.image_size
         with self.hardware.autocast():
             output = self.model.segment([features], [target], (side, side))
@@ -248,8 +248,8 @@ class NTRESegmenter(Segmenter[Query, Target]):
         }
         if output.query_bg_logits is not None:
             maps["bg"] = _at_size(output.query_bg_logits.float().sigmoid(), side, size)
-        if output.do_mask is not None:
-            maps["distractor"] = _at_size(output.do_mask, side, size)
+        if output.eliminated:
+            maps["distractor"] = _at_size(output.eliminated[0].do_mask, side, size)
         return maps
 
 

@@ -57,8 +57,9 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int, baseline: T
     ]
     if output.query_bg_logits is not None:
         tiles.append(("background", heat(_upsampled(output.query_bg_logits[place].float().sigmoid(), query))))
-    if output.do_mask is not None:
-        tiles.append(("distracting", overlay(query, _upsampled(output.do_mask[place], query) > 0.5, DISTRACTOR)))
+    if output.eliminated:
+        do_mask = output.eliminated[0].do_mask[place]
+        tiles.append(("distracting", overlay(query, _upsampled(do_mask, query) > 0.5, DISTRACTOR)))
     if baseline is not None:
         tiles.append(_prediction("baseline", baseline[place, 0], query, truth))
     tiles.append(_prediction("prediction", output.logits[place, 0], query, truth))

