@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -199,15 +199,18 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     return _episode_loader(config, dataset, (list(range(first, first + share)) for first in firsts))
 
 
-def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
-    """The images of an evaluation's rounds, one round after the other."""
+def build_image_loader(
+    config: Config, index: ClassIndex, rounds: Sequence[Round], without: Collection[int] = ()
+) -> DataLoader[ImageBatch]:
+    """The images of an evaluation's rounds, one round after the other, without the batches of these numbers."""
     batches = [
         [(place, part.class_id) for place in places]
         for part in rounds
         for places in batched(list(part.images), config.eval.batch_size)
     ]
+    wanted = [batch for number, batch in enumerate(batches) if number not in without]
     dataset = ImageDataset(index.items, config.data.image_size)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_images, **_machine(config))
+    return DataLoader(dataset, batch_sampler=wanted, collate_fn=collate_images, **_machine(config))
 
 
 def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
