@@ -10,11 +10,13 @@ from util.command import run_command
 
 import argparse
 import itertools
+import json
+import math
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -48,10 +50,13 @@ from util.engine.run_state import Training, start_or_resume
 from util.errors import UserError, first_of
 from util.files import held_alone, read_json, write_json, write_text
 from util.progress import progress
+from util.segment.baselines import better_of
 from util.segment.visualize import draw_rows, episode_rows
 
 EVAL_SEED = 0
 """of the validation episodes in training: the same for every run, so that runs compare"""
+SHORT, USUAL = 300, 600
+"""steps below which a run has hardly begun to learn, and those of a short run that has; the quick start takes 584"""
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
@@ -123,7 +128,7 @@ def run(config: Config) -> None:
                 training.save_best()
             monitor.save()
     if rank() == 0:
-        close_run(training, data.val)
+        close_run(training, data.val, episodes)
 
 
 def open_run(training: Training, data: Data) -> None:
@@ -151,27 +156,33 @@ def open_run(training: Training, data: Data) -> None:
     keep_json_lines(run_dir / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
 
 
-def close_run(training: Training, val_index: ClassIndex) -> None:
-    """Calibrate best.pt, and say that the run is done, on screen and in run.json."""
+def close_run(training: Training, val_index: ClassIndex, episodes: list[EpisodeFiles]) -> None:
+    """Calibrate best.pt, compare it with what needs no training, and say that the run is done, here and in run.json."""
     run_dir = Path(training.config.run_dir)
-    if (run_dir / "best.pt").exists():
-        calibrate(run_dir / "best.pt", val_index, training)
+    best, kept = run_dir / "best.pt", "nothing improved on where it began"
+    if best.exists():
+        checkpoint = load_checkpoint(best)
+        if "threshold" not in checkpoint:
+            calibrate(best, checkpoint, val_index, episodes, training)
+        kept = f"{best} is {SELECTION[training.config.eval.select]}, of step {checkpoint['step']}"
+        for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            if (scored := json.loads(line))["step"] == checkpoint["step"]:
+                kept += f", with a validation mIoU of {100 * scored['miou']:.1f}"
     write_json(run_dir / "run.json", read_json(run_dir / "run.json") | {"finished": cost(training)})
-    best = run_dir / "best.pt"
-    select = SELECTION[training.config.eval.select]
-    kept = f"{best} is {select}" if best.exists() else "nothing improved on where it began"
-    print(f"done: {kept}; highest validation mIoU {100 * training.best_miou:.1f}")
+    print(f"done: {kept}")
 
 
-def calibrate(path: Path, index: ClassIndex, training: Training) -> None:
+def calibrate(
+    path: Path, checkpoint: dict[str, Any], index: ClassIndex, episodes: list[EpisodeFiles], training: Training
+) -> None:
     """Store in a checkpoint the threshold that predictions use; test.py stays at 0.5 and shows both."""
-    checkpoint = load_checkpoint(path)
-    if "threshold" in checkpoint:
-        return
-    model = build_saved_model(training.config, checkpoint, path).to(training.hardware.device)
-    threshold = calibrated_threshold(model, index, config=training.config, hardware=training.hardware)
+    config, hardware = training.config, training.hardware
+    model = build_saved_model(config, checkpoint, path).to(hardware.device)
+    threshold = calibrated_threshold(model, index, config=config, hardware=hardware)
     save_checkpoint(path, checkpoint | {"threshold": threshold})
     print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
+    if training.step >= SHORT:
+        print(better_of(model, threshold, index, episodes, config=config, hardware=hardware))
 
 
 def cost(training: Training) -> dict[str, float]:
@@ -203,6 +214,11 @@ def announce(training: Training, data: Data, steps: int) -> None:
     if any(sampler.left_out.values()):
         left_out = ", ".join(f"{options.classes[c - 1]} {n}" for c, n in sampler.left_out.items())
         print(f"left out for novel classes in them (data.novel_in_train=drop), images a class: {left_out}")
+    if steps < SHORT:
+        print(
+            f"warning: {steps} steps are too few to learn from (the quick start takes 584): raise train.epochs to"
+            f" {math.ceil(USUAL * config.train.epochs / steps)}, or leave out training: predict.py without --checkpoint"
+        )
 
 
 def validate(

@@ -19,13 +19,14 @@ The plain formulation is tests/plain.py, in fp32. Pictures are generated at 500x
 import argparse
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,21 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.command import run_command
 
-import cv2
 import numpy as np
 import torch
 from PIL import Image
 
 from model import IGNORE
 from model.ntrenet import NTRENet
-from tests.plain import plain_counts, plain_forward
+from tests.plain import plain_augment, plain_counts, plain_forward
 from util.config import Config, load_config, parse_arguments
 from util.data.class_index import ClassIndex, load_class_index, read_list
 from util.data.dataset import Episode, read_pair
-from util.data.episodes import EpisodeList
+from util.data.episodes import EpisodeFiles, EpisodeList
 from util.data.folds import novel_classes
 from util.data.synthetic import CLASS_NAMES, make_image
-from util.data.transforms import MEAN, STD, augment, normalize
+from util.data.transforms import augment, normalize
 from util.engine.build import (
     Hardware,
     build_eval_loader,
@@ -76,6 +76,11 @@ CPU = torch.device("cpu")
 TRAINING_IMAGES = 80
 MEMORY_STEPS = 8
 """each on a batch of its own: what is kept of every size that occurs counts"""
+NUMBERS = {
+    **{"batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "seeds": 1, "plain-episodes": 20},
+    "masks": 12000,
+}
+"""options and their defaults"""
 DIFFERENT_MASKS = 40
 """masks of --mode index that are drawn; the others are links to them"""
 
@@ -84,20 +89,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mode", choices=list(MODES), required=True)
     parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--shots", type=int, default=1)
     parser.add_argument("--size", type=int, default=473, help="side of the network's input")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", help="of ours; the plain formulation is fp32")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--images", type=int, default=450)
-    parser.add_argument("--episodes", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--plain-episodes", type=int, default=20)
-    parser.add_argument("--masks", type=int, default=12000)
+    for name, default in NUMBERS.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     args, overrides = parse_arguments(parser)
-    if min(args.repeats, args.images, args.episodes, args.seeds, args.plain_episodes, args.masks, args.batch) < 1:
+    if min(getattr(args, name.replace("-", "_")) for name in NUMBERS) < 1:
         raise UserError("numbers must be at least 1")
     if args.json is not None:
         require_writable(args.json, ".json")
@@ -119,13 +118,10 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     ours, plain = (build(config, hardware, plain=name == "plain") for name in ("ours", "plain"))
     equality = compare_outputs(config, plain, ours, batches[0], hardware)
 
-    runs = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in progress(range(-1, args.repeats), desc="steps"):  # the first warms up
-        for name, step in runs.items():
-            seconds, _ = timed(partial(step, batches[repeat % 2]), hardware.device)
-            times[name] += [seconds] if repeat >= 0 else []
-    memory = {name: peak_of_a_process(args, list(overrides), name) for name in runs}
+    steps = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
+    runs = {name: lambda turn, step=step: step(batches[turn % 2]) for name, step in steps.items()}
+    times, _ = race(runs, args.repeats, hardware.device)
+    memory = {name: peak_of_a_process(args, list(overrides), name) for name in steps}
     result = {"mode": "train", **ratio(times), **equality, "peak_memory_mib": memory}
     print(
         f"training step of {args.batch} episodes, {args.shots}-shot, {args.backbone}, {args.size} px:"
@@ -246,44 +242,21 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
 
     return_freed_memory()
     chosen = np.linspace(0, len(episodes) - 1, min(args.plain_episodes, len(episodes))).astype(int).tolist()
-    alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
-    loader = build_eval_loader(alone, EpisodeList(index, episodes), chosen)
-    plain_times: list[float] = []
-    plain_table: list[np.ndarray] = []
-    batches = iter(loader)
-
-    def some(count: int) -> None:
-        for _ in range(count):
-            seconds, table = timed(
-                lambda: plain_counts(plain, next(batches).to(hardware.device), config), hardware.device
-            )
-            plain_times.append(seconds)
-            plain_table.append(table)
-
-    some(len(chosen) // 2)  # half before ours and half after, lest the machine's mood count
+    one_by_one = plain_evaluation(plain, config, hardware, EpisodeList(index, episodes), chosen)
+    plain_results = list(itertools.islice(one_by_one, len(chosen) // 2))
+    # half before ours and half after, lest the machine's mood count
     with progress(total=1, desc="ours") as bar:
-        ours_seconds, tables = timed(
-            lambda: evaluate(ours, index, episodes, config=config, hardware=hardware, bar=bar), hardware.device
-        )
+        run_ours = partial(evaluate, ours, index, episodes, config=config, hardware=hardware, bar=bar)
+        ours_seconds, tables = timed(run_ours, hardware.device)
     peak = read_peak(hardware.device)
-    some(len(chosen) - len(chosen) // 2)
+    plain_times, plain_table = zip(*plain_results, *one_by_one, strict=True)
+    agreement = compare_counts(config, episodes, chosen, tables["network"][chosen], np.stack(plain_table))
 
-    table, expected = tables["network"][chosen], np.stack(plain_table)
-    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    class_ids = np.array([episodes[number].class_id for number in chosen])
     plain_seconds = statistics.fmean(plain_times) * len(episodes)
     result = {
-        "mode": "eval",
-        "episodes": len(episodes),
-        "plain_seconds": plain_seconds,
-        "plain_seconds_each": plain_times,
-        "ours_seconds": ours_seconds,
-        "ratio": plain_seconds / ours_seconds,
-        "miou_difference": abs(scores(table, class_ids, names).miou - scores(expected, class_ids, names).miou),
-        "miou": scores(expected, class_ids, names).miou,
-        "pixels_that_differ": int(np.abs(table - expected)[:, :2].sum()),
-        "pixels": int(expected.sum()),
-        "peak_memory_mib": peak,
+        **{"mode": "eval", "episodes": len(episodes), "plain_seconds": plain_seconds, "ours_seconds": ours_seconds},
+        **{"plain_seconds_each": plain_times, "ratio": plain_seconds / ours_seconds, "peak_memory_mib": peak},
+        **agreement,
     }
     print(
         f"{args.seeds} x {args.episodes} episodes over {args.images} images, {args.shots}-shot, {args.backbone},"
@@ -294,6 +267,36 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
         f" {result['pixels_that_differ']} of {result['pixels']} pixels differ"
     )
     return result
+
+
+def plain_evaluation(
+    plain: NTRENet, config: Config, hardware: Hardware, source: EpisodeList, chosen: list[int]
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Seconds and counts of one episode after another, its reading included."""
+    alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
+    batches = iter(build_eval_loader(alone, source, chosen))
+
+    def one(episode: EpisodeFiles) -> np.ndarray:
+        _, truth = read_pair(source.index.items[episode.query], episode.class_id)
+        return plain_counts(plain, next(batches).to(hardware.device), truth, config)
+
+    for number in chosen:
+        yield timed(partial(one, source(number)), hardware.device)
+
+
+def compare_counts(
+    config: Config, episodes: Sequence[EpisodeFiles], chosen: list[int], found: np.ndarray, expected: np.ndarray
+) -> dict[str, float]:
+    """How far the counts (N, 4) of the chosen episodes, and the mIoU from them, differ."""
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    class_ids = np.array([episodes[number].class_id for number in chosen])
+    miou = [scores(table, class_ids, names).miou for table in (found, expected)]
+    return {
+        "miou_difference": abs(miou[0] - miou[1]),
+        "miou": miou[1],
+        "pixels_that_differ": int(np.abs(found - expected)[:, :2].sum()),
+        "pixels": int(expected.sum()),
+    }
 
 
 @torch.no_grad()
@@ -318,26 +321,27 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
     torch.set_num_threads(1)
     config = make_config(args, [*overrides, "workers=0"], root, images=args.images)
     index = build_index(config, "train")
-    scale = (config.data.scale[0], config.data.scale[1])
-    settings = (config.data.image_size, scale, config.data.rotation)
+    settings = config.data.image_size, (config.data.scale[0], config.data.scale[1]), config.data.rotation
+
+    def load(number: int, augmented: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = read_pair(index.items[number], largest_class(index, number))
+        found: tuple[np.ndarray, np.ndarray] = augmented(
+            image, mask, settings[0], np.random.default_rng(number), *settings[1:]
+        )
+        return found
 
     def ours(number: int) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = read_pair(index.items[number], largest_class(index, number))
-        image, mask = augment(image, mask, settings[0], np.random.default_rng(number), *settings[1:])
+        image, mask = load(number, augment)
         return torch.from_numpy(image.transpose(2, 0, 1).copy()).numpy(), mask
 
-    def plain(number: int) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = read_pair(index.items[number], largest_class(index, number))
-        return plain_augment(image, mask, settings[0], np.random.default_rng(number), *settings[1:])
+    def all_by(
+        one: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    ) -> Callable[[int], list[tuple[np.ndarray, np.ndarray]]]:
+        return lambda _: [one(number) for number in range(args.images)]
 
-    times: dict[str, list[float]] = {"plain": [], "ours": []}
-    agree: list[float] = []
-    for repeat in progress(range(-1, args.repeats), desc="passes"):
-        made: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
-        for name, function in (("plain", plain), ("ours", ours)):
-            seconds, made[name] = timed(partial(list, map(function, range(args.images))))
-            times[name] += [seconds / args.images] if repeat >= 0 else []
-        agree = [float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True)]
+    whole, made = race({"plain": all_by(partial(load, augmented=plain_augment)), "ours": all_by(ours)}, args.repeats)
+    times = {name: [seconds / args.images for seconds in of] for name, of in whole.items()}
+    agree = [float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True)]
     sizes = [item.image.stat().st_size for item in index.items]
     result = {
         "mode": "loader",
@@ -361,44 +365,6 @@ def largest_class(index: ClassIndex, place: int) -> int:
     return max((c for c in areas if c), key=lambda c: areas[c])
 
 
-def plain_augment(
-    image: np.ndarray,
-    mask: np.ndarray,
-    size: int,
-    rng: np.random.Generator,
-    scale: tuple[float, float],
-    rotation: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """:func:`util.data.transforms.augment` with one resampling a step, and the picture normalised to float."""
-    height, width = mask.shape
-    factor = rng.uniform(*scale)
-    angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0
-    flip = rng.random() < 0.5
-    target_pixels = float((mask == 1).sum()) * factor**2
-    whole = (round(width * factor), round(height * factor))
-    image = cv2.resize(image, whole, interpolation=cv2.INTER_LINEAR)
-    mask = cv2.resize(mask, whole, interpolation=cv2.INTER_NEAREST)
-    if angle:
-        matrix = cv2.getRotationMatrix2D(((whole[0] - 1) / 2, (whole[1] - 1) / 2), angle, 1)
-        colour = tuple(round(255 * m) for m in MEAN)
-        image = cv2.warpAffine(image, matrix, whole, flags=cv2.INTER_LINEAR, borderValue=colour)
-        mask = cv2.warpAffine(mask, matrix, whole, flags=cv2.INTER_NEAREST, borderValue=255)
-    if flip:
-        image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
-    image = (image.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    pad = max(size - whole[1], 0), max(size - whole[0], 0)
-    around = (pad[0] // 2, pad[0] - pad[0] // 2, pad[1] // 2, pad[1] - pad[1] // 2)
-    image = cv2.copyMakeBorder(image, *around, cv2.BORDER_CONSTANT, value=(0, 0, 0))
-    mask = cv2.copyMakeBorder(mask, *around, cv2.BORDER_CONSTANT, value=255)
-    for _ in range(30):
-        offsets = [rng.uniform(0, n * factor - size) if n * factor > size else 0.0 for n in (width, height)]
-        left, top = (min(round(o), n - size) for o, n in zip(offsets, (mask.shape[1], mask.shape[0]), strict=True))
-        window = mask[top : top + size, left : left + size]
-        if (window == 1).sum() >= 0.85 * target_pixels:
-            break
-    return np.ascontiguousarray(image[top : top + size, left : left + size].transpose(2, 0, 1)), window
-
-
 # ---------------------------------------------------------------- index
 
 
@@ -409,35 +375,24 @@ def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     num_classes = len(CLASS_NAMES)
     cache = list_path.with_name(list_path.name + ".index.npz")
 
-    def plain() -> np.ndarray:
-        rows = []
-        for item in read_list(list_path, root):
-            mask = np.asarray(Image.open(item.mask))
-            rows.append(np.bincount(mask.ravel(), minlength=256))
-        return np.stack(rows)[:, : num_classes + 1]
+    def plain(_: int) -> np.ndarray:
+        masks = (np.asarray(Image.open(item.mask)) for item in read_list(list_path, root))
+        return np.stack([np.bincount(mask.ravel(), minlength=256) for mask in masks])[:, : num_classes + 1]
 
-    def ours() -> ClassIndex:
+    def warm(_: int) -> ClassIndex:
         return load_class_index(list_path, root, num_classes, progress=False)
 
-    times: dict[str, list[float]] = {"plain": [], "cold": [], "warm": []}
-    equal = True
-    plain()  # fills the page cache for both
-    for _ in range(min(args.repeats, 3)):
+    def cold(turn: int) -> ClassIndex:
         cache.unlink(missing_ok=True)
-        seconds, expected = timed(plain)
-        times["plain"].append(seconds)
-        for name in ("cold", "warm"):
-            seconds, index = timed(ours)
-            times[name].append(seconds)
-            equal &= bool((index.pixels.toarray() == expected).all())
-    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+        return warm(turn)
+
+    runs: dict[str, Callable[[int], Any]] = {"plain": plain, "cold": cold, "warm": warm}
+    times, found = race(runs, min(args.repeats, 3))
+    equal = all(bool((found[name].pixels.toarray() == found["plain"]).all()) for name in ("cold", "warm"))
+    medians = medians_of(times)
     result = {
-        "mode": "index",
-        "masks": args.masks,
-        **medians,
+        **{"mode": "index", "masks": args.masks, **medians, "spread": times, "equal": equal},
         "cold_ratio": medians["plain_seconds"] / medians["cold_seconds"],
-        "spread": times,
-        "equal": equal,
     }
     print(
         f"class index of {args.masks} masks of {SIZE[0]}x{SIZE[1]}: plain loop {result['plain_seconds']:.2f} s,"
@@ -503,12 +458,33 @@ def draw(root: Path, number: int, *, novel: bool = False) -> None:
     Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(root / f"{number:06d}.png")
 
 
+def race(
+    runs: Mapping[str, Callable[[int], R]], repeats: int, device: torch.device = CPU
+) -> tuple[dict[str, list[float]], dict[str, R]]:
+    """Run all in turn, once to warm up and then ``repeats`` times: the seconds of each, and what it gave last.
+
+    Args:
+        runs: each is given the number of its turn.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    given: dict[str, R] = {}
+    for turn in progress(range(-1, repeats), desc="turns"):
+        for name, run in runs.items():
+            seconds, given[name] = timed(partial(run, turn), device)
+            times[name] += [seconds] if turn >= 0 else []
+    return times, given
+
+
+def medians_of(times: dict[str, list[float]]) -> dict[str, float]:
+    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+
+
 def ratio(times: dict[str, list[float]]) -> dict[str, Any]:
-    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    medians = medians_of(times)
     return {**medians, "ratio": medians["plain_seconds"] / medians["ours_seconds"], "spread": times}
 
 
-def describe(seconds: list[float]) -> str:
+def describe(seconds: Sequence[float]) -> str:
     return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
 
 

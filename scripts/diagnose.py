@@ -66,7 +66,7 @@ def main() -> None:
 
 def reads_one_prototype(model: NTRENet) -> bool:
     """Whether FEM takes one prototype of distracting objects, which another can replace."""
-    return len(model.eliminations) == 1 and not model.every_scale and model.base_learner is None
+    return len(model.eliminations) == 1 and not model.per_scale and model.base_learner is None
 
 
 def summary(counts: Counts, classes: dict[int, str]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ list, which is what a 1-shot episode needs. What the config must say about the d
 
 import argparse
 import hashlib
+import math
 import statistics
 import sys
 from functools import partial
@@ -36,6 +37,13 @@ CUSTOM_SIZE = 321
 """data.image_size of configs/custom.yaml"""
 EPISODE = 2
 """images of a class that a 1-shot episode needs"""
+STEPS, BATCH_SIZE = 600, 8
+"""steps after which something is learned, however few pictures there are; train.batch_size of configs/custom.yaml"""
+VALIDATIONS = 4
+"""in a training: with the 200 episodes of configs/custom.yaml, a small part of its time"""
+MIN_SHARE = 0.005
+"""of a picture that a class needs to be an example of it"""
+MOST_FOLDS = 4
 
 
 def main() -> None:
@@ -73,7 +81,7 @@ def main() -> None:
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
         write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
     print(table(names, pixels, in_val))
-    print(block(args.root, lists, names, items))
+    print(block(args.root, lists, names, items, pixels[~in_val]))
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -195,15 +203,30 @@ def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
     return "\n".join([*lines, *notes])
 
 
-def block(root: Path, lists: list[Path], names: list[str], items: list[Item]) -> str:
-    """What the config must say; in training a picture is scaled to about the size it is evaluated at."""
-    side = statistics.median(max(image_size(item.image)) for item in items)
+def block(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
+    """What the config must say: of the data, and of how long to train and how often to validate.
+
+    In training a picture is scaled to about the size that it is evaluated at. Every class is held back in one fold.
+
+    Args:
+        pixels: (training images, classes) of each class.
+    """
+    sizes = [image_size(item.image) for item in items]
+    side, area = (statistics.median(of(size) for size in sizes) for of in (max, math.prod))
+    min_area = round(MIN_SHARE * area)
+    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), MOST_FOLDS))]
+    usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
+    epoch_steps = max(1, usable // BATCH_SIZE)
+    epochs = math.ceil(STEPS / epoch_steps)
     scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
-    data = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1]), "classes": names, "scale": scale}
-    text = yaml.safe_dump({"data": data}, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
+    paths = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1])}
+    data = paths | {"classes": names, "folds": folds, "scale": scale, "min_area": min_area}
+    values = {"data": data, "train": {"epochs": epochs}, "eval": {"every": max(1, epochs // VALIDATIONS)}}
+    text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
     return (
-        f"\nfor configs/custom.yaml (scale: {CUSTOM_SIZE} / {side:g}, the median longer side, +-10 %; it goes with"
-        f" image_size):\n\n{text.rstrip()}"
+        f"\nfor configs/custom.yaml, where {usable} training images of base classes are {epoch_steps} steps an epoch,\n"
+        f"scale is {CUSTOM_SIZE} / {side:g}, the median longer side, +-10 % (it goes with image_size), and min_area"
+        f" {MIN_SHARE:.1%} of the median picture:\n\n{text.rstrip()}"
     )
 
 

@@ -2,11 +2,13 @@
 
 The same weights and results as ``model``, written as the equations read and as the lineage computes: batch norm
 on its own, prototypes expanded over the map and concatenated, supports one after another, the prior from all
-positions of the support, one episode at a time in evaluation. Nothing of the product imports this file.
+positions of the support, one episode at a time in evaluation, a resampling for each step of augmentation. Nothing of
+the product imports this file.
 """
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,7 +21,7 @@ from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import foreground, masked_average_pool, resize
 from util.config import Config
 from util.data.dataset import Episode
-from util.data.transforms import normalize, to_original
+from util.data.transforms import MEAN, STD, normalize, to_original
 
 
 def plain_forward(model: NTRENet, query: Tensor, supports: Tensor, support_masks: Tensor) -> NTRENetOutput:
@@ -158,10 +160,50 @@ def enrich(
 
 
 @torch.inference_mode()
-def plain_counts(model: NTRENet, episode: Episode, config: Config) -> np.ndarray:
-    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives."""
+def plain_counts(model: NTRENet, episode: Episode, truth: np.ndarray, config: Config) -> np.ndarray:
+    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives.
+
+    ``truth`` (H, W) is the query's mask at its own size: 1 target, 0 other, 255 ignored.
+    """
     output = plain_forward(model, normalize(episode.query), normalize(episode.supports), episode.support_masks)
-    truth = episode.truths[0].numpy()
     logits = to_original(output.logits[0].float(), truth.shape[0], truth.shape[1], config.eval.geometry)[0]
     prediction = (logits > 0).numpy()
     return np.array([((truth == t) & (prediction == p)).sum() for t in (0, 1) for p in (False, True)])
+
+
+def plain_augment(
+    image: np.ndarray,
+    mask: np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float],
+    rotation: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """:func:`util.data.transforms.augment` with one resampling a step, and the picture normalised to float."""
+    height, width = mask.shape
+    factor = rng.uniform(*scale)
+    angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0
+    flip = rng.random() < 0.5
+    target_pixels = float((mask == 1).sum()) * factor**2
+    whole = (round(width * factor), round(height * factor))
+    image = cv2.resize(image, whole, interpolation=cv2.INTER_LINEAR)
+    mask = cv2.resize(mask, whole, interpolation=cv2.INTER_NEAREST)
+    if angle:
+        matrix = cv2.getRotationMatrix2D(((whole[0] - 1) / 2, (whole[1] - 1) / 2), angle, 1)
+        colour = tuple(round(255 * m) for m in MEAN)
+        image = cv2.warpAffine(image, matrix, whole, flags=cv2.INTER_LINEAR, borderValue=colour)
+        mask = cv2.warpAffine(mask, matrix, whole, flags=cv2.INTER_NEAREST, borderValue=255)
+    if flip:
+        image, mask = cv2.flip(image, 1), cv2.flip(mask, 1)
+    image = (image.astype(np.float32) / 255 - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
+    pad = max(size - whole[1], 0), max(size - whole[0], 0)
+    around = (pad[0] // 2, pad[0] - pad[0] // 2, pad[1] // 2, pad[1] - pad[1] // 2)
+    image = cv2.copyMakeBorder(image, *around, cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    mask = cv2.copyMakeBorder(mask, *around, cv2.BORDER_CONSTANT, value=255)
+    for _ in range(30):
+        offsets = [rng.uniform(0, n * factor - size) if n * factor > size else 0.0 for n in (width, height)]
+        left, top = (min(round(o), n - size) for o, n in zip(offsets, (mask.shape[1], mask.shape[0]), strict=True))
+        window = mask[top : top + size, left : left + size]
+        if (window == 1).sum() >= 0.85 * target_pixels:
+            break
+    return np.ascontiguousarray(image[top : top + size, left : left + size].transpose(2, 0, 1)), window

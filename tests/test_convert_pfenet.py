@@ -213,7 +213,7 @@ def test_the_checkpoint_is_of_this_project_and_names_what_nobody_knows(converted
     config = load_config(ROOT / f"configs/pascal/{converted.kind}_fold0_1shot.yaml", convert_pfenet.ALL_OFF)
     assert config_from_dict(checkpoint["config"], "test") == config
     unknown = {
-        *("dataset", "classes", "fold_scheme", "folds", "fold", "image_size"),
+        *("dataset", "classes", "base_classes", "fold_scheme", "folds", "fold", "image_size"),
         *("fem_scales", "prototype_channels", "seed"),
     }
     assert {key.rpartition(".")[2] for key in checkpoint["unknown"]} == unknown

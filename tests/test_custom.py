@@ -10,6 +10,8 @@ from PIL import Image
 from scenes import ROOT, write_pair
 
 from scripts import make_lists
+from util.config import load_config
+from util.engine.build import build_index, build_train_sampler
 from util.errors import UserError
 
 
@@ -47,9 +49,28 @@ def test_the_printed_scale_brings_pictures_to_the_size_they_are_evaluated_at(min
 def test_what_is_printed_of_these_pictures_is_what_the_shipped_config_says(tmp_path, monkeypatch, capsys, mine) -> None:
     monkeypatch.chdir(tmp_path)
     lists(monkeypatch, Path("data/mine"))
-    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])["data"]
-    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())["data"]
-    assert {key: shipped[key] for key in pasted if key != "scale"} == {k: v for k, v in pasted.items() if k != "scale"}
+    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
+    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())
+    for section, values in pasted.items():
+        for key in values.keys() - {"scale", "min_area"}:  # they go with the pictures' size
+            assert shipped[section][key] == values[key], key
+
+
+@pytest.mark.parametrize("count", [12, 40])
+def test_the_printed_config_takes_enough_steps_whatever_the_data(
+    tmp_path: Path, monkeypatch, capsys, count: int
+) -> None:
+    for n in range(count):
+        write_pair(tmp_path / "mine", f"{n:03}", 1 + n % 3)
+    lists(monkeypatch, tmp_path / "mine")
+    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(pasted))
+    config = load_config([ROOT / "configs/custom.yaml", tmp_path / "own.yaml"], [])
+    images = len(build_train_sampler(config, build_index(config, "train")))
+    steps = max(1, images // config.train.batch_size) * config.train.epochs
+    assert 600 <= steps < 700
+    assert 4 <= config.train.epochs // config.eval.every <= 5
+    assert config.data.min_area == round(0.005 * 64 * 72)
 
 
 def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(mine: Path, monkeypatch, capsys) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,10 @@ from util.config import load_config
 from util.data.episodes import EpisodeFiles
 from util.data.synthetic import generate
 from util.engine import diagnosis
-from util.engine.build import build_index, build_model, find_hardware
+from util.engine.build import build_eval_sampler, build_index, build_model, build_saved_model, find_hardware
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.engine.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
+from util.segment.baselines import better_of
 from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +82,7 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
     ]
     trained = run("train.py", "--config", CONFIG, *options)
     checkpoint = ["--config", CONFIG, "--checkpoint", tmp_path / "run" / "best.pt", *options]
-    run("test.py", *checkpoint, "--out", tmp_path / "results.json")
+    run("test.py", *checkpoint, "--baselines", "--out", tmp_path / "results.json")
     shown = run("scripts/diagnose.py", *checkpoint, "--out", tmp_path / "diagnosis.json")
     found = json.loads((tmp_path / "diagnosis.json").read_text())
     scored = json.loads((tmp_path / "results.json").read_text())
@@ -90,6 +92,10 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
         assert 0 <= found[kind]["auc"]["other objects"] <= 100
         assert set(found[kind]["miou_with_the_target_as_distractor"]) == {str(t) for t in THRESHOLDS}
     assert "AUC, target against other objects" in shown
+
+    assert "warning: 4 steps are too few to learn from" in trained and "raise train.epochs to 150" in trained
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert f"of step 4, with a validation mIoU of {100 * json.loads(line)['miou']:.1f}" in trained.splitlines()[-1]
 
     path = tmp_path / "run" / "best.pt"
     threshold, base = load_checkpoint(path)["threshold"], found["base"]["miou"]
@@ -102,6 +108,17 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
     calibrated = json.loads((tmp_path / "results.json").read_text())
     assert calibrated["miou"] == scored["miou"]
     assert calibrated["calibrated"]["miou"]["mean"] == pytest.approx(found["novel"]["miou"]["0.3"], abs=0.1)
+
+    config, hardware = load_config(ROOT / CONFIG, list(map(str, options))), find_hardware("cpu", "fp32")
+    index, model = build_index(config, "val"), build_saved_model(config, load_checkpoint(path), path)
+    sampler = build_eval_sampler(config, index, 0)
+    episodes = [sampler(number) for number in range(10)]
+    told = better_of(model, 0.5, index, episodes, config=config, hardware=hardware)
+    figures = [float(figure) for figure in re.findall(r"\d+\.\d", told)]
+    seen = len({episode.class_id for episode in episodes}) / 5  # classes that no episode shows count in neither
+    free = scored["baselines"]["training_free_edges"]["miou"]
+    assert figures == pytest.approx([scored["miou"]["mean"] / seen, free / seen], abs=0.2)
+    assert told.startswith("warning: ") and "what needs no training is the better of the two" in told
 
 
 def test_a_threshold_is_chosen_on_base_classes_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

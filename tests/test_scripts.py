@@ -35,12 +35,13 @@ if arguments[0] == "train.py":
     run = pathlib.Path(next(a for a in arguments if a.startswith("run_dir="))[8:])
     run.mkdir(parents=True, exist_ok=True)
     (run / "best.pt").write_text("")
-    (run / "run.json").write_text(json.dumps({{"finished": {{}}}}))
+    (run / "run.json").write_text(json.dumps({{"finished": {{"steps": 1, "seconds": 1, "peak_memory_mib": 1}}}}))
 else:
     out = pathlib.Path(arguments[arguments.index("--out") + 1])
-    score = {{"mean": 60.0 + fold, "std": 0.5}}
+    score = {{"mean": 60.0 + fold, "std": 0.0, "per_seed": [60.0 + fold]}}
     scores = dict.fromkeys(("miou", "fb_iou", "precision"), score)
     about = {{"dataset": "D", "backbone": "b", "shots": 1, "fold": fold, "folds": 4, "seeds": [0], "episodes": 9}}
+    about |= {{"unit": "percent", "config": {{"model": {{}}, "loss": {{}}, "seed": 0}}}}
     out.write_text(json.dumps(about | scores))
     os.utime(out, (2e9, 2e9))
 """

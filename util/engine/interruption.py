@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from model.parallel import processes
+from util.data.loading import SIGNALS
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PATIENCE = 5.0
 """seconds after which a second Ctrl-C ends the run at once, unsaved; torchrun and shells repeat a signal sooner"""
 

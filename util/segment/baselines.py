@@ -6,16 +6,24 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from model.ntrenet import NTRENet
+from model.training_free import on_backbone
+from util.config import Config
 from util.data.class_index import ClassIndex
 from util.data.dataset import read_pair
 from util.data.episodes import EpisodeFiles
-from util.engine.metrics import confusion
+from util.engine.build import Hardware
+from util.engine.diagnosis import count, miou_by_threshold
+from util.engine.metrics import confusion, scores
 from util.engine.rounds import EncodingSize, plan_rounds
+from util.progress import progress
 from util.segment.edges import sharp_mask
 from util.segment.segmenter import TrainingFreeSegmenter
 
 TRAINING_FREE = ("training_free", "training_free_edges")
 """model/training_free.py, without and with edges"""
+COMPARED_EPISODES = 100
+"""at most so many tell whether a network is worth its training"""
 
 
 def evaluate_training_free(
@@ -54,3 +62,39 @@ def evaluate_training_free(
             if bar is not None:
                 bar.update()
     return counts
+
+
+def better_of(
+    model: NTRENet,
+    threshold: float,
+    index: ClassIndex,
+    episodes: Sequence[EpisodeFiles],
+    *,
+    config: Config,
+    hardware: Hardware,
+) -> str:
+    """Compare a network with training-free segmentation on its own backbone, both as predict.py uses them.
+
+    Args:
+        threshold: of the network's probability.
+        episodes: the first ``COMPARED_EPISODES`` of them are run.
+    Returns:
+        a sentence with both mIoUs that names the better of the two; a warning where that is not the network
+    """
+    episodes = episodes[:COMPARED_EPISODES]
+    class_ids = np.array([episode.class_id for episode in episodes])
+    names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
+    trained = 100 * miou_by_threshold(count(model, index, episodes, config=config, hardware=hardware), names)[threshold]
+    name = config.model.backbone
+    segmenter = TrainingFreeSegmenter(on_backbone(name, model.backbone), name, hardware)
+    with progress(total=len(episodes), desc="without training", unit="episode", leave=False) as bar:
+        counts = evaluate_training_free(segmenter, index, episodes, cache_gib=config.eval.cache_gib, bar=bar)
+    free = 100 * scores(counts["training_free_edges"], class_ids, names).miou
+    both = f"{trained:.1f} mIoU at its threshold, and training-free segmentation {free:.1f} with edges"
+    told = f"on {len(episodes)} validation episodes best.pt has {both}"
+    if trained >= free:
+        return f"{told}: the trained network is the better of the two"
+    return (
+        f"warning: {told}: what needs no training is the better of the two; use predict.py without --checkpoint, or"
+        " train longer or on more pictures"
+    )
