@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -201,15 +201,18 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     return _loader(config, dataset, batches, collate, pictures=share * (1 + data.shots))
 
 
-def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
-    """The images of an evaluation's rounds, one round after the other."""
+def build_image_loader(
+    config: Config, index: ClassIndex, rounds: Sequence[Round], without: Collection[int] = ()
+) -> DataLoader[ImageBatch]:
+    """The images of an evaluation's rounds, one round after the other, without the batches of these numbers."""
     batches = [
         [(place, part.class_id) for place in places]
         for part in rounds
         for places in batched(list(part.images), config.eval.batch_size)
     ]
+    wanted = [batch for number, batch in enumerate(batches) if number not in without]
     dataset = ImageDataset(index.items, config.data.image_size)
-    return _loader(config, dataset, batches, collate_images, pictures=config.eval.batch_size)
+    return _loader(config, dataset, wanted, collate_images, pictures=config.eval.batch_size)
 
 
 def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
