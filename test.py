@@ -13,12 +13,14 @@ from util.command import run_command
 
 import argparse
 import math
+import textwrap
 import time
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tabulate import tabulate
 
 from model.ntrenet import NTRENet
 from model.training_free import build_training_free, on_backbone
@@ -297,30 +299,27 @@ def table(results: dict[str, Any]) -> str:
     """The results as a person reads them."""
 
     def cell(score: dict[str, Any]) -> str:
-        return f"{score['mean']:5.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
+        return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
 
-    width = max(len(name) for name in (*results.get("per_class", ()), *TITLES.values()))
-    lines = [
-        "",
+    heading = (
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
         f" {results['backbone']}: {results['episodes']} episodes,"
-        f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}",
-    ]
+        f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}"
+    )
+    rows: list[list[str]] = []
     if "miou" in results:
-        lines += [
-            *(f"  {name:{width}}  {iou:5.1f}" for name, iou in results["per_class"].items()),
-            f"  {'mIoU':{width}}  {cell(results['miou'])}   (this fold alone, not the mean of folds)",
-            f"  {'FB-IoU':{width}}  {cell(results['fb_iou'])}",
-            f"  {'precision':{width}}  {cell(results['precision'])}",
-        ]
+        rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
+        rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
+        rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
     if (other := results.get("calibrated")) is not None:
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; all above is at 0.5"
-        lines.append(f"  {'calibrated':{width}}  {cell(other['miou'])}   {why}")
+        rows.append(["calibrated", cell(other["miou"]), why])
     for name, baseline in results.get("baselines", {}).items():
-        lines.append(f"  {TITLES[name]:{width}}  {baseline['miou']:5.1f}   mIoU without training, same episodes")
+        rows.append([TITLES[name], f"{baseline['miou']:.1f}", "mIoU without training, same episodes"])
     if "miou" in results:
-        lines.append(f"  {results['seconds']:.0f} s, peak memory {results['peak_memory_mib']:.0f} MiB")
-    return "\n".join(lines)
+        rows.append(["time", f"{results['seconds']:.0f} s"])
+        rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
+    return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
 
 
 if __name__ == "__main__":

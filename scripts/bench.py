@@ -275,8 +275,13 @@ def plain_evaluation(
     """Seconds and counts of one episode after another, its reading included."""
     alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
     batches = iter(build_eval_loader(alone, source, chosen))
-    for _ in chosen:
-        yield timed(lambda: plain_counts(plain, next(batches).to(hardware.device), config), hardware.device)
+
+    def one(episode: EpisodeFiles) -> np.ndarray:
+        _, truth = read_pair(source.index.items[episode.query], episode.class_id)
+        return plain_counts(plain, next(batches).to(hardware.device), truth, config)
+
+    for number in chosen:
+        yield timed(partial(one, source(number)), hardware.device)
 
 
 def compare_counts(

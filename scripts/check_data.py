@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.command import run_command
 
 import numpy as np
+from tabulate import tabulate as text_table
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import (
@@ -242,15 +243,16 @@ def table(config: Config, report: dict[str, Any]) -> str:
         masks = f"{about['masks_with_255']} of {about['lines']} masks hold 255"
         lines.append(f"{name:5} {about['path']}: {about['title']}; {masks}; SHA-256 {about['sha256'][:16]}")
     lines.append("")
-    lines.append(f"{'fold':4} {'split':5} {'lines':>7} {'in the fold':>11} {'255':>6}  images a class, fewest first")
+    rows = []
     for fold in report["folds"]:
         for name, split in fold["splits"].items():
             fewest = sorted(split["images_per_class"].items(), key=lambda pair: pair[1])
             shown = ", ".join(f"{c} {n}" for c, n in fewest[:FEWEST]) + (", ..." if len(fewest) > FEWEST else "")
-            lines.append(
-                f"{fold['fold']:<4} {name:5} {split['lines']:7} {split['qualifying_images']:11}"
-                f" {split['ignored_share']:6.1%}  {shown}"
-            )
+            share = f"{split['ignored_share']:.1%}"
+            rows.append([fold["fold"], name, split["lines"], split["qualifying_images"], share, shown])
+    headers = ["fold", "split", "lines", "in the fold", "255", "images of each class, fewest first"]
+    align = ("left", "left", "right", "right", "right", "left")
+    lines.append(text_table(rows, headers, tablefmt="plain", colalign=align, disable_numparse=True))
     own = report["folds"][data.fold]["splits"]
     problems = [problem for split in own.values() for problem in split["problems"]]
     lines += ["", *(f"PROBLEM {problem}" for problem in problems[:SHOWN])]

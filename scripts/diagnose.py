@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.command import run_command
 
 import numpy as np
+from tabulate import tabulate
 
 from model.ntrenet import NTRENet
 from util.config import add_config_argument, load_config, parse_arguments
@@ -88,19 +89,17 @@ def summary(counts: Counts, classes: dict[int, str]) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The figures as a person reads them: a column for novel and one for base classes."""
 
-    def row(name: str, *path: str) -> str:
-        cells = []
+    def row(name: str, *path: str) -> list[str]:
+        cells = [name]
         for kind in ("novel", "base"):
             value = found[kind]
             for key in path:
                 value = value.get(key) if value is not None else None
             cells.append("-" if value is None else f"{value:.1f}")
-        return f"{name:<44}" + "".join(f"{cell:>8}" for cell in cells)
+        return cells
 
     by_base = max(found["base"]["miou"], key=lambda t: found["base"]["miou"][t])
-    lines = [f"{'percent':<44}{'novel':>8}{'base':>8}"]
-    lines += [row(f"mIoU, cut at {t}", "miou", t) for t in found["novel"]["miou"]]
-    lines.append(f"(base classes are cut best at {by_base}: {found['novel']['miou'][by_base]:.1f} on novel ones)")
+    lines = [row(f"mIoU, cut at {t}", "miou", t) for t in found["novel"]["miou"]]
     if "miou_with_the_target_as_distractor" in found["novel"]:
         name = f"the same, the target's prototype as P_DO, {by_base}"
         lines.append(row(name, "miou_with_the_target_as_distractor", by_base))
@@ -110,7 +109,9 @@ def table(found: dict[str, Any]) -> str:
         lines.append(row(f"AUC, target against {region}", "auc", region))
     for region in REGIONS:
         lines.append(row(f"covered by Y_DO, of {region}", "distracting", region))
-    return "\n".join(lines)
+    figures = tabulate(lines, ["percent", "novel", "base"], tablefmt="plain", disable_numparse=True)
+    cut = f"base classes are cut best at {by_base}: {found['novel']['miou'][by_base]:.1f} on novel ones"
+    return f"{figures}\n{cut}"
 
 
 if __name__ == "__main__":

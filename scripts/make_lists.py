@@ -17,6 +17,7 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -24,6 +25,7 @@ from util.command import run_command
 
 import numpy as np
 import yaml
+from tabulate import tabulate as text_table
 
 from scripts.check_data import check_item, copies_warning, turned_warning
 from util.data.class_index import Item, on_all_cores, tabulate
@@ -189,18 +191,19 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
 
 def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
     """Images and pixels of each class in both lists, and the classes of which there are too few."""
-    width = max(len(name) for name in [*names, "all images"])
-    lines = [f"{'id':>3}  {'class':{width}} {'train images':>13} {'pixels':>12} {'val images':>11} {'pixels':>12}"]
+    rows: list[list[Any]] = []
     notes = []
     for c, name in enumerate(names):
         counts = [(int((pixels[chosen, c] > 0).sum()), int(pixels[chosen, c].sum())) for chosen in (~in_val, in_val)]
         (train, train_pixels), (val, val_pixels) = counts
-        lines.append(f"{c + 1:3}  {name:{width}} {train:13} {train_pixels:12} {val:11} {val_pixels:12}")
+        rows.append([c + 1, name, train, train_pixels, val, val_pixels])
         for where, images, role in (("train", train, "base"), ("val", val, "novel")):
             if images < EPISODE:
                 notes.append(f"note: {name} has {images} images in {where}, too few for a {role} class")
-    lines.append(f"{'':3}  {'all images':{width}} {int((~in_val).sum()):13} {'':12} {int(in_val.sum()):11}")
-    return "\n".join([*lines, *notes])
+    rows.append(["", "all images", int((~in_val).sum()), "", int(in_val.sum()), ""])
+    headers = ["id", "class", "train images", "pixels", "val images", "pixels"]
+    align = ["right", "left", *["right"] * 4]
+    return "\n".join([text_table(rows, headers, "plain", colalign=align, disable_numparse=True), *notes])
 
 
 def block(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:

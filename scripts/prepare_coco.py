@@ -38,6 +38,7 @@ import numpy as np
 import yaml
 from PIL import Image
 from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
+from tabulate import tabulate
 
 from util.data.images import encoded, read_class_ids
 from util.data.synthetic import voc_palette
@@ -311,10 +312,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         place, reason = error.filename2 or error.filename or args.out, error.strerror or error
         raise UserError(f"{place}: {reason}; check its permissions and the free space, or --out and --lists") from error
-    print(f"{'split':8}{'images':>8}{'made':>8}{'kept':>8}{'255 pixels':>12}")
-    for split, (_, done) in results.items():
-        images = done.made + done.kept
-        print(f"{split:8}{images:8}{done.made:8}{done.kept:8}{done.ignored / done.pixels:12.2%}")
+    rows = [
+        [split, done.made + done.kept, done.made, done.kept, f"{done.ignored / done.pixels:.2%}"]
+        for split, (_, done) in results.items()
+    ]
+    print(tabulate(rows, ["split", "images", "made", "kept", "255 pixels"], tablefmt="plain"))
     overrides = "" if args.out == OUT else f" data.root={args.out}"
     if args.lists != LISTS or args.limit is not None:
         overrides += "".join(f" data.{split}_list={path}" for split, (path, _) in results.items())

@@ -160,10 +160,12 @@ def enrich(
 
 
 @torch.inference_mode()
-def plain_counts(model: NTRENet, episode: Episode, config: Config) -> np.ndarray:
-    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives."""
+def plain_counts(model: NTRENet, episode: Episode, truth: np.ndarray, config: Config) -> np.ndarray:
+    """Counts (4,) of a batch of one episode: true negatives, false positives, false negatives, true positives.
+
+    ``truth`` (H, W) is the query's mask at its own size: 1 target, 0 other, 255 ignored.
+    """
     output = plain_forward(model, normalize(episode.query), normalize(episode.supports), episode.support_masks)
-    truth = episode.truths[0].numpy()
     logits = to_original(output.logits[0].float(), truth.shape[0], truth.shape[1], config.eval.geometry)[0]
     prediction = (logits > 0).numpy()
     return np.array([((truth == t) & (prediction == p)).sum() for t in (0, 1) for p in (False, True)])

@@ -243,7 +243,8 @@ class EvalConfig(Section):
     batch_size: Annotated[Count, MACHINE] = 1
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
-    """memory for what episodes share: features of the images they have in common"""
+    """memory for what episodes share: features of the images they have in common, and what else fits in of the
+    backbone's features from one validation in training to the next"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1

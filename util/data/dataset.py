@@ -4,12 +4,13 @@ Shapes: K shots, S the side of the network's input, (H, W) the query's own size,
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 
 from model import IGNORE
 from util.data.class_index import Item
@@ -18,48 +19,58 @@ from util.data.images import read_image
 from util.data.transforms import fit
 from util.errors import UserError
 
+TARGET = np.zeros(256, np.uint8)
+TARGET[[1, IGNORE]] = 1, IGNORE
+
 Transform = Callable[[np.ndarray, np.ndarray, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 
 
 class Episode(NamedTuple):
-    """One episode, or with a leading B a batch of them; then ``truths`` and ``names`` hold one entry an episode."""
+    """One episode, or with a leading B a batch of them; then ``names`` holds one entry an episode.
 
-    query: Tensor
-    """(3, S, S), uint8 RGB"""
-    query_mask: Tensor
-    """(S, S), uint8: 1 target, 0 other, 255 ignored"""
-    supports: Tensor
-    """(K, 3, S, S), uint8 RGB"""
-    support_masks: Tensor
-    """(K, S, S), uint8, likewise"""
-    query_classes: Tensor
-    """(S, S), uint8: class ids of the query's pixels, 0 background, 255 ignored"""
+    All pictures and masks are one block of memory, so that a batch is pinned and copied to a GPU in one piece.
+    """
+
+    pixels: Tensor
+    """(1 + K, P, S, S), uint8: the query, then its supports; planes red, green, blue, mask, and with P = 5 classes"""
     class_id: Tensor
     """(), int64, from 1"""
-    truths: list[Tensor]
-    """the query's mask at its own size, (H, W), uint8"""
     names: list[str]
     """files of query and supports, for messages"""
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> "Episode":
-        """The same with every tensor changed."""
-        return Episode(
-            change(self.query),
-            change(self.query_mask),
-            change(self.supports),
-            change(self.support_masks),
-            change(self.query_classes),
-            change(self.class_id),
-            [change(truth) for truth in self.truths],
-            self.names,
-        )
+    @property
+    def query(self) -> Tensor:
+        """(3, S, S), uint8 RGB"""
+        return self.pixels[..., 0, :3, :, :]
+
+    @property
+    def query_mask(self) -> Tensor:
+        """(S, S), uint8: 1 target, 0 other, 255 ignored"""
+        return self.pixels[..., 0, 3, :, :]
+
+    @property
+    def supports(self) -> Tensor:
+        """(K, 3, S, S), uint8 RGB"""
+        return self.pixels[..., 1:, :3, :, :]
+
+    @property
+    def support_masks(self) -> Tensor:
+        """(K, S, S), uint8, as the query's"""
+        return self.pixels[..., 1:, 3, :, :]
+
+    @property
+    def query_classes(self) -> Tensor | None:
+        """(S, S), uint8: class ids of the query's pixels, 0 background, 255 ignored; None where they were not read"""
+        return self.pixels[..., 0, 4, :, :] if self.pixels.shape[-3] == 5 else None
 
     def to(self, device: torch.device) -> "Episode":
-        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
+        return Episode(
+            self.pixels.to(device, non_blocking=True), self.class_id.to(device, non_blocking=True), self.names
+        )
 
     def pin_memory(self) -> "Episode":
         """Called by the data loader."""
-        return self.map(lambda tensor: tensor.pin_memory())
+        return Episode(self.pixels.pin_memory(), self.class_id.pin_memory(), self.names)
 
 
 class EpisodeDataset(Dataset[Episode]):
@@ -67,32 +78,25 @@ class EpisodeDataset(Dataset[Episode]):
 
     Args:
         transform: (image, mask, generator) -> the same, (S, S).
+        classes: whether episodes have the plane of class ids.
     """
 
-    def __init__(self, sampler: Episodes, *, transform: Transform) -> None:
-        self.sampler, self.transform = sampler, transform
+    def __init__(self, sampler: Episodes, *, transform: Transform, classes: bool = False) -> None:
+        self.sampler, self.transform, self.classes = sampler, transform, classes
 
     def __getitem__(self, number: int) -> Episode:
         files = self.sampler(number)
         items = [self.sampler.index.items[i] for i in (files.query, *files.supports)]
-        pairs = [_read_swapped(item, files.class_id) for item in items]
-        images, masks = zip(
-            *(
-                self.transform(image, mask, np.random.default_rng([self.sampler.seed, 2, number, place]))
-                for place, (image, mask) in enumerate(pairs)
-            ),
-            strict=True,
-        )
-        image_tensor = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
-        mask_tensor = torch.from_numpy(np.stack([_target_of(mask) for mask in masks]))
+        pictures = []
+        for place, item in enumerate(items):
+            image, mask = _read_swapped(item, files.class_id)
+            rng = np.random.default_rng([self.sampler.seed, 2, number, place])
+            image, mask = self.transform(image, mask, rng)
+            classes = [_classes_of(item, mask, files.class_id)] if self.classes else []
+            pictures.append(np.stack([*image.transpose(2, 0, 1), _target_of(mask), *classes]))
         return Episode(
-            query=image_tensor[0],
-            query_mask=mask_tensor[0],
-            supports=image_tensor[1:],
-            support_masks=mask_tensor[1:],
-            query_classes=torch.from_numpy(_swapped(masks[0], files.class_id)),
+            pixels=torch.from_numpy(np.stack(pictures)),
             class_id=torch.tensor(files.class_id),
-            truths=[torch.from_numpy(_target_of(pairs[0][1]))],
             names=[f"query {items[0].image}, supports {', '.join(str(item.image) for item in items[1:])}"],
         )
 
@@ -103,16 +107,25 @@ class ImageBatch(NamedTuple):
     places: list[int]
     """in the list"""
     images: Tensor
-    """(N, 3, S, S), uint8 RGB"""
+    """(N, 3, S, S), uint8 RGB; one image has no N"""
     masks: Tensor
-    """(N, S, S), uint8: 1 target, 0 other, 255 ignored"""
+    """(N, S, S), uint8, likewise: 1 target, 0 other, 255 ignored"""
     truths: list[Tensor]
     """the masks at their own size, (H, W), uint8"""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Masks that are kept as long as a round lasts come to the main process as bytes: shared memory of its own
+        would hold a file descriptor for each of them."""
+        return _image_batch, (self.places, self.images, self.masks, [truth.numpy() for truth in self.truths])
 
     def pin_memory(self) -> "ImageBatch":
         """Called by the data loader."""
         truths = [truth.pin_memory() for truth in self.truths]
         return ImageBatch(self.places, self.images.pin_memory(), self.masks.pin_memory(), truths)
+
+
+def _image_batch(places: list[int], images: Tensor, masks: Tensor, truths: list[np.ndarray]) -> ImageBatch:
+    return ImageBatch(places, images, masks, [torch.from_numpy(truth) for truth in truths])
 
 
 class ImageDataset(Dataset[ImageBatch]):
@@ -126,15 +139,18 @@ class ImageDataset(Dataset[ImageBatch]):
         image, mask = read_pair(self.items[place], class_id)
         fitted, fitted_mask = fit(image, mask, self.size)
         picture = torch.from_numpy(fitted.transpose(2, 0, 1).copy())
-        return ImageBatch([place], picture[None], torch.from_numpy(fitted_mask)[None], [torch.from_numpy(mask)])
+        return ImageBatch([place], picture, torch.from_numpy(fitted_mask), [torch.from_numpy(mask)])
 
 
-def collate_images(images: list[ImageBatch]) -> ImageBatch:
-    """Several batches as one."""
+Join = Callable[[list[Tensor]], Tensor]
+
+
+def collate_images(images: list[ImageBatch], join: Join = default_collate) -> ImageBatch:
+    """Images as a batch; ``join`` stacks tensors, by default into shared memory where a worker calls it."""
     return ImageBatch(
         places=[place for image in images for place in image.places],
-        images=torch.cat([image.images for image in images]),
-        masks=torch.cat([image.masks for image in images]),
+        images=join([image.images for image in images]),
+        masks=join([image.masks for image in images]),
         truths=[truth for image in images for truth in image.truths],
     )
 
@@ -167,23 +183,25 @@ def read_swapped_mask(item: Item, class_id: int) -> np.ndarray:
 def _swapped(classes: np.ndarray, class_id: int) -> np.ndarray:
     exchange = np.arange(256, dtype=np.uint8)
     exchange[[1, class_id]] = class_id, 1
-    return exchange[classes]
+    return cv2.LUT(classes, exchange)
+
+
+def _classes_of(item: Item, swapped: np.ndarray, class_id: int) -> np.ndarray:
+    """The class ids of a mask that :func:`read_swapped_mask` has read."""
+    if item.class_id is None:
+        return _swapped(swapped, class_id)
+    return np.where(swapped == 1, np.uint8(item.class_id), swapped)
 
 
 def _target_of(swapped: np.ndarray) -> np.ndarray:
     """Swapped class ids -> 1 target, 0 other, 255 ignored."""
-    return np.where(swapped == IGNORE, IGNORE, swapped == 1).astype(np.uint8)
+    return cv2.LUT(swapped, TARGET)
 
 
-def collate(episodes: list[Episode]) -> Episode:
-    """Stack episodes into a batch."""
+def collate(episodes: list[Episode], join: Join = default_collate) -> Episode:
+    """Episodes as a batch; ``join`` as for :func:`collate_images`."""
     return Episode(
-        query=torch.stack([episode.query for episode in episodes]),
-        query_mask=torch.stack([episode.query_mask for episode in episodes]),
-        supports=torch.stack([episode.supports for episode in episodes]),
-        support_masks=torch.stack([episode.support_masks for episode in episodes]),
-        query_classes=torch.stack([episode.query_classes for episode in episodes]),
-        class_id=torch.stack([episode.class_id for episode in episodes]),
-        truths=[truth for episode in episodes for truth in episode.truths],
+        pixels=join([episode.pixels for episode in episodes]),
+        class_id=join([episode.class_id for episode in episodes]),
         names=[name for episode in episodes for name in episode.names],
     )

@@ -81,6 +81,7 @@ class EpisodeSampler:
                     " data.min_area, or add images"
                 )
         self.queries = np.unique(np.concatenate(list(self.supports_of.values())))
+        self._pass, self._order = -1, self.queries
 
     def __len__(self) -> int:
         """Images of the fold."""
@@ -88,8 +89,10 @@ class EpisodeSampler:
 
     def __call__(self, number: int) -> EpisodeFiles:
         passes, position = divmod(number, len(self))
-        order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
-        query = int(self.queries[order[position]])
+        if passes != self._pass:
+            order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
+            self._pass, self._order = passes, self.queries[order]
+        query = int(self._order[position])
         rng = np.random.default_rng([self.seed, 1, number])
         in_query = self.index.areas(query)
         present = [c for c in self.classes if c in in_query]

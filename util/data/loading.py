@@ -1,14 +1,28 @@
-"""Loader processes: they outlive the signals that ask a run to stop, and their death is one line."""
+"""Loader processes: how their batches reach the main process, and what happens when they cannot.
+
+A worker puts a batch together in shared memory, /dev/shm on Linux, of which a container has 64 MB by default. Where
+that cannot hold the batches on their way, they are sent as bytes through a pipe instead. Workers outlive the signals
+that ask a run to stop, and their death is one line.
+"""
 
 import atexit
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.queues
+import os
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from typing import TypeVar
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from util.errors import UserError
 
@@ -21,11 +35,50 @@ class LoadingError(UserError):
     """A batch could not be loaded; it is raised where the batch is asked for, so nothing else is half done."""
 
 
-def ignore_signals(_: int) -> None:
-    """In a worker: a signal reaches every process of a terminal, a job or a container; the main one finishes its
-    step, and needs its workers for that. They end when it closes their loader, or is gone."""
+SHARED = Path("/dev/shm")
+LARGER = "a container gets more by docker run --shm-size=8g (or --ipc=host)"
+PREFETCHED = 2
+"""batches that each worker has ready or on their way"""
+
+
+def fits_shared_memory(batch_bytes: int, workers: int) -> bool:
+    """Whether shared memory can hold the batches that are on their way at a time; says so where it cannot."""
+    if not workers or not SHARED.is_dir():
+        return True
+    free, needed = shutil.disk_usage(SHARED).free, batch_bytes * (PREFETCHED * workers + 2)
+    if free < needed:
+        tqdm.write(
+            f"note: {workers} workers need {needed / 2**20:,.0f} MiB of shared memory, {SHARED} has"
+            f" {free / 2**20:,.0f} MiB free: batches are sent through pipes, which takes somewhat longer; {LARGER}",
+            file=sys.stderr,
+        )
+    return free >= needed
+
+
+def start_worker(_: int, *, shared: bool) -> None:
+    """Called in a worker before its first batch.
+
+    A signal reaches every process of a terminal, a job or a container; the main one finishes its step, and needs its
+    workers for that. They end when it closes their loader, or is gone.
+
+    Args:
+        shared: batches lie in shared memory; else they are sent as bytes.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
+    if not shared:
+        ForkingPickler.register(Tensor, _as_bytes)
+
+
+def _end_worker(error: Exception, _: Any) -> None:
+    """End a worker whose batch cannot be sent: Python would drop the batch, and the main process wait for ever."""
+    print(f"a loader process cannot send its batch: {error!r}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+def _as_bytes(tensor: Tensor) -> tuple[Any, ...]:
+    return torch.from_numpy, (tensor.numpy(),)
 
 
 @atexit.register
@@ -57,9 +110,12 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
         raise LoadingError(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:  # also of the connection over which a batch was on its way
         multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        reason = str(error).strip().rpartition("\n")[2]
+        if "/torch_" in reason:  # the name of a file in shared memory
+            raise LoadingError(f"shared memory is full ({reason}); {LARGER}, or set workers=0") from error
         if not any(worker.exitcode for worker in workers):
             raise
         raise LoadingError(
             "the system ended a loader process, most often for want of memory: lower workers, or give the job more"
-            f" memory, or /dev/shm where that is full ({' '.join(str(error).split())})"
+            f" memory, or more of {SHARED} where that is full: {LARGER} ({reason})"
         ) from error

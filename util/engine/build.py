@@ -2,15 +2,15 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from model.backbone import build_backbone
 from model.losses import NTRELoss
@@ -23,12 +23,13 @@ from util.data.class_index import ClassIndex, load_class_index
 from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import ignore_signals
+from util.data.loading import fits_shared_memory, start_worker
 from util.data.readers import reader_of
 from util.data.transforms import augment, fit
 from util.engine.rounds import Round, batched
 from util.errors import UserError
 
+B = TypeVar("B")
 PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -194,27 +195,33 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     share = batch // processes()
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation, blur=data.blur)
-    dataset = EpisodeDataset(sampler, transform=transform)
+    dataset = EpisodeDataset(sampler, transform=transform, classes=config.model.base_learner)
     firsts = (step * batch + rank() * share for step in range(start, stop))  # no list: a run has millions of episodes
-    return _episode_loader(config, dataset, (list(range(first, first + share)) for first in firsts))
+    batches = (list(range(first, first + share)) for first in firsts)
+    return _loader(config, dataset, batches, collate, pictures=share * (1 + data.shots))
 
 
-def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
-    """The images of an evaluation's rounds, one round after the other."""
+def build_image_loader(
+    config: Config, index: ClassIndex, rounds: Sequence[Round], without: Collection[int] = ()
+) -> DataLoader[ImageBatch]:
+    """The images of an evaluation's rounds, one round after the other, without the batches of these numbers."""
     batches = [
         [(place, part.class_id) for place in places]
         for part in rounds
         for places in batched(list(part.images), config.eval.batch_size)
     ]
+    wanted = [batch for number, batch in enumerate(batches) if number not in without]
     dataset = ImageDataset(index.items, config.data.image_size)
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate_images, **_machine(config))
+    return _loader(config, dataset, wanted, collate_images, pictures=config.eval.batch_size)
 
 
 def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
     """Whole episodes by number, as an evaluation sees them."""
     transform = partial(_fit, size=config.data.image_size)
     dataset = EpisodeDataset(sampler, transform=transform)
-    return _episode_loader(config, dataset, [list(part) for part in batched(numbers, config.eval.batch_size)])
+    batches = [list(part) for part in batched(numbers, config.eval.batch_size)]
+    pictures = config.eval.batch_size * (1 + config.data.shots)
+    return _loader(config, dataset, batches, collate, pictures=pictures)
 
 
 # the loader's transforms stand at module level so that workers can be started on every platform
@@ -236,14 +243,19 @@ def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: in
     return fit(image, mask, size)
 
 
-def _episode_loader(config: Config, dataset: EpisodeDataset, batches: Iterable[list[int]]) -> DataLoader[Episode]:
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **_machine(config))
-
-
-def _machine(config: Config) -> dict[str, Any]:
-    return {
-        "num_workers": min(config.workers, os.cpu_count() or 1),
-        "worker_init_fn": ignore_signals,
-        "pin_memory": torch.cuda.is_available() and config.device != "cpu",
-        "generator": torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
-    }
+def _loader(
+    config: Config, dataset: Dataset[B], batches: Iterable[list[Any]], collate: Callable[..., B], pictures: int
+) -> DataLoader[B]:
+    """A loader of ``batches`` with at most ``pictures`` in each."""
+    workers = min(config.workers, os.cpu_count() or 1)
+    planes = 5 if config.model.base_learner else 4
+    shared = fits_shared_memory(pictures * planes * config.data.image_size**2, workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=partial(collate, join=default_collate if shared else torch.stack),
+        num_workers=workers,
+        worker_init_fn=partial(start_worker, shared=shared),
+        pin_memory=torch.cuda.is_available() and config.device != "cpu",
+        generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
+    )

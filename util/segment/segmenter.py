@@ -226,10 +226,10 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
 
     @torch.inference_mode()
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> SupportEncoding:
-        labels = torch.from_numpy(mask)[None, None].to(self.hardware.device)
+        labels = torch.from_numpy(mask)[None, None].to(self.hardware.device, non_blocking=True)
         with self.hardware.autocast():
             target, _ = self.model.encode_supports(_input(image, self.hardware)[None], labels)
-        if target.high.shape[2] == 1:  # only the position beside the target, see model/prior.py
+        if not target.high.any():  # only positions beside the target, see model/prior.py
             side = self.config.data.image_size
             raise UserError(f"the target of {name} vanishes at the network's {side} pixels; crop the support around it")
         return target
@@ -243,14 +243,14 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
         with self.hardware.autocast():
             output = self.model.segment([features], [target], (side, side))
         maps = {
-            "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0].cpu().numpy(),
+            "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0],
             "prior": _at_size(output.prior, side, size),
         }
         if output.query_bg_logits is not None:
             maps["bg"] = _at_size(output.query_bg_logits.float().sigmoid(), side, size)
         if output.eliminated:
             maps["distractor"] = _at_size(output.eliminated[0].do_mask, side, size)
-        return maps
+        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # read at once
 
 
 class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
@@ -314,13 +314,13 @@ def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: 
 
 def _input(image: np.ndarray, hardware: Hardware) -> Tensor:
     """RGB (h, w, 3) uint8 -> (1, 3, h, w), normalised."""
-    return normalize(torch.from_numpy(image).to(hardware.device).permute(2, 0, 1)[None])
+    return normalize(torch.from_numpy(image).to(hardware.device, non_blocking=True).permute(2, 0, 1)[None])
 
 
-def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> np.ndarray:
+def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     """Map (1, 1, h, w) of [0, 1] from the network -> (H, W) of the picture."""
     square = resize(values.float(), (side, side))[0]
-    return to_original(square, *size, "exact")[0].clamp_(0, 1).cpu().numpy()
+    return to_original(square, *size, "exact")[0].clamp_(0, 1)
 
 
 def _as_list(given: AnyPicture | Sequence[AnyPicture]) -> list[AnyPicture]:
