@@ -1337,7 +1337,7 @@ def test_any_bytes_are_a_list_or_refused(tmp_path_factory: pytest.TempPathFactor
         assert str(path) in str(error)
         return
     lines = [line.split() for line in data.decode("utf-8-sig").splitlines() if line.split()]
-    assert [(str(image), str(mask)) for image, mask in items] == [
+    assert [(str(image), str(mask)) for image, mask, *_ in items] == [
         tuple(str(Path("root") / part.lstrip("/")) for part in line) for line in lines
     ]
     with pytest.raises(UserError):  # the root is not there

@@ -6,15 +6,12 @@ and time of every image and mask, so that a changed file is noticed.
 """
 
 import hashlib
-import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array  # type: ignore[import-untyped]
@@ -22,9 +19,9 @@ from tqdm import tqdm
 
 from model import IGNORE
 from util.data.images import hint_at, image_size, orientation, read_class_ids
+from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically
-from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
@@ -186,36 +183,6 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
         more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
         raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}{more}")
     return key.hexdigest()
-
-
-T = TypeVar("T")
-
-WORTH_PROCESSES = 512
-tqdm.monitor_interval = 0  # no monitor thread that could hold a lock while processes are forked
-
-
-def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: str, *, progress: bool = True) -> list[T]:
-    """``function`` of every item, in order, with a progress bar; the first error ends it at once.
-
-    Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
-    nothing to start; a list too short to be worth it stays in this process.
-    """
-    bar = progress_bar(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
-    if len(items) < WORTH_PROCESSES:
-        with bar:
-            return [_advance(bar, function(item)) for item in items]
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(mp_context=context)
-    try:
-        with bar:
-            return [_advance(bar, result) for result in pool.map(function, items, chunksize=64)]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _advance(bar: tqdm, result: T) -> T:
-    bar.update()
-    return result
 
 
 class Counts(NamedTuple):
