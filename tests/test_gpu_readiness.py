@@ -188,6 +188,7 @@ def test_a_prediction_is_read_from_the_device_at_once(tmp_path: Path) -> None:
     with PretendCuda() as cuda:
         segmenter.model.to(CUDA)
         segmenter.hardware = Hardware(CUDA, torch.float32)
+        normalize(torch.zeros(1, 3, 8, 8, device=CUDA))  # copies its constants there, once
         cuda.waits.clear()
         target = segmenter.encode(picture, mask)
         assert cuda.waits.total() == 1  # whether the target is seen at all
