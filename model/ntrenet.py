@@ -96,7 +96,7 @@ def join_shots(supports: Sequence[SupportEncoding]) -> SupportEncoding:
 
 
 class NTRENet(nn.Module):
-    """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
+    """Segments few-shot by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
     Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one: FEM follows with P_DO and, if it is built with a prior,
@@ -175,7 +175,7 @@ class NTRENet(nn.Module):
         return QueryEncoding(self.reduce_query(middle), high, base)
 
     def read_base(self, middle: Tensor) -> Tensor:
-        """Middle features (N, C_middle, h, w) -> probabilities of the n base classes (N, n, h, w)."""
+        """Turn middle features (N, C_middle, h, w) into probabilities of the n base classes (N, n, h, w)."""
         return middle[:, :0] if self.base_learner is None else base_posterior(self.base_learner(middle))
 
     def read_supports(self, middle: Tensor, high: Tensor, target: Tensor) -> tuple[SupportEncoding, Tensor]:
@@ -217,7 +217,7 @@ class NTRENet(nn.Module):
         base: Tensor | None = None,
         every_scale: bool = False,
     ) -> NTRENetOutput:
-        """The paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
+        """Do the paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
 
         Args:
             base: (B, 1, h, w) of :func:`model.base_learner.base_elsewhere`; FEM then takes it in the place of C_p.
@@ -284,7 +284,7 @@ def build_ntrenet(
     prototype_channels: int = 640,
     fem_scales: Sequence[float] = (60, 30, 15, 8),
 ) -> NTRENet:
-    """NTRENet or one of its ablations, on a given backbone.
+    """Build NTRENet or one of its ablations on a given backbone.
 
     Args:
         bgem: mine and eliminate the background; off is PFENet.
@@ -328,7 +328,7 @@ def build_ntrenet(
 def _initialise(network: NTRENet) -> None:
     """He's initialisation before every ReLU; the prior, one input among 2C + 1, starts with the weight of C.
 
-    torch's default, which the lineage uses, shrinks the signal at each of FEM's many layers and all but hides the
+    torch's default, which the authors' code uses, shrinks the signal at each of FEM's many layers and all but hides the
     prior: hundreds of steps go by before anything is learned.
     """
     heads = [part for part in network.children() if part is not network.backbone]

@@ -8,7 +8,7 @@ from model.backbone import Backbone
 
 
 def prior_mask(query_high: Tensor, support_high: Tensor) -> Tensor:
-    """C_p from stage-4 features.
+    """Compute C_p from stage-4 features.
 
     For every query position the largest cosine similarity to any support position, min-max normalised over
     the image; the mean over the K shots.
@@ -38,9 +38,9 @@ def _largest_similarity(query: Tensor, support: Tensor) -> Tensor:
 
 
 def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: int | None = None) -> Tensor:
-    """Stage 4 at the support positions that can be most similar to a query position: on the target, and one beside it.
+    """Compute stage 4 where a support can be most similar to a query position: on the target, and one place beside it.
 
-    The lineage zeroes the features beside the target, before stage 4 and after it, so all positions there have
+    PFENet zeroes the features beside the target, before stage 4 and after it, so all positions there have
     similarity 0 and one stands for them all. A support with fewer target positions than another of the batch keeps
     more of the zeros.
 

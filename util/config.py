@@ -109,7 +109,7 @@ class DataConfig(Section):
     rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
     """random rotation in training, degrees either way, in half of the images"""
     blur: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the lineage's code: 0.5)"""
+    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the authors' code: 0.5)"""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -250,7 +250,7 @@ class EvalConfig(Section):
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
     select: Annotated[Literal["miou", "last"], COMPARED] = "miou"
-    """what best.pt is: the highest novel-fold mIoU, as in the lineage, or simply the last"""
+    """what best.pt is: the highest novel-fold mIoU, as in the authors' code, or simply the last"""
 
 
 RETIRED = ("resume_changed_code",)
