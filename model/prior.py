@@ -44,10 +44,10 @@ def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: i
     similarity 0 and one stands for them all. A support with fewer target positions than another of the batch keeps
     more of the zeros.
 
-    A CPU computes only what the target depends on. A GPU computes stage 4 of the whole batch at once and, unless it is
-    told the largest number of target positions, keeps them all: a shape that depended on masks would have to be waited
-    for, and would be another one at each step. Features there are not multiplied by a partial ``target``, which changes
-    no cosine.
+    A CPU computes only what the target depends on. A GPU, and a compiled network, compute stage 4 of the whole batch at
+    once and, unless they are told the largest number of target positions, keep them all: a shape that depended on masks
+    would have to be waited for, and would be another one at each step. Features there are not multiplied by a partial
+    ``target``, which changes no cosine.
 
     Args:
         stage3: of the supports, (N, C3, h, w)
@@ -58,7 +58,7 @@ def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: i
     """
     masked, inside = stage3 * target, target.squeeze(1) > 0
     positions = inside[0].numel()
-    if stage3.is_cuda:
+    if stage3.is_cuda or torch.compiler.is_compiling():
         high = backbone.high(masked).mul_(inside.unsqueeze(1)).flatten(2).transpose(1, 2)
         if most is None or most + 1 >= positions:
             return high

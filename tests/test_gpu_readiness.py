@@ -1,5 +1,6 @@
 """What a GPU would wait for, found without one: see tests/pretend_cuda.py."""
 
+import copy
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from util.engine.build import (
     Hardware,
     build_eval_sampler,
     build_index,
+    build_loss,
     build_model,
     build_train_loader,
     build_train_sampler,
@@ -232,3 +234,28 @@ def test_the_check_of_a_machine_writes_its_page(tmp_path: Path) -> None:
     (row,) = [line for line in page.splitlines() if line.startswith("| 1 | fp32 |")]
     numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[3:-1]]
     assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0
+
+
+@pytest.mark.parametrize(
+    "ablation", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("authors", "base_learner", "pfenet"))]
+)
+def test_network_and_loss_are_one_graph_whatever_the_masks(
+    synthetic: Path, tmp_path: Path, ablation: str | None
+) -> None:
+    """What torch.compile and a CUDA graph need: nothing is left to Python, and no shape depends on a mask."""
+    config = small(synthetic, tmp_path, ablation, "data.shots=2")
+    torch.manual_seed(0)
+    model, criterion = build_model(config)[0].eval(), build_loss(config)
+    batches = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=3)
+    whole = {"backend": "eager", "fullgraph": True}
+    network, loss = torch.compile(model, **whole), torch.compile(criterion, **whole)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches:
+            inputs = (normalize(batch.query), normalize(batch.supports), batch.support_masks)
+            expected, found = model(*inputs), network(*inputs)
+            assert torch.allclose(found.logits, expected.logits, atol=1e-3)
+            masks = (batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
+            bank = copy.deepcopy(criterion.state_dict())
+            total = loss(found, *masks)["total"]
+            criterion.load_state_dict(bank)
+            assert total.detach() == pytest.approx(criterion(expected, *masks)["total"].detach(), rel=1e-3)
