@@ -61,8 +61,15 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
 
 
 def episode_iou(counts: np.ndarray) -> np.ndarray:
-    """IoU of the target in each of N episodes, (N, 4) -> (N,)."""
-    return _ratio(counts[:, 3], counts[:, 1:].sum(1))
+    """IoU of the target in each of N pictures, (N, 4) -> (N,); 1 where nothing is target and nothing is predicted."""
+    union = counts[:, 1:].sum(1)
+    return np.where(union == 0, 1.0, _ratio(counts[:, 3], union))
+
+
+def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
+    """:func:`episode_iou` of one picture: a boolean mask (H, W), and 1 target, 0 other, 255 ignored."""
+    counts = confusion(torch.from_numpy(mask), torch.from_numpy(ground_truth))
+    return float(episode_iou(counts.numpy()[None])[0])
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -34,7 +34,7 @@ def evaluate_training_free(
     cache_gib: float,
     bar: tqdm | None = None,
 ) -> dict[str, np.ndarray]:
-    """Counts of each episode at its query's original size, by the rules of :func:`util.engine.loops.evaluate`.
+    """Count each episode at its query's original size, by the rules of :func:`util.engine.loops.evaluate`.
 
     The pictures are read at the segmenter's own size, whatever the network's.
 
