@@ -208,7 +208,7 @@ def read(kind: str, path: Path, world: Path) -> Any:
     if kind == "mask":
         return read_class_ids(path)
     if kind == "photo mask":
-        return pictures.target_mask(pictures.read_mask(path, pictures.Picture(PICTURE, 1)), 4, str(path))
+        return pictures.target_mask(pictures.read_mask_on(pictures.Picture(PICTURE, 1), path), 4, str(path))
     if kind in ("image", "JPEG"):
         return read_image(path)
     if kind == "photo":

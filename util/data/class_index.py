@@ -64,18 +64,18 @@ class ClassIndex:
         return self.pixels.tocsc()
 
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
-        """Places of the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
+        """Return the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
         of_class = slice(*self._by_class.indptr[class_id : class_id + 2])
         return self._by_class.indices[of_class][self._by_class.data[of_class] >= min_area].astype(np.intp)
 
     def areas(self, place: int) -> dict[int, int]:
-        """Pixels of each class that stands in a line's mask, ascending; 0 is the background."""
+        """Return the pixels of each class that stands in a line's mask, by ascending id; 0 is the background."""
         of_line = slice(*self.pixels.indptr[place : place + 2])
         return dict(zip(self.pixels.indices[of_line].tolist(), self.pixels.data[of_line].tolist(), strict=True))
 
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
-    """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
+    """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
 
     Raises:
         UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
@@ -87,7 +87,7 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
 
 
 def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
-    """The items of a list, and what is wrong with its other lines.
+    """Return the items of a list, and what is wrong with its other lines.
 
     Raises:
         UserError: no such list, or an empty one.
@@ -119,14 +119,14 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
 
 
 def _plain(path: str, root: Path) -> str:
-    """A path below ``root`` without detours, so that one file has one name."""
+    """Return a path below ``root`` without detours, so that one file has one name."""
     return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
 
 
 def load_class_index(
     list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
 ) -> ClassIndex:
-    """The index of a list, from its cache or built with all cores.
+    """Return the index of a list, from its cache or built with all cores.
 
     Raises:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
@@ -144,12 +144,12 @@ def load_class_index(
 
 
 def line_of(item: Item, root: Path) -> str:
-    """A line as a list has it, 'image mask', which names it wherever the data lies."""
+    """Return an item's line as a list has it, 'image mask', which names it wherever the data lies."""
     return " ".join(path.relative_to(root).as_posix() for path in (item.image, item.mask))
 
 
 def hash_list(items: Sequence[Item], root: Path) -> str:
-    """SHA-256 of a list's lines, by which episodes and checkpoints know it."""
+    """Return the SHA-256 of a list's lines, by which episodes and checkpoints know it."""
     return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
@@ -160,8 +160,8 @@ def require_root(root: Path) -> None:
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """What an index depends on: the list, the number of classes, each mask's class and reader, and every file's size
-    and time.
+    """Hash what an index depends on: the list, the number of classes, how each mask is read, and every file's size and
+    time.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.
@@ -202,7 +202,7 @@ class Table(NamedTuple):
 
 
 def tabulate(counts: Sequence[Counts], num_classes: int) -> Table:
-    """The counts of all lines as a sparse table (lines, num_classes + 1)."""
+    """Put the counts of all lines into a sparse table (lines, num_classes + 1)."""
     starts = np.cumsum([0, *(len(count.pixels) for count in counts)])
     classes = np.array([c for count in counts for c in count.pixels], np.int32)
     areas = np.array([area for count in counts for area in count.pixels.values()], np.int64)
@@ -241,7 +241,7 @@ TURNED = "; its EXIF orientation turns the image on screen: store it as it is se
 
 
 def count_values(mask: np.ndarray) -> np.ndarray:
-    """Pixels of each value in a uint8 mask, (256,).
+    """Count the pixels of each value in a uint8 mask, (256,).
 
     Masks are long runs of one value, and counting a run waits for the same counter again and again; counting
     pairs of neighbours instead halves that.
@@ -253,7 +253,7 @@ def count_values(mask: np.ndarray) -> np.ndarray:
 
 
 def _caches_of(list_path: Path) -> list[Path]:
-    """Beside the list, and where that cannot be written in the user's own folder for caches."""
+    """Say where the cache may lie: beside the list, or where that cannot be written in the user's own cache folder."""
     own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
     name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
     beside, other = list_path.with_name(f"{list_path.name}.index.npz"), Path(own, "ntrenet", f"{name}.index.npz")
@@ -261,13 +261,13 @@ def _caches_of(list_path: Path) -> list[Path]:
 
 
 def _read_cache(list_path: Path, key: str) -> Table | None:
-    """What :func:`write_cache` wrote; None where it is in no cache."""
+    """Return what :func:`write_cache` wrote; None where it is in no cache."""
     found = (_read(path, key) for path in _caches_of(list_path))
     return next((table for table in found if table is not None), None)
 
 
 def _read(path: Path, key: str) -> Table | None:
-    """The same of one cache; None where it is not there, old or damaged."""
+    """Read one cache; None where it is not there, old or damaged."""
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:

@@ -103,7 +103,7 @@ class Segmenter(ABC, Generic[Q, T]):
         masks: AnyPicture | Sequence[AnyPicture],
         class_id: int | None = None,
     ) -> T:
-        """What is known of the target from its supports, any number of them, in any order.
+        """Read what the supports show of the target, any number of them, in any order.
 
         Args:
             class_id: which value of the masks is the target, where they hold class ids (255 is ignored then).
@@ -152,23 +152,23 @@ class Segmenter(ABC, Generic[Q, T]):
 
     @abstractmethod
     def join(self, targets: Sequence[T]) -> T:
-        """Targets of a support each, as one target."""
+        """Join targets of one support each into one target."""
 
     @abstractmethod
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A picture (H, W, 3) and its mask (H, W) of 1 target, 0 other, 255 ignored, at the size that is read."""
+        """Bring a picture (H, W, 3) and its mask (H, W) of 1 target, 0 other, 255 ignored to the size that is read."""
 
     @abstractmethod
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> T:
-        """One, fitted, at a time: memory does not grow with the number of supports."""
+        """Read one fitted support; one at a time, so that memory does not grow with their number."""
 
     @abstractmethod
     def _read(self, image: np.ndarray) -> Q:
-        """A query, fitted."""
+        """Read a fitted query."""
 
     @abstractmethod
     def _maps(self, target: T, features: Q, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """'probability', and the ``maps``, each (H, W)."""
+        """Return 'probability' and the ``maps`` by name, each (H, W)."""
 
 
 class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
@@ -298,7 +298,7 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
 
 
 def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A support's picture, and its mask of 1 target, 0 other, 255 ignored."""
+    """Return a support's picture, and its mask of 1 target, 0 other, 255 ignored."""
     image = as_rgb(picture, name)
     values = mask_values(mask, f"the mask of {name}")
     if values.shape != image.shape[:2]:
