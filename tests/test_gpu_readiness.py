@@ -1,5 +1,7 @@
 """What a GPU would wait for, found without one: see tests/pretend_cuda.py."""
 
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from util.engine.build import (
     build_model,
     build_train_loader,
     build_train_sampler,
+    find_hardware,
 )
 from util.engine.loops import BASELINES, NETWORK, Frozen, encoding_size, evaluate, train
 from util.engine.monitor import monitored
@@ -185,6 +188,7 @@ def test_a_prediction_is_read_from_the_device_at_once(tmp_path: Path) -> None:
     with PretendCuda() as cuda:
         segmenter.model.to(CUDA)
         segmenter.hardware = Hardware(CUDA, torch.float32)
+        normalize(torch.zeros(1, 3, 8, 8, device=CUDA))  # copies its constants there, once
         cuda.waits.clear()
         target = segmenter.encode(picture, mask)
         assert cuda.waits.total() == 1  # whether the target is seen at all
@@ -194,3 +198,37 @@ def test_a_prediction_is_read_from_the_device_at_once(tmp_path: Path) -> None:
             segmenter.encode(np.zeros((4000, 4000, 3), np.uint8), np.eye(4000, dtype=bool) & (np.arange(4000) == 9))
     for name in ("probability", "prior", "bg", "distractor"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-4)
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """What a device's choice sets, as it was again afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_float32_is_rounded_to_tf32_only_by_name(flags: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="precision=tf32 needs CUDA"):
+        find_hardware("cpu", "tf32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for precision, rounded in (("tf32", True), ("fp32", False), ("bf16", False)):
+        hardware = find_hardware("auto", precision)
+        assert hardware.device.type == "cuda" and torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
+        assert (hardware.precision == torch.float32) == (precision != "bf16")
+
+
+@pytest.mark.slow
+def test_the_check_of_a_machine_writes_its_page(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/gpu_check.py", "--small", "--out", str(tmp_path / "page.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "page.md").read_text()
+    for part in ("## Tests on CUDA", "## One training on each", "## ResNet-50, 65 px", "images a second"):
+        assert part in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| 1 | fp32 |")]
+    numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[3:-1]]
+    assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0

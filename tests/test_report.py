@@ -21,7 +21,7 @@ from scripts import report
 from util.config import load_config
 from util.engine.record import environment, processor
 from util.report import tables
-from util.report.runs import Run, read_curve
+from util.report.runs import Run, collect, read_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
@@ -362,6 +362,12 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     out = tmp_path_factory.mktemp("report")
     words = [sys.executable, "scripts/report.py", runs, "--out", out, "--lines", out / "lines.jsonl"]
     return out, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_results_of_baselines_alone_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"dataset": "D", "baselines": {"training_free": {"miou": 30.0}}}))
+    (skipped,) = collect([tmp_path]).skipped
+    assert "it holds only what needs no training" in skipped
 
 
 def test_the_command_says_what_it_found_and_what_it_skipped(

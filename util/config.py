@@ -270,8 +270,9 @@ class Config(Section):
     resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], SHOWN] = "auto"
-    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
+    precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], SHOWN] = "auto"
+    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32. tf32 is float32
+    that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
     workers: Annotated[int, Field(ge=0), MACHINE] = 4
     """loader processes, at most one a core; the results do not depend on it"""
 

@@ -30,7 +30,7 @@ from util.engine.rounds import Round, batched
 from util.errors import UserError
 
 B = TypeVar("B")
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hardware(NamedTuple):
@@ -52,6 +52,9 @@ def select_hardware(config: Config) -> Hardware:
 def find_hardware(device: str, precision: str) -> Hardware:
     """Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' bfloat16 where it is native, else float32.
 
+    On CUDA float32 is rounded to TF32 in convolutions and products only where the precision is 'tf32', and cuDNN tries
+    its algorithms for each size once: the sizes of inputs are few.
+
     Raises:
         UserError: what is asked for is not there, or is no device or precision.
     """
@@ -65,11 +68,14 @@ def find_hardware(device: str, precision: str) -> Hardware:
     if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
     place = torch.device("cuda", torch.cuda.current_device()) if available and device != "cpu" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
         return Hardware(place, torch.bfloat16 if native else torch.float32)
-    if precision == "fp16" and place.type == "cpu":
-        raise UserError("precision=fp16 needs CUDA; set precision=bf16 or fp32")
+    if precision in ("fp16", "tf32") and place.type == "cpu":
+        raise UserError(f"precision={precision} needs CUDA; set precision=bf16 or fp32")
     return Hardware(place, PRECISION[precision])
 
 

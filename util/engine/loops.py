@@ -95,7 +95,7 @@ class Frozen(NamedTuple):
 
     places: list[int]
     """of the images in the list"""
-    truths: list[Tensor]
+    ground_truths: list[Tensor]
     """masks at their own size, (H, W)"""
     queries: list[int]
     """which of the N serve as queries"""
@@ -114,14 +114,14 @@ class Frozen(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        tensors = [*self.truths, self.middle, self.query_high, self.support_high, self.target]
+        tensors = [*self.ground_truths, self.middle, self.query_high, self.support_high, self.target]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 class Encoded(NamedTuple):
     """What is kept of one image while its round lasts."""
 
-    truth: Tensor
+    ground_truth: Tensor
     query: QueryEncoding | None
     support: SupportEncoding | None
 
@@ -182,9 +182,11 @@ def evaluate(
                 output = segment(model, chosen, encoded, config.data.image_size, hardware)
                 for name, predict in predictors.items():
                     for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
-                        truth = encoded[episode.query].truth
-                        at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
-                        counts[name][number] = confusion(at_original[0] > 0, truth)
+                        ground_truth = encoded[episode.query].ground_truth
+                        at_original = to_original(
+                            logits, ground_truth.shape[0], ground_truth.shape[1], config.eval.geometry
+                        )
+                        counts[name][number] = confusion(at_original[0] > 0, ground_truth)
                 yield len(numbers)
             if bar is not None:
                 seen = [number for part in rounds[:last] for number in part.episodes]
@@ -225,8 +227,8 @@ def run_backbone(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardw
         most = max((covered[n] for n in supports), default=0)
         shown = (picked(stage3, supports), picked(target, supports)) if supports else None
         support_high = None if shown is None else target_positions(backbone, *shown, most)
-    truths = [truth.to(device, non_blocking=True) for truth in batch.truths]
-    return Frozen(batch.places, truths, queries, supports, middle, query_high, support_high, target, covered)
+    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.truths]
+    return Frozen(batch.places, ground_truths, queries, supports, middle, query_high, support_high, target, covered)
 
 
 def picked(x: Tensor, numbers: list[int]) -> Tensor:
@@ -250,8 +252,8 @@ def encode(model: NTRENet, frozen: Frozen, hardware: Hardware) -> dict[int, Enco
                 own = high[None, :, : frozen.covered[n] + 1].clone()  # what follows is the batch's padding
                 support_of[n] = SupportEncoding(prototype[None], own, base[None])
     return {
-        place: Encoded(truth, query_of.get(n), support_of.get(n))
-        for n, (place, truth) in enumerate(zip(frozen.places, frozen.truths, strict=True))
+        place: Encoded(ground_truth, query_of.get(n), support_of.get(n))
+        for n, (place, ground_truth) in enumerate(zip(frozen.places, frozen.ground_truths, strict=True))
     }
 
 

@@ -22,14 +22,14 @@ class Scores(NamedTuple):
     """IoU by class name"""
 
 
-def confusion(prediction: Tensor, truth: Tensor) -> Tensor:
+def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     """Counts of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
     Args:
         prediction: (H, W), boolean
-        truth: (H, W), uint8: 1 target, 0 other, 255 ignored
+        ground_truth: (H, W), uint8: 1 target, 0 other, 255 ignored
     """
-    target, other = truth == 1, (truth != 1) & (truth != IGNORE)
+    target, other = ground_truth == 1, (ground_truth != 1) & (ground_truth != IGNORE)
     outcomes = (~prediction & other, prediction & other, ~prediction & target, prediction & target)
     return torch.stack([outcome.sum() for outcome in outcomes])
 

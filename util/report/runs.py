@@ -172,6 +172,8 @@ def read_run(path: Path) -> Run:
     results = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(results, dict):
         raise ValueError("it holds no results")
+    if "baselines" in results and "miou" not in results:
+        raise ValueError("it holds only what needs no training; run test.py with --checkpoint as well")
     training, diagnosis = (read_json(path.with_name(name)) for name in ("run.json", "diagnosis.json"))
     if training:
         train_list = results.get("config", {}).get("data", {}).get("train_list")
