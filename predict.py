@@ -28,20 +28,22 @@ from util.command import run_command
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from model.backbones import BACKBONES
 from model.weights import sha256_of
+from util.engine.metrics import mask_iou
 from util.errors import UserError
 from util.files import require_writable, write_json
 from util.progress import progress
 from util.segment.edges import mask_in_box
-from util.segment.pictures import Picture, read_mask, read_picture, target_mask
+from util.segment.pictures import Picture, read_mask_on, read_picture, target_mask
 from util.segment.predictions import (
     Outputs,
     draw_labels,
@@ -50,16 +52,27 @@ from util.segment.predictions import (
     is_finished,
     output_path,
     remove,
-    settle,
+    require_same_settings,
     shows_nothing,
     write_outputs,
 )
-from util.segment.queries import find_queries, find_truths, intersection_over_union, read_ahead, unread_pictures
-from util.segment.segmenter import NTRESegmenter, Segmenter
+from util.segment.queries import QueryFile, find_ground_truths, find_queries, read_ahead, unread_pictures
+from util.segment.segmenter import NTRESegmenter, Segmenter, T
 from util.segment.targets import TargetFiles, encode_target, read_targets
 
 ONLY = ""
 """name of the target of --support and --mask"""
+Draw = Callable[[np.ndarray], Outputs]
+
+
+class Tally(NamedTuple):
+    """What became of the queries."""
+
+    scores: dict[str, float]
+    """IoU in percent of each query that has a ground truth"""
+    empty: list[str]
+    """names of the pictures in which nothing was found"""
+    failed: int
 
 
 def main() -> None:
@@ -68,20 +81,19 @@ def main() -> None:
     warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
     if args.box is not None:
         args.mask = masks_of_boxes(args.support, args.box, args.out)
-    files = target_files(args)
-    queries = find_queries(args.query, args.out)
+    files, queries = target_files(args), find_queries(args.query, args.out)
     if unread := unread_pictures(args.query):
         names = ", ".join(path.name for path in unread[:3]) + (", ..." if len(unread) > 3 else "")
         print(f"skipped {len(unread)} pictures that are not read ({names}); convert them to JPEG or PNG")
-    truths = {} if args.truth is None else find_truths(args.truth, queries)
+    ground_truths = {} if args.truth is None else find_ground_truths(args.truth, queries)
     record = args.out / "predict.json"
     require_writable(record, ".json")
     segmenter = load_segmenter(args)
     print(segmenter.about)
-    threshold = segmenter.threshold if args.threshold is None else args.threshold
-    edges = args.checkpoint is None if args.edges is None else args.edges
+    args.threshold = segmenter.threshold if args.threshold is None else args.threshold
+    args.edges = args.checkpoint is None if args.edges is None else args.edges
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
-    settle(record, settings(args, files, threshold, edges), overwrite=args.overwrite)
+    require_same_settings(record, settings(args, files), overwrite=args.overwrite)
     if args.targets is not None:
         write_json(args.out / "labels.json", {str(n): name for n, name in enumerate(["background", *targets])})
 
@@ -91,22 +103,33 @@ def main() -> None:
     finished = {query.name for query in queries if is_finished(args.out, query.name, wanted)}
     if finished:
         print(f"{len(finished)} of {len(queries)} queries are finished already; --overwrite does them again")
+    tally = predict(queries, finished, ground_truths, drawing(segmenter, targets, args), args)
+    conclude(tally, len(queries), args)
 
-    def draw(pixels: np.ndarray) -> Outputs:
-        if args.targets is not None:
-            return draw_labels(segmenter, targets, pixels, threshold=threshold, edges=edges)
-        return draw_one(
-            segmenter, targets[ONLY], pixels, threshold=threshold, edges=edges, maps=args.maps, cutout=args.cutout
-        )
 
-    to_read = [query for query in queries if truths or query.name not in finished]  # the finished are scored as well
-    scores: dict[str, float] = {}
-    failed, empty = 0, list[str]()
+def drawing(segmenter: Segmenter[Any, T], targets: dict[str, T], args: argparse.Namespace) -> Draw:
+    """Choose what is drawn of a query's pixels."""
+    how = {"threshold": args.threshold, "edges": args.edges}
+    if args.targets is not None:
+        return lambda pixels: draw_labels(segmenter, targets, pixels, **how)
+    return lambda pixels: draw_one(segmenter, targets[ONLY], pixels, maps=args.maps, cutout=args.cutout, **how)
+
+
+def predict(
+    queries: list[QueryFile], finished: set[str], ground_truths: dict[str, Path], draw: Draw, args: argparse.Namespace
+) -> Tally:
+    """Write the outputs of every query that is not finished; those that are finished are scored as well.
+
+    Raises:
+        UserError: the only query cannot be read; of several, the others are done.
+    """
+    to_read = [query for query in queries if ground_truths or query.name not in finished]
+    scores, empty, failed = dict[str, float](), list[str](), 0
     with progress(total=len(to_read), unit="picture", disable=not to_read) as bar:
         for query, reading in read_ahead(to_read):
             try:
                 picture = reading.result()
-                truth = read_truth(truths[query.name], picture, args.class_id) if truths else None
+                ground_truth = read_ground_truth(ground_truths.get(query.name), picture, args.class_id)
             except UserError as error:
                 if len(queries) == 1:
                     raise
@@ -117,22 +140,32 @@ def main() -> None:
                     outputs = draw(picture.pixels)
                     write_outputs(args.out, query.name, outputs)
                     empty += [query.name] if shows_nothing(outputs) else []
-                if truth is not None:
-                    scores[query.name] = 100 * intersection_over_union(written_mask(args.out, query.name), truth)
+                if ground_truth is not None:
+                    scores[query.name] = 100 * mask_iou(written_mask(args.out, query.name), ground_truth)
                     bar.set_postfix_str(f"mean IoU {fmean(scores.values()):.1f}", refresh=False)
             bar.update()
-    if scores:
-        write_json(args.out / "iou.json", {"unit": "percent", "mean": fmean(scores.values()), "queries": scores})
-        print(f"mean IoU of {len(scores)} queries: {fmean(scores.values()):.1f}")
-    if empty:
+    return Tally(scores, empty, failed)
+
+
+def conclude(tally: Tally, count: int, args: argparse.Namespace) -> None:
+    """Say what was found, and what to try where nothing was.
+
+    Raises:
+        UserError: some of the ``count`` queries failed.
+    """
+    if tally.scores:
+        mean = fmean(tally.scores.values())
+        write_json(args.out / "iou.json", {"unit": "percent", "mean": mean, "queries": tally.scores})
+        print(f"mean IoU of {len(tally.scores)} queries: {mean:.1f}")
+    if tally.empty:
         print(
-            f"nothing found in {len(empty)} of {len(queries)} pictures ({', '.join(empty[:3])}"
-            f"{', ...' if len(empty) > 3 else ''}); try a lower --threshold (now {threshold:g}), --maps to see what the"
-            " segmenter sees, a support that looks more like these pictures, or several"
+            f"nothing found in {len(tally.empty)} of {count} pictures ({', '.join(tally.empty[:3])}"
+            f"{', ...' if len(tally.empty) > 3 else ''}); try a lower --threshold (now {args.threshold:g}), --maps to"
+            " see what the segmenter sees, a support that looks more like these pictures, or several"
             + (", or leave out --checkpoint for training-free segmentation" if args.checkpoint else "")
         )
-    if failed:
-        raise UserError(f"{failed} of {len(queries)} queries failed, named above; the others are done, in {args.out}")
+    if tally.failed:
+        raise UserError(f"{tally.failed} of {count} queries failed, named above; the others are done, in {args.out}")
     print(f"results: {args.out}")
 
 
@@ -205,21 +238,21 @@ def load_segmenter(args: argparse.Namespace) -> Segmenter[Any, Any]:
 
 
 def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
-    """Targets by name; the only one of --support and --mask has no name."""
+    """Name the files of each target; the only one of --support and --mask has no name."""
     if args.targets is not None:
         return read_targets(args.targets)
     supports, masks = ([str(path) for path in paths] for paths in (args.support, args.mask))
     return {ONLY: TargetFiles(supports=supports, masks=masks, class_id=args.class_id).below(Path())}
 
 
-def settings(args: argparse.Namespace, files: dict[str, TargetFiles], threshold: float, edges: bool) -> dict[str, Any]:
-    """What the predictions in a folder depend on, apart from the queries."""
+def settings(args: argparse.Namespace, files: dict[str, TargetFiles]) -> dict[str, Any]:
+    """Return what the predictions in a folder depend on, apart from the queries."""
     free = f"training-free, {args.backbone or 'efficientnet_lite0'}"
     return {
         "checkpoint": free if args.checkpoint is None else sha256_of(args.checkpoint),
         "targets": {name: target.fingerprint() for name, target in files.items()},
-        "threshold": threshold,
-        "edges": edges,
+        "threshold": args.threshold,
+        "edges": args.edges,
     }
 
 
@@ -228,9 +261,9 @@ def written_mask(out: Path, name: str) -> np.ndarray:
         return np.asarray(mask) > 0
 
 
-def read_truth(path: Path, picture: Picture, class_id: int | None) -> np.ndarray:
-    """1 target, 0 other, 255 ignored, of the picture's size."""
-    return target_mask(read_mask(path, picture), class_id, str(path))
+def read_ground_truth(path: Path | None, picture: Picture, class_id: int | None) -> np.ndarray | None:
+    """Read a mask of 1 target, 0 other, 255 ignored, of the picture's size; None where there is no file."""
+    return None if path is None else target_mask(read_mask_on(picture, path), class_id, str(path))
 
 
 if __name__ == "__main__":

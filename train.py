@@ -41,7 +41,7 @@ from util.engine.build import (
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.engine.diagnosis import calibrated_threshold
 from util.engine.distributed import first_process_first, joined_processes
-from util.engine.loops import evaluate, learning_rate, train
+from util.engine.loops import Frozen, evaluate, learning_rate, train
 from util.engine.memory import peak_memory_mib, return_freed_memory
 from util.engine.metrics import scores
 from util.engine.monitor import Monitor, monitored
@@ -112,6 +112,7 @@ def run(config: Config) -> None:
     training.require_place(epoch_steps, total_steps)
     lr_at = partial(learning_rate, base=options.lr, total=total_steps, power=options.power, warmup=options.warmup)
     episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
+    kept: dict[int, Frozen] = {}
     batches = batches_of(build_train_loader(config, data.train_sampler, start=training.step, stop=total_steps))
     if rank() == 0:
         open_run(training, data)
@@ -121,7 +122,7 @@ def run(config: Config) -> None:
             end = training.finished_step + epoch_steps
             train(training, itertools.islice(batches, end - training.step), lr_at=lr_at, monitor=monitor)
             evaluated = (end // epoch_steps) % config.eval.every == 0 or end == total_steps
-            miou = validate(training, data.val, episodes, monitor) if evaluated else -1.0
+            miou = validate(training, data.val, episodes, monitor, kept) if evaluated else -1.0
             improved = training.finish_epoch(end, miou)
             if improved if config.eval.select == "miou" else end == total_steps:
                 training.save_best()
@@ -220,12 +221,27 @@ def announce(training: Training, data: Data, steps: int) -> None:
         )
 
 
-def validate(training: Training, index: ClassIndex, episodes: list[EpisodeFiles], monitor: Monitor) -> float:
-    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU."""
+def validate(
+    training: Training, index: ClassIndex, episodes: list[EpisodeFiles], monitor: Monitor, kept: dict[int, Frozen]
+) -> float:
+    """Evaluate on the fold's validation episodes, write scores and pictures, return the mIoU.
+
+    Args:
+        kept: from one validation to the next, see :func:`util.engine.loops.evaluate`.
+    """
     config, step, hardware, events = training.config, training.step, training.hardware, monitor.events
     bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=events is None)
     with bar:
-        counts = evaluate(training.model, index, episodes, config=config, hardware=hardware, bar=bar, stop=monitor.stop)
+        counts = evaluate(
+            training.model,
+            index,
+            episodes,
+            config=config,
+            hardware=hardware,
+            bar=bar,
+            stop=monitor.stop,
+            kept=kept,
+        )
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if events is not None:

@@ -17,7 +17,7 @@ from model.weights import WeightsInfo, load_exactly, read_weights
 
 
 class Features(NamedTuple):
-    """Features of N images."""
+    """What the network reads from N images."""
 
     middle: Tensor
     """(N, middle_channels, h, w): stage 3 (+) stage 2, in this order as in PFENet"""
@@ -45,7 +45,7 @@ class Network(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """Frozen: no gradients, and batch norm always in eval mode (``train()`` does not reach it).
+    """A network that stays as it is: it has no gradients, and batch norm is always in eval mode (``train()`` included).
 
     Below float32 (autocast) a copy of the stages is run whose weights are in that precision, made anew whenever
     weights are loaded or moved.
@@ -93,7 +93,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Features:
-        """Normalised RGB images (N, 3, H, W) -> middle features and stage 3."""
+        """Read normalised RGB images (N, 3, H, W)."""
         stem, stage1, stage2, stage3, _ = self._stages(images)
         x = images.to(next(stem.parameters()).dtype, memory_format=torch.channels_last)
         second = stage2(stage1(stem(x)))
@@ -114,14 +114,14 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def high(self, stage3: Tensor) -> Tensor:
-        """Stage 4: (N, C3, h, w) -> (N, C4, h, w). A CPU gains nothing from a batch, so its memory is that of one."""
+        """Apply stage 4 to (N, C3, h, w). A CPU gains nothing from a batch, so its memory is that of one image."""
         stage4 = self._stages(stage3)[4]
         x = stage3.to(next(stage4.parameters()).dtype)
         return stage4(x) if x.is_cuda or len(x) == 1 else torch.cat([stage4(one) for one in x.split(1)])
 
     @torch.no_grad()
     def high_within(self, stage3: Tensor, rows: slice, columns: slice) -> Tensor:
-        """``high(stage3)[:, :, rows, columns]``, exactly, from no more positions than these depend on.
+        """Compute ``high(stage3)[:, :, rows, columns]`` exactly, from no more positions than these depend on.
 
         Before each block the map is cut to the window and at least what the blocks still to come reach beyond it.
         What a block's padding spoils at a cut lies outside the next one.
@@ -162,7 +162,7 @@ def _cut(x: Tensor, rows: slice, columns: slice, held: tuple[slice, slice]) -> T
 
 
 def fold_batch_norm(module: nn.Module) -> None:
-    """In place: a convolution is followed by its batch norm in the order in which modules are registered."""
+    """Fold in place: a convolution is followed by its batch norm in the order in which modules are registered."""
     before: tuple[str, nn.Module] | None = None
     for name, child in list(module.named_children()):
         if isinstance(child, nn.BatchNorm2d) and before is not None and isinstance(before[1], nn.Conv2d):

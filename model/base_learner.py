@@ -12,7 +12,7 @@ from model.parallel import Dropout2d
 
 
 class BaseLearner(nn.Module):
-    """Semantic segmentation of the base classes on the backbone's frozen middle features.
+    """Segments the base classes, from the backbone's frozen middle features.
 
     Args:
         middle_channels: of the backbone's middle features.
@@ -32,19 +32,19 @@ class BaseLearner(nn.Module):
         )
 
     def forward(self, middle: Tensor) -> Tensor:
-        """Middle features (N, middle_channels, h, w) -> logits of background and base classes (N, n + 1, h, w)."""
+        """Turn middle features (N, middle_channels, h, w) into logits (N, n + 1, h, w), the background's first."""
         logits: Tensor = self.layers(middle)
         return logits
 
 
 @torch.no_grad()
 def base_posterior(logits: Tensor) -> Tensor:
-    """Logits (N, n + 1, h, w) -> probabilities of the n base classes, without the background's: (N, n, h, w)."""
+    """Turn logits (N, n + 1, h, w) into the probabilities of the n base classes, without the background's."""
     return logits.float().softmax(1)[:, 1:]
 
 
 def base_elsewhere(query: Tensor, target: Tensor) -> Tensor:
-    """How much each query position looks like base classes that the target does not look like.
+    """Measure how much each query position looks like base classes that the target does not look like.
 
         B(x) = sum_c p_c(x) (1 - s_c),    s_c = mean of p_c over the support's target, over all shots
 

@@ -11,7 +11,7 @@ class BGEM(nn.Module):
 
         X_BG = F_1x1(X^q (+) P_BG)                                                                       (eq. 4)
 
-    A ReLU follows the convolution, as everywhere in this lineage: without it eq. 4 and eq. 5 would collapse
+    A ReLU follows the convolution, as everywhere in the authors' code: without it eq. 4 and eq. 5 would collapse
     into one linear map, in which P_BG is no more than a bias.
     """
 

@@ -10,7 +10,7 @@ from model.parallel import Dropout2d
 
 
 class BGMM(nn.Module):
-    """One learned background prototype P_BG and the network that segments the background with it.
+    """Holds the learned background prototype P_BG, and segments the background with it.
 
         y_BG = F_3x3(X (+) P_BG)                                             (eq. 1 for the query, eq. 2 for a support)
 
@@ -32,7 +32,7 @@ class BGMM(nn.Module):
 
 
 class DeepBGMM(nn.Module):
-    """The same as the authors' code has it: deeper, with dropout, and P_BG starts at zero.
+    """Does the same as the authors' code: it is deeper, with dropout, and P_BG starts at zero.
 
     F is a 1x1 convolution, ReLU and Dropout2d(0.5), a refinement, and a classifier. Dropout stands before the ReLU,
     which is the same and keeps one map less for the backward pass.

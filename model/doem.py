@@ -17,14 +17,14 @@ Average = Literal["region", "image"]
 
 
 def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
-    """Y_DO = 1 - (Y_BG or Y_target) of boolean maps of one shape, as a float map                        (eq. 7)."""
+    """Compute Y_DO = 1 - (Y_BG or Y_target) of boolean maps of one shape, as a float map                (eq. 7)."""
     return (~(background | target)).float()
 
 
 def mine_distracting_objects(
     query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor, average: Average, known: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Mask and prototype of the query's distracting objects.
+    """Find the query's distracting objects: their mask, and a prototype of them.
 
         Y_DO = 1 - (Y_BG or Y_ini)                                                                       (eq. 7)
         P_DO = sum(X^q * Y_DO) / sum(Y_DO)          average="region"                                     (eq. 8)
@@ -51,7 +51,7 @@ def mine_distracting_objects(
 
 
 def distracting_similarity(query_feature: Tensor, do_prototype: Tensor) -> Tensor:
-    """S_DO, how much each query position is like the distracting objects; beyond the paper.
+    """Compute S_DO, how much each query position is like the distracting objects; it is beyond the paper.
 
         S_DO(x) = cos(X^q(x), P_DO)
 

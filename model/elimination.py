@@ -14,6 +14,8 @@ from model.matching import FeatureMatching
 
 
 class Eliminated(NamedTuple):
+    """What an elimination leaves of the query, and what it found."""
+
     activated: Tensor
     """X_act, (B, C, h, w)"""
     initial_logits: Tensor
@@ -25,7 +27,7 @@ class Eliminated(NamedTuple):
 
 
 class Elimination(nn.Module):
-    """Eq. 4 to 8.
+    """Applies eq. 4 to 8.
 
     Args:
         deep: see :class:`model.matching.FeatureMatching`.
@@ -47,7 +49,7 @@ class Elimination(nn.Module):
         prior: Tensor,
         known: Tensor | None = None,
     ) -> Eliminated:
-        """X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1), C_p (B, 1, h, w).
+        """Take X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1) and C_p (B, 1, h, w).
 
         ``known`` (B, 1, h, w) is the probability of what is known to be distracting.
         """

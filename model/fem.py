@@ -26,7 +26,7 @@ FEMInput = tuple[Tensor, Tensor, Tensor | None]
 
 
 class FEMScale(nn.Module):
-    """One scale: merge with the prototype, take in the finer scale before, refine; its classifier serves training."""
+    """Merges one scale with the prototype, takes in the finer one before, and refines; training has its classifier."""
 
     def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class FEMScale(nn.Module):
 
 
 class FEM(nn.Module):
-    """Multi-scale enrichment of a query feature with a prototype, from fine to coarse.
+    """Enriches a query feature with a prototype at several scales, from fine to coarse.
 
     Args:
         scales: one entry a scale, fine to coarse: a whole number above 1 is a side in positions (60, 30, 15, 8),
@@ -76,11 +76,11 @@ class FEM(nn.Module):
         return self.enrich(inputs, size, every_scale=every_scale)
 
     def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """(height, width) of every scale of a feature of this size."""
+        """List (height, width) of every scale of a feature of this size."""
         return [_scale_size(side, size) for side in self.scale_sides]
 
     def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int], *, every_scale: bool = True) -> FEMOutput:
-        """The part after pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
+        """Do what follows pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
         enriched: list[Tensor] = []
         scale_logits: list[Tensor] = []
         finer: Tensor | None = None

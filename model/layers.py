@@ -6,18 +6,18 @@ from model.parallel import Dropout2d
 
 
 def conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """A convolution without bias that keeps the size, and a ReLU."""
+    """Stack a convolution without bias that keeps the size, and a ReLU."""
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(conv, nn.ReLU(inplace=True))
 
 
 def refinement(channels: int) -> nn.Sequential:
-    """Two 3x3 convolutions, each with a ReLU; their result is added to what they were given."""
+    """Stack two 3x3 convolutions, each with a ReLU; their result is added to what they were given."""
     return nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
 
 
 def classifier(channels: int) -> nn.Sequential:
-    """3x3 convolution, ReLU, Dropout2d(0.1), 1x1 convolution to one logit.
+    """Stack a 3x3 convolution, Dropout2d(0.1), a ReLU and a 1x1 convolution to one logit.
 
     Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
     """

@@ -24,7 +24,7 @@ Regions = Literal["predicted", "ground_truth"]
 
 
 def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """Binary cross-entropy of one prediction against its mask, a term of eq. 12.
+    """Compute the binary cross-entropy of one prediction against its mask, a term of eq. 12.
 
         BCE(y, M), mean over all pixels of the batch that are not 255
 
@@ -39,12 +39,12 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def mean_target_loss(predictions: Sequence[Tensor], masks: Tensor) -> Tensor | None:
-    """The mean of :func:`target_loss` over several predictions; None where there are none."""
+    """Average :func:`target_loss` over several predictions; None where there are none."""
     return torch.stack([target_loss(logits, masks) for logits in predictions]).mean() if predictions else None
 
 
 def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float, *, ignored: bool = False) -> Tensor:
-    """L_BG: no background on the target, but some background in every image.
+    """Compute L_BG, which asks for no background on the target, but some background in every image.
 
         L_BG = - 1/N sum_i log(1 - y_BG(i)) M(i)  -  alpha 1/Z sum_j log(y_BG(j))                       (eq. 3)
 
@@ -66,7 +66,7 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float, *, ig
 def prototypical_contrastive_loss(
     query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """L_PCL: the query's target prototype is like the support's and unlike those of distracting objects.
+    """Compute L_PCL, which asks for a target prototype like the support's and unlike those of distracting objects.
 
         L_PCL = -log( exp cos(P^q, P^s) / sum_B exp cos(P^q, P_DO) )                                    (eq. 10)
 
@@ -86,7 +86,7 @@ def prototypical_contrastive_loss(
 
 
 def base_loss(logits: Tensor, labels: Tensor, background: float = 0.3) -> Tensor:
-    """Cross-entropy of the base learner, in which a position of background weighs ``background``, others 1.
+    """Compute the base learner's cross-entropy, in which a position of background weighs ``background``, others 1.
 
     Args:
         logits: (B, n + 1, h, w)
@@ -112,7 +112,7 @@ class Labels(NamedTuple):
 
 
 class NTRELoss(nn.Module):
-    """The total training loss, with the prototype bank that eq. 10 needs.
+    """Computes the total training loss, with the prototype bank that eq. 10 needs.
 
         L_T = initial BCE(y_ini, M) + BCE(y, M)                                                         (eq. 12)
         L   = beta L_T + lambda L_BG + gamma L_PCL  (+ beta fem_aux mean over FEM's scales of BCE)      (eq. 11)
@@ -256,7 +256,7 @@ class NTRELoss(nn.Module):
 
 
 def drawn(stored: Tensor, count: int) -> Tensor:
-    """At most ``count`` true entries of each row of ``stored`` (B, N), chosen at random; the others become false.
+    """Keep at most ``count`` true entries of each row of ``stored`` (B, N), chosen at random; the others become false.
 
     All processes draw for the whole batch, as :class:`model.parallel.Dropout2d` does, and take their own rows.
     """
@@ -270,7 +270,7 @@ def drawn(stored: Tensor, count: int) -> Tensor:
 def negative_prototypes(
     output: NTRENetOutput, support_masks: Tensor, kind: Negatives, *, query_masks: Tensor | None = None
 ) -> Tensor:
-    """Negatives of eq. 10 in the query and in every support, (B, 1 + K, C); zero where the region is empty.
+    """Pool the negatives of eq. 10 in the query and in every support, (B, 1 + K, C); zero where the region is empty.
 
     The query's target is the prediction y_ini, a support's its mask; 255 in a support belongs to no region. Given
     the ``query_masks`` (B, H, W) it is the authors' form instead: the query's target is its mask as well, masks are

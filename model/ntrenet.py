@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone, Features
+from model.backbone import Backbone
 from model.base_learner import BaseLearner, base_elsewhere, base_posterior
 from model.bgem import BGEM
 from model.bgmm import BGMM, DeepBGMM
@@ -96,7 +96,7 @@ def join_shots(supports: Sequence[SupportEncoding]) -> SupportEncoding:
 
 
 class NTRENet(nn.Module):
-    """Few-shot segmentation by eliminating what is not the target. Build it with :func:`build_ntrenet`.
+    """Segments few-shot by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
     Table 3, FEM(X_BG, P^s, C_p). ``eliminations`` are one: FEM follows with P_DO and, if it is built with a prior,
@@ -140,7 +140,7 @@ class NTRENet(nn.Module):
         support, x_s = self.encode_supports(supports, support_masks)
         features = self.backbone(query)
         base_logits = None if self.base_learner is None else self.base_learner(features.middle)
-        searched = self.read_query(features, base_logits)
+        searched = self.read_query(features.middle, self.backbone.high(features.stage3), base_logits)
         x_q, p_s, prior = searched.feature, support.prototype, prior_mask(searched.high, support.high)
         base = self._base_elsewhere(searched.base, support.base)
         del features, searched, support  # stage 4 is large and no longer needed
@@ -150,33 +150,47 @@ class NTRENet(nn.Module):
 
     def encode_query(self, query: Tensor) -> QueryEncoding:
         """Encode query images (B, 3, H, W)."""
-        return self.read_query(self.backbone(query))
+        features = self.backbone(query)
+        return self.read_query(features.middle, self.backbone.high(features.stage3))
 
     def encode_supports(self, supports: Tensor, support_masks: Tensor) -> tuple[SupportEncoding, Tensor]:
         """Encode (B, K, 3, H, W) with (B, K, H, W); also gives X^s (B, K, C, h, w), which the losses need."""
         batch_and_shots = supports.shape[:2]
-        each, x_s = self.read_supports(self.backbone(supports.flatten(0, 1)), support_masks.flatten(0, 1))
+        features = self.backbone(supports.flatten(0, 1))
+        target = foreground(support_masks.flatten(0, 1), (features.stage3.shape[-2], features.stage3.shape[-1]))
+        high = target_positions(self.backbone, features.stage3, target)
+        each, x_s = self.read_supports(features.middle, high, target)
         prototype = each.prototype.unflatten(0, batch_and_shots).mean(1)
         high = each.high.squeeze(1).unflatten(0, batch_and_shots)
         base = each.base.unflatten(0, batch_and_shots).mean(1)
         return SupportEncoding(prototype, high, base), x_s.unflatten(0, batch_and_shots)
 
-    def read_query(self, features: Features, base_logits: Tensor | None = None) -> QueryEncoding:
-        """Encode queries from their backbone features and, where they are known already, their base logits."""
-        base = self.read_base(features.middle) if base_logits is None else base_posterior(base_logits)
-        return QueryEncoding(self.reduce_query(features.middle), self.backbone.high(features.stage3), base)
+    def read_query(self, middle: Tensor, high: Tensor, base_logits: Tensor | None = None) -> QueryEncoding:
+        """Encode queries from what the frozen backbone gives: middle features and stage 4, both (N, *, h, w).
+
+        Args:
+            base_logits: the base learner's, where they are known already.
+        """
+        base = self.read_base(middle) if base_logits is None else base_posterior(base_logits)
+        return QueryEncoding(self.reduce_query(middle), high, base)
 
     def read_base(self, middle: Tensor) -> Tensor:
-        """Middle features (N, C_middle, h, w) -> probabilities of the n base classes (N, n, h, w)."""
+        """Turn middle features (N, C_middle, h, w) into probabilities of the n base classes (N, n, h, w)."""
         return middle[:, :0] if self.base_learner is None else base_posterior(self.base_learner(middle))
 
-    def read_supports(self, features: Features, masks: Tensor) -> tuple[SupportEncoding, Tensor]:
-        """Encode N images and their masks (N, H, W) as N episodes of one shot; also gives X^s (N, C, h, w)."""
-        target = foreground(masks, (features.stage3.shape[-2], features.stage3.shape[-1]))
-        high = target_positions(self.backbone, features.stage3, target).unsqueeze(1)
-        x_s = self.reduce_support(features.middle)
-        base = masked_average_pool(self.read_base(features.middle), target).flatten(1)
-        return SupportEncoding(masked_average_pool(x_s, target), high, base), x_s
+    def read_supports(self, middle: Tensor, high: Tensor, target: Tensor) -> tuple[SupportEncoding, Tensor]:
+        """Encode N supports, as N episodes of one shot, from what the frozen backbone gives.
+
+        Args:
+            middle: middle features, (N, *, h, w)
+            high: (N, n, C4) of :func:`model.prior.target_positions`
+            target: (N, 1, h, w) of :func:`model.ops.foreground`
+        Returns:
+            also X^s (N, C, h, w)
+        """
+        x_s = self.reduce_support(middle)
+        base = masked_average_pool(self.read_base(middle), target).flatten(1)
+        return SupportEncoding(masked_average_pool(x_s, target), high.unsqueeze(1), base), x_s
 
     def segment(
         self, queries: Sequence[QueryEncoding], supports: Sequence[SupportEncoding], size: tuple[int, int]
@@ -203,7 +217,7 @@ class NTRENet(nn.Module):
         base: Tensor | None = None,
         every_scale: bool = False,
     ) -> NTRENetOutput:
-        """The paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
+        """Do the paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
 
         Args:
             base: (B, 1, h, w) of :func:`model.base_learner.base_elsewhere`; FEM then takes it in the place of C_p.
@@ -270,7 +284,7 @@ def build_ntrenet(
     prototype_channels: int = 640,
     fem_scales: Sequence[float] = (60, 30, 15, 8),
 ) -> NTRENet:
-    """NTRENet or one of its ablations, on a given backbone.
+    """Build NTRENet or one of its ablations on a given backbone.
 
     Args:
         bgem: mine and eliminate the background; off is PFENet.
@@ -314,7 +328,7 @@ def build_ntrenet(
 def _initialise(network: NTRENet) -> None:
     """He's initialisation before every ReLU; the prior, one input among 2C + 1, starts with the weight of C.
 
-    torch's default, which the lineage uses, shrinks the signal at each of FEM's many layers and all but hides the
+    torch's default, which the authors' code uses, shrinks the signal at each of FEM's many layers and all but hides the
     prior: hundreds of steps go by before anything is learned.
     """
     heads = [part for part in network.children() if part is not network.backbone]

@@ -11,24 +11,24 @@ from torch import Tensor, nn
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize with aligned corners, (N, C, *, *) -> (N, C, *size); a no-op at the same size."""
+    """Resize (N, C, *, *) to (N, C, *size), bilinear with aligned corners; the same size is a no-op."""
     if x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
 def pool(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average pooling to (N, C, *size); a no-op at the same size."""
+    """Pool the average to (N, C, *size); the same size is a no-op."""
     return x if x.shape[-2:] == size else F.adaptive_avg_pool2d(x, size)
 
 
 def foreground(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Target pixels of integer masks (N, H, W) as a float map (N, 1, *size) in [0, 1]; 255 is not target."""
+    """Turn integer masks (N, H, W) into a float map (N, 1, *size) in [0, 1] of their target; 255 is not target."""
     return resize((masks == 1).float().unsqueeze(1), size)
 
 
 def masked_average_pool(feature: Tensor, mask: Tensor) -> Tensor:
-    """Mean of ``feature`` (N, C, h, w) over ``mask`` (N, 1, h, w): (N, C, 1, 1); an empty mask gives zeros.
+    """Average ``feature`` (N, C, h, w) over ``mask`` (N, 1, h, w): (N, C, 1, 1); an empty mask gives zeros.
 
     The sums run in float32, also under autocast: they add thousands of positions.
     """

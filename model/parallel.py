@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 def processes() -> int:
-    """How many processes share a batch."""
+    """Say how many processes share a batch."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0."""
+    """Say which of them this is, from 0."""
     return dist.get_rank() if processes() > 1 else 0
 
 
 def mean_over_batch(total: Tensor, count: Tensor | int) -> Tensor:
-    """``total / count``, of the whole batch: this process's part of it.
+    """Compute this process's part of ``total / count`` of the whole batch.
 
     DistributedDataParallel averages gradients over the processes. A loss that is a sum over the batch by a count
     over the batch is therefore given as this process's sum, by everyone's count, times the number of processes:
@@ -38,7 +38,7 @@ def mean_over_batch(total: Tensor, count: Tensor | int) -> Tensor:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """(n, ...) of every process -> (processes n, ...), in the order of the batch; no gradient."""
+    """Gather (n, ...) of every process into (processes n, ...), in the order of the batch; without gradient."""
     if processes() == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(processes())]
@@ -47,7 +47,7 @@ def gathered(x: Tensor) -> Tensor:
 
 
 class Dropout2d(nn.Module):
-    """nn.Dropout2d, in place, whose noise does not depend on the number of processes.
+    """Does what nn.Dropout2d does, in place; its noise does not depend on the number of processes.
 
     All processes hold the same random state, draw the noise of the whole batch, and take their own images' part.
     """
@@ -65,7 +65,7 @@ class Dropout2d(nn.Module):
 
 
 def log_mean(values: Tensor) -> Tensor:
-    """Mean over the processes, in place."""
+    """Average over the processes, in place."""
     if processes() > 1:
         dist.all_reduce(values)
         values /= processes()

@@ -8,7 +8,7 @@ from model.backbone import Backbone
 
 
 def prior_mask(query_high: Tensor, support_high: Tensor) -> Tensor:
-    """C_p from stage-4 features.
+    """Compute C_p from stage-4 features.
 
     For every query position the largest cosine similarity to any support position, min-max normalised over
     the image; the mean over the K shots.
@@ -38,16 +38,16 @@ def _largest_similarity(query: Tensor, support: Tensor) -> Tensor:
 
 
 def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: int | None = None) -> Tensor:
-    """Stage 4 at the support positions that can be most similar to a query position: on the target, and one beside it.
+    """Compute stage 4 where a support can be most similar to a query position: on the target, and one place beside it.
 
-    The lineage zeroes the features beside the target, before stage 4 and after it, so all positions there have
+    PFENet zeroes the features beside the target, before stage 4 and after it, so all positions there have
     similarity 0 and one stands for them all. A support with fewer target positions than another of the batch keeps
     more of the zeros.
 
-    A CPU computes only what the target depends on. A GPU computes stage 4 of the whole batch at once and, unless it is
-    told the largest number of target positions, keeps them all: a shape that depended on masks would have to be waited
-    for, and would be another one at each step. Features there are not multiplied by a partial ``target``, which changes
-    no cosine.
+    A CPU computes only what the target depends on. A GPU, and a compiled network, compute stage 4 of the whole batch at
+    once and, unless they are told the largest number of target positions, keep them all: a shape that depended on masks
+    would have to be waited for, and would be another one at each step. Features there are not multiplied by a partial
+    ``target``, which changes no cosine.
 
     Args:
         stage3: of the supports, (N, C3, h, w)
@@ -58,7 +58,7 @@ def target_positions(backbone: Backbone, stage3: Tensor, target: Tensor, most: i
     """
     masked, inside = stage3 * target, target.squeeze(1) > 0
     positions = inside[0].numel()
-    if stage3.is_cuda:
+    if stage3.is_cuda or torch.compiler.is_compiling():
         high = backbone.high(masked).mul_(inside.unsqueeze(1)).flatten(2).transpose(1, 2)
         if most is None or most + 1 >= positions:
             return high

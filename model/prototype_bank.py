@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class PrototypeBank(nn.Module):
-    """The latest ``capacity`` prototypes of each class, as one ring buffer a class.
+    """Keeps the latest ``capacity`` prototypes of each class, in one ring buffer a class.
 
     Both buffers are registered: the bank moves with its module, is saved with it, and resumes. Checkpoints in which
     novel classes have (empty) rows as well load too.
@@ -60,7 +60,7 @@ class PrototypeBank(nn.Module):
         self.stored.index_add_(0, classes, kept.to(self.stored.dtype))
 
     def of_classes(self, class_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Prototypes of the classes (N,): (N, capacity, C), and which slots are filled: (N, capacity), boolean."""
+        """Give the prototypes of the classes (N,), (N, capacity, C), and which slots are filled, (N, capacity)."""
         rows = self.row_of[class_ids]
         filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[rows, None]
         return self.prototypes[rows], filled

@@ -36,7 +36,7 @@ TARGET_SHARE, OTHER_SHARE = 0.05, 0.3
 
 
 class Described(NamedTuple):
-    """Positions of a support, or of several."""
+    """What is known of the positions of a support, or of several."""
 
     feature: Tensor
     """(C, m), of unit length"""
@@ -47,18 +47,18 @@ class Described(NamedTuple):
 
 
 def join(supports: Sequence[Described]) -> Described:
-    """The positions of several supports; no support needs more than the others, and their order is of no account."""
+    """Join the positions of several supports; their number and their order do not matter."""
     features, targets, others = zip(*supports, strict=True)
     return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
 
 
 def unit(x: Tensor) -> Tensor:
-    """Features (C, ...) divided by their lengths; zeros stay."""
+    """Divide features (C, ...) by their lengths; zeros stay."""
     return F.normalize(x, dim=0)
 
 
 def describe_support(feature: Tensor, layers: Tensor) -> Described:
-    """The positions of a support.
+    """Describe the positions of a support.
 
     A position sees 9 x 9 pixels, every eighth pixel in its middle, so that the smallest target is seen. One that is
     all ignored is neither target nor non-target.
@@ -75,12 +75,12 @@ def describe_support(feature: Tensor, layers: Tensor) -> Described:
 
 
 def prototype_difference(query: Tensor, target: Tensor, other: Tensor) -> Tensor:
-    """d1: similarity of (C, n) to the prototype of the target (C,) minus that to the non-target's, (n,)."""
+    """Compute d1, the similarity of (C, n) to the prototype of the target (C,) minus that to the non-target's, (n,)."""
     return (target - other) @ query
 
 
 def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
-    """d2: similarity of (C, n) to the nearest target position minus that to the nearest non-target one, (n,).
+    """Compute d2, the similarity of (C, n) to the nearest target position minus that to the nearest other one, (n,).
 
     A position counts as target, and as non-target, from half of the largest share on: a target of a few pixels fills
     no position.
@@ -93,13 +93,13 @@ def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
 
 
 def standardised(x: Tensor) -> Tensor:
-    """(n,) divided by its deviation, not centred; zeros where everything is the same."""
+    """Divide (n,) by its deviation, without centring; zeros where everything is the same."""
     deviation = x.std(correction=0)
     return x / deviation if deviation > 1e-6 else torch.zeros_like(x)
 
 
 def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) -> Tensor:
-    """One pass with the query's own prototypes beside those of the supports: a new score (n,)."""
+    """Score anew, (n,), with the query's own prototypes beside those of the supports."""
     order = score.argsort(descending=True, stable=True)
     highest, lowest = (max(1, round(share * len(order))) for share in (TARGET_SHARE, OTHER_SHARE))
     own_target = unit(query[:, order[:highest]].mean(1))
@@ -109,7 +109,7 @@ def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) ->
 
 
 def target_score(query: Tensor, supports: Described) -> Tensor:
-    """How much more each query position is like the target than like what is not target, in deviations: above 0.
+    """Measure how much more each query position is like the target than like what is not, in deviations; above 0 it is.
 
     Without any non-target position a query's mean similarity stands in its place.
 
@@ -151,14 +151,14 @@ class TrainingFree(nn.Module):
 def build_training_free(
     name: str = "efficientnet_lite0", *, weights: str = "imagenet", weights_dir: Path = Path("initmodel")
 ) -> TrainingFree:
-    """The method on a backbone by name; arguments and errors as :func:`model.backbone.build_backbone` has them."""
+    """Build the method on a backbone by name; see :func:`model.backbone.build_backbone`."""
     backbone, info = build_backbone(name, weights=weights, weights_dir=weights_dir)
     backbone.fold_batch_norm()
     return on_backbone(name, backbone, weights if weights == "random" else info.source)
 
 
 def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> TrainingFree:
-    """The method on a backbone that is there, such as a network's.
+    """Build the method on a backbone that is there, such as a network's.
 
     EfficientNet-Lite0 is read to its last block: what the networks leave out tells classes apart best here.
 

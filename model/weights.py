@@ -76,7 +76,7 @@ def pip_file(backbone: str, package: str, version: str) -> Path:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """State dict of a local file and its SHA-256.
+    """Read the state dict of a local file, and its SHA-256.
 
     Raises:
         WeightsError: the file is missing, unreadable, holds anything but tensors, or fails the hash in its name.
@@ -109,7 +109,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_data(path: Path) -> Any:
-    """What ``torch.save`` wrote, tensors and plain values, on the CPU; code in the file is not run.
+    """Read what ``torch.save`` wrote, tensors and plain values, onto the CPU; code in the file is not run.
 
     ``torch.load`` does not compare the checksums of the zip file: a flipped bit would be another weight. Files of
     before torch 1.6 are no zip files and have no checksums.

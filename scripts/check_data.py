@@ -30,7 +30,6 @@ from util.data.class_index import (
     count_pixels,
     hash_list,
     index_key,
-    on_all_cores,
     parse_list,
     require_root,
     tabulate,
@@ -39,6 +38,7 @@ from util.data.class_index import (
 from util.data.episodes import find_supports
 from util.data.folds import base_classes, novel_classes
 from util.data.images import orientation, read_image
+from util.data.pool import on_all_cores
 from util.data.published import is_benchmark, overlap, published, title_of
 from util.data.readers import reader_of
 from util.errors import UserError, first_of

@@ -5,9 +5,7 @@
 # and continued. A part: ROWS="bgem full" (files of configs/ablation; full is none), FOLDS="0 2", SEEDS="0". A fold is
 # evaluated on EPISODES=1000. DIAGNOSE=1 also runs scripts/diagnose.py on each. DRY_RUN=1 prints the commands.
 # Then: python scripts/report.py runs/ladder --lines scripts/results.jsonl
-set -uo pipefail
-cd "$(dirname "$0")/.."
-. scripts/fold.sh
+. "$(dirname "$0")/fold.sh"
 config=configs/synthetic/efficientnet_lite0_fold0_1shot.yaml
 if [[ ${1:-} == *.yaml ]]; then
     config=$1

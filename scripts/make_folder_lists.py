@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def find_lines(root: Path) -> dict[str, list[str]]:
-    """The 'image mask' lines of each class, relative to ``root``, by the class's name.
+    """Find the 'image mask' lines of each class, relative to ``root``, by the class's name.
 
     Raises:
         UserError: ``root`` is no folder or holds fewer than 3 classes, a picture has no mask, or a name has a space.
@@ -96,7 +96,7 @@ def find_lines(root: Path) -> dict[str, list[str]]:
 
 
 def split(names: list[str], out: Path, seed: int) -> dict[str, set[str]]:
-    """Which classes are for 'train', 'val' and 'test': as files in ``out`` say, the others drawn by the seed.
+    """Split the classes into 'train', 'val' and 'test': as files in ``out`` say, the others drawn by the seed.
 
     Raises:
         UserError: such a file names a class that has no folder, or the files leave no class to train on.

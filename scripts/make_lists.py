@@ -28,8 +28,9 @@ import yaml
 from tabulate import tabulate as text_table
 
 from scripts.check_data import check_item, copies_warning, turned_warning
-from util.data.class_index import Item, on_all_cores, tabulate
+from util.data.class_index import Item, tabulate
 from util.data.images import image_size
+from util.data.pool import on_all_cores
 from util.errors import UserError
 from util.files import require_writable, write_text
 from util.segment.pictures import SUFFIXES

@@ -20,12 +20,9 @@ import argparse
 import contextlib
 import json
 import re
-import signal
 import sys
 from array import array
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,10 +38,10 @@ from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
 from tabulate import tabulate
 
 from util.data.images import encoded, read_class_ids
+from util.data.pool import on_all_cores
 from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of
 from util.files import write_bytes, write_text
-from util.progress import progress
 
 EXPECTED = {"train": 82081, "val": 40137}
 """images with at least one annotation, of 82783 and 40504"""
@@ -55,7 +52,6 @@ NEXT = "python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.
 AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
 IGNORED = 255
 FARTHEST = 1e5  # a polygon's coordinates, in pixels: pycocotools takes all memory for NaN and infinity
-POOL_FROM = 512  # images; for fewer, starting processes would take longer
 IMAGE = re.compile(r"[\w-]+\.jpg")
 """names become names of masks: a file can name nothing outside its folder"""
 PALETTE = voc_palette()
@@ -244,13 +240,7 @@ def make_mask(job: Job, *, path: Path, folder: Path, stamp: float) -> Done:
 def make_masks(jobs: list[Job], split: str, path: Path, folder: Path) -> Done:
     """All masks of a split, with all cores."""
     make = partial(make_mask, path=path, folder=folder, stamp=path.stat().st_mtime)
-    with contextlib.ExitStack() as stack:
-        done: Iterator[Done] = map(make, jobs)
-        if len(jobs) >= POOL_FROM:  # Ctrl-C is for this process alone, which then cancels the rest
-            pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
-            done = stack.enter_context(pool).map(make, jobs, chunksize=16)
-        bar = progress(done, total=len(jobs), desc=f"{split} masks", unit="mask")
-        return Done(*np.sum(list(bar), axis=0).tolist())
+    return Done(*np.sum(on_all_cores(make, jobs, f"{split} masks", unit="mask"), axis=0).tolist())
 
 
 def link_images(source: Path, target: Path) -> None:
@@ -307,8 +297,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise UserError(f"--limit must be at least 1, got {args.limit}")
     try:
         results = prepare(args.root, args.out, args.lists, args.limit)
-    except BrokenProcessPool:
-        raise UserError("a process died, most often for lack of memory; run the same command to continue") from None
     except OSError as error:
         place, reason = error.filename2 or error.filename or args.out, error.strerror or error
         raise UserError(f"{place}: {reason}; check its permissions and the free space, or --out and --lists") from error

@@ -16,14 +16,11 @@ import gzip
 import io
 import os
 import shlex
-import signal
 import sys
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,15 +35,14 @@ from scipy.io import loadmat  # type: ignore[import-untyped]
 
 from util.data.class_index import load_class_index, read_list
 from util.data.download import download
-from util.data.images import compare_checksums, read_class_ids, read_image
+from util.data.images import compare_checksums, encoded, read_class_ids, read_image
+from util.data.pool import on_all_cores
 from util.data.published import LISTS, published
 from util.data.synthetic import voc_palette
 from util.errors import UserError, first_of
 from util.files import write_bytes
 from util.progress import progress
 
-LARGEST = 64 * 2**20
-"""bytes that a photo or a mask may have; theirs have less than a hundredth of it"""
 DOWNLOADS = {
     "voc": (
         "VOCtrainval_11-May-2012.tar",
@@ -122,11 +118,6 @@ class Source:
                     if not member.isreg() or not name.startswith(self.prefix):
                         continue
                     name = name.removeprefix(self.prefix)
-                    if name in wanted and member.size > LARGEST:
-                        raise UserError(
-                            f"{self.path} holds {name} of {member.size:,} bytes, which is no photo and no mask; delete"
-                            " it and download it again"
-                        )
                     file = archive.extractfile(member) if name in wanted else None
                     yield name, file.read() if file else b""
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:
@@ -170,8 +161,6 @@ def main() -> None:
         raise UserError(
             f"{error.filename or args.out}: {error.strerror or error}; check path, rights and free space"
         ) from error
-    except BrokenProcessPool as error:
-        raise UserError("a converting process died, perhaps for want of memory; run again to continue") from error
     overrides = [f"data.root={args.out}"] if args.out != parser.get_default("out") else []
     if aug or args.lists != parser.get_default("lists"):
         train = "train_aug.txt" if aug else "train.txt"
@@ -262,36 +251,36 @@ def fetched(kind: str, out: Path) -> Path:
     raise problem
 
 
+class RawMask(NamedTuple):
+    """A mask as its source has it."""
+
+    data: bytes
+    target: Path
+    origin: str
+    """where it comes from, for messages"""
+
+
 def build(files: list[File]) -> int:
     """Build the files that are not there or cannot be read; how many those were."""
     there = [file.target for file in files if file.target.exists()]
-    jobs: list[Future[None]] = []
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-        try:
-            checks = pool.map(is_good, there, chunksize=32)
-            checked = progress(checks, "checking what is there", len(there), unit="file", disable=not there)
-            good = {path for path, fine in zip(there, checked, strict=True) if fine}
-            todo = [file for file in files if file.target not in good]
-            with progress(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
-                for source in dict.fromkeys(file.source for file in todo):
-                    targets = {file.name: file.target for file in todo if file.source == source}
-                    if source.folder:
-                        for name in [name for name in targets if name.endswith(".jpg") or not source.prefix]:
-                            link(source.folder / name, targets.pop(name))
-                            bar.update()
-                    for name, data in source.read(targets):
-                        if name.endswith(".jpg"):
-                            write_bytes(targets[name], data, force=False)
-                            bar.update()
-                        else:
-                            job = pool.submit(write_mask, data, targets[name], f"{source.path}: {name}")
-                            job.add_done_callback(lambda _: bar.update())
-                            jobs.append(job)
-                for job in jobs:
-                    job.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    sound = on_all_cores(is_good, there, "checking what is there", unit="file")
+    good = {path for path, fine in zip(there, sound, strict=True) if fine}
+    todo = [file for file in files if file.target not in good]
+    masks: list[RawMask] = []
+    with progress(desc="building", total=len(todo), unit="file", disable=not todo) as bar:
+        for source in dict.fromkeys(file.source for file in todo):
+            targets = {file.name: file.target for file in todo if file.source == source}
+            if source.folder:
+                for name in [name for name in targets if name.endswith(".jpg") or not source.prefix]:
+                    link(source.folder / name, targets.pop(name))
+                    bar.update()
+            for name, data in source.read(targets):
+                if name.endswith(".jpg"):
+                    write_bytes(targets[name], data, force=False)
+                else:
+                    masks.append(RawMask(data, targets[name], f"{source.path}: {name}"))
+                bar.update()
+    on_all_cores(write_mask, masks, "converting masks", unit="mask")
     return len(todo)
 
 
@@ -321,17 +310,17 @@ def link(source: Path, target: Path) -> None:
     write_bytes(target, source.read_bytes(), force=False)
 
 
-def write_mask(data: bytes, target: Path, origin: str) -> None:
-    """VOC's PNG byte for byte, or SBD's GTcls with VOC's palette."""
+def write_mask(mask: RawMask) -> None:
+    """Write VOC's PNG byte for byte, or SBD's GTcls with VOC's palette."""
+    data, target, origin = mask
     try:
         if target.suffix != Path(origin).suffix:
-            mask = np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0][0])
-            if mask.ndim != 2 or mask.dtype != np.uint8 or mask.max() > NUM_CLASSES:
-                raise ValueError(f"{mask.dtype} of shape {mask.shape}, want (H, W) uint8 up to {NUM_CLASSES}")
-            image, buffer = Image.fromarray(mask), io.BytesIO()
-            image.putpalette(voc_palette())
-            image.save(buffer, "PNG")
-            data = buffer.getvalue()
+            ids = np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0][0])
+            if ids.ndim != 2 or ids.dtype != np.uint8 or ids.max() > NUM_CLASSES:
+                raise ValueError(f"{ids.dtype} of shape {ids.shape}, want (H, W) uint8 up to {NUM_CLASSES}")
+            picture = Image.fromarray(ids)
+            picture.putpalette(voc_palette())
+            data = encoded(picture, "PNG")
         else:
             compare_checksums(data)
             with Image.open(io.BytesIO(data), formats=("PNG",)) as image:

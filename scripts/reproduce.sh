@@ -4,9 +4,8 @@
 # Tables 3 and 4 and figure 6 take another data set and backbone, such as: table3 synthetic efficientnet_lite0.
 # SEEDS="0 1" trains each of them from several seeds; GPUS as in train_folds.sh; DRY_RUN=1 prints every command.
 # What is finished is skipped. Then: python scripts/report.py runs --out report
-set -uo pipefail
-cd "$(dirname "$0")/.."
-[ $# -ge 1 ] || { sed -n 2,6p "$0" >&2; exit 2; }
+. "$(dirname "$0")/fold.sh"
+require 1 "$@"
 table=$1 dataset=pascal backbone=resnet50
 shift
 if [ $# -ge 2 ] && [[ $1 != *=* && $2 != *=* ]]; then
@@ -34,6 +33,6 @@ table2)
 table3) for ablation in pfenet bgem bgem_doem; do folds 1 $ablation; done; folds 1 ;;
 table4) for ablation in negatives_non_target negatives_bg; do folds 1 $ablation; done; folds 1 ;;
 fig6) for channels in 128 256 384 512 768; do folds 1 channels_$channels; done; folds 1 ;;
-*) sed -n 2,6p "$0" >&2; exit 2 ;;
+*) usage ;;
 esac
 exit $failed

@@ -2,10 +2,8 @@
 # Train one fold: bash scripts/train_fold.sh DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
 # e.g. bash scripts/train_fold.sh pascal resnet50 0 1, or with pfenet after it for configs/ablation/pfenet.yaml.
 # Interrupted, the same command continues; finished, it does nothing.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-. scripts/fold.sh
-[ $# -ge 4 ] || { sed -n 2,4p "$0" >&2; exit 2; }
+. "$(dirname "$0")/fold.sh"
+require 4 "$@"
 fold_arguments "$@"
 if grep -qs '"finished"' "$run/run.json"; then
     echo "$run is trained"

@@ -5,6 +5,7 @@ backbones those of a weights file (torchvision's, or the lineage's with a deep s
 """
 
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -36,60 +37,76 @@ def pfenet(naive, head, query, supports, masks, scales):
 def pfenet_head(channels, scales, with_prior, middle_channels=0):
     """Random weights of PFENet's head under its own names; of the FEM part only without ``middle_channels``."""
     head = {}
-
-    def conv(name, outputs, inputs, kernel):
-        head[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel) * math.sqrt(2 / (inputs * kernel**2))
-
-    def classifier(name):
-        conv(f"{name}.0", channels, channels, 3)
-        conv(f"{name}.3", 2, channels, 1)
-        head[f"{name}.3.bias"] = torch.randn(2)
-
     if middle_channels:
-        conv("down_query.0", channels, middle_channels, 1)
-        conv("down_supp.0", channels, middle_channels, 1)
+        add_conv(head, "down_query.0", channels, middle_channels, 1)
+        add_conv(head, "down_supp.0", channels, middle_channels, 1)
     for i in range(len(scales)):
-        conv(f"init_merge.{i}.0", channels, 2 * channels + with_prior, 1)
-        conv(f"beta_conv.{i}.0", channels, channels, 3)
-        conv(f"beta_conv.{i}.2", channels, channels, 3)
-        classifier(f"inner_cls.{i}")
+        add_conv(head, f"init_merge.{i}.0", channels, 2 * channels + with_prior, 1)
+        add_pair(head, f"beta_conv.{i}", channels)
+        add_classifier(head, f"inner_cls.{i}", channels)
         if i > 0:
-            conv(f"alpha_conv.{i - 1}.0", channels, 2 * channels, 1)
-    conv("res1.0", channels, channels * len(scales), 1)
-    conv("res2.0", channels, channels, 3)
-    conv("res2.2", channels, channels, 3)
-    classifier("cls")
+            add_conv(head, f"alpha_conv.{i - 1}.0", channels, 2 * channels, 1)
+    add_conv(head, "res1.0", channels, channels * len(scales), 1)
+    add_pair(head, "res2", channels)
+    add_classifier(head, "cls", channels)
     return head
 
 
 def pfenet_fem(head, feature, prototype, prior, scales):
     """PFENet's feature enrichment -> two-class logits at the feature's size, and one a scale."""
     h, w = feature.shape[-2:]
+    inputs = []
+    for scale in scales:
+        pooled = F.adaptive_avg_pool2d(feature, scale_size(scale, h, w))
+        maps = [] if prior is None else [bilinear(prior, tuple(pooled.shape[-2:]))]
+        inputs.append(torch.cat([pooled, expand_to(prototype, pooled), *maps], 1))
+    return enrich(head, inputs, (h, w))
 
-    def conv_relu(name, x):
-        return conv2d(head, name, x).relu()
 
-    def residual_pair(name, x):
-        return conv_relu(f"{name}.2", conv_relu(f"{name}.0", x)) + x
-
-    def classify(name, x):
-        return conv2d(head, f"{name}.3", conv_relu(f"{name}.0", x))
-
+def enrich(head, inputs, size):
+    """What follows the concatenation at each scale -> two-class logits at ``size``, and one a scale."""
     pyramid, inner = [], []
-    for i, scale in enumerate(scales):
-        size = (int(h * scale), int(w * scale)) if scale <= 1 else (scale, scale)
-        pooled = F.adaptive_avg_pool2d(feature, size)
-        parts = [pooled, expand_to(prototype, pooled)]
-        if prior is not None:
-            parts.append(bilinear(prior, size))
-        merged = conv_relu(f"init_merge.{i}.0", torch.cat(parts, 1))
+    for i, x in enumerate(inputs):
+        merged = conv_relu(head, f"init_merge.{i}.0", x)
         if i > 0:
-            previous = bilinear(pyramid[i - 1], size)
-            merged = conv_relu(f"alpha_conv.{i - 1}.0", torch.cat([merged, previous], 1)) + merged
-        merged = residual_pair(f"beta_conv.{i}", merged)
-        inner.append(classify(f"inner_cls.{i}", merged))
-        pyramid.append(bilinear(merged, (h, w)))
-    return classify("cls", residual_pair("res2", conv_relu("res1.0", torch.cat(pyramid, 1)))), inner
+            previous = bilinear(pyramid[i - 1], tuple(x.shape[-2:]))
+            merged = conv_relu(head, f"alpha_conv.{i - 1}.0", torch.cat([merged, previous], 1)) + merged
+        merged = residual_pair(head, f"beta_conv.{i}", merged)
+        inner.append(classify(head, f"inner_cls.{i}", merged))
+        pyramid.append(bilinear(merged, size))
+    return classify(head, "cls", residual_pair(head, "res2", conv_relu(head, "res1.0", torch.cat(pyramid, 1)))), inner
+
+
+def scale_size(scale, h, w):
+    return (int(h * scale), int(w * scale)) if scale <= 1 else (scale, scale)
+
+
+def add_conv(head, name, outputs, inputs, kernel):
+    head[f"{name}.weight"] = torch.randn(outputs, inputs, kernel, kernel) * math.sqrt(2 / (inputs * kernel**2))
+
+
+def add_pair(head, name, channels):
+    add_conv(head, f"{name}.0", channels, channels, 3)
+    add_conv(head, f"{name}.2", channels, channels, 3)
+
+
+def add_classifier(head, name, channels):
+    """Two classes; the numbers in the names count ReLU and dropout between the convolutions."""
+    add_conv(head, f"{name}.0", channels, channels, 3)
+    add_conv(head, f"{name}.3", 2, channels, 1)
+    head[f"{name}.3.bias"] = torch.randn(2)
+
+
+def conv_relu(head, name, x):
+    return conv2d(head, name, x).relu()
+
+
+def residual_pair(head, name, x):
+    return conv_relu(head, f"{name}.2", conv_relu(head, f"{name}.0", x)) + x
+
+
+def classify(head, name, x):
+    return conv2d(head, f"{name}.3", conv_relu(head, f"{name}.0", x))
 
 
 class NaiveResNet:
@@ -253,3 +270,38 @@ def expand_to(prototype, like):
 
 def difference(two_classes):
     return two_classes[:, 1:] - two_classes[:, :1]
+
+
+def to_our_names(head, prefix=""):
+    """PFENet's names, and those of authors.py -> ours; of two classes, the one logit is their difference."""
+
+    def one_logit(weight):
+        return weight[1:] - weight[:1]
+
+    names = [
+        (r"down_query\.0", "reduce_query.0"),
+        (r"down_supp\.0", "reduce_support.0"),
+        (r"init_merge\.(\d)\.0", prefix + r"scales.\1.merge"),
+        (r"beta_conv\.(\d)\.(\d)", prefix + r"scales.\1.refine.\2"),
+        (r"inner_cls\.(\d)\.(\d)", prefix + r"scales.\1.classifier.\2"),
+        (r"res1\.0", f"{prefix}fuse.0"),
+        (r"res2\.(\d)", prefix + r"refine.\1"),
+        (r"cls\.(\d)", prefix + r"classifier.\1"),
+        (r"bg_reduce", "bgmm.conv"),
+        (r"bg_pair\.(\d)", r"bgmm.refine.\1"),
+        (r"bg_cls\.(\d)", r"bgmm.classifier.\1"),
+        (r"bgem\.(\d)", r"eliminations.\1.bgem.conv"),
+        (r"fm\.(\d)", r"eliminations.\1.matching.conv"),
+        (r"fm_pair\.(\d)\.(\d)", r"eliminations.\1.matching.refine.\2"),
+        (r"ini_cls\.(\d)\.(\d)", r"eliminations.\1.matching.initial.\2"),
+    ]
+    ours = {}
+    for name, value in head.items():
+        module, parameter = name.rsplit(".", 1)
+        if match := re.fullmatch(r"alpha_conv\.(\d)\.0", module):
+            ours[f"{prefix}scales.{int(match[1]) + 1}.inter_scale.0.{parameter}"] = value
+            continue
+        (new,) = (re.sub(old, new, module) for old, new in names if re.fullmatch(old, module))
+        ours[f"{new}.{parameter}"] = one_logit(value) if re.search(r"cls\.(\d\.)?3$", module) else value
+    assert len(ours) == len(head)
+    return ours

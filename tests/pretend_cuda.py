@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
+READS |= {"item", "is_nonzero"}  # in inference mode operations come as they were called
 """operations that hand a value, or a shape that depends on values, to the host"""
 TAKES_BOTH = {"copy_", "index", "index_put_", "_index_put_impl_"}
 """operations that copy to the device what is not there"""

@@ -208,7 +208,7 @@ def read(kind: str, path: Path, world: Path) -> Any:
     if kind == "mask":
         return read_class_ids(path)
     if kind == "photo mask":
-        return pictures.target_mask(pictures.read_mask(path, pictures.Picture(PICTURE, 1)), 4, str(path))
+        return pictures.target_mask(pictures.read_mask_on(pictures.Picture(PICTURE, 1), path), 4, str(path))
     if kind in ("image", "JPEG"):
         return read_image(path)
     if kind == "photo":
@@ -1337,7 +1337,7 @@ def test_any_bytes_are_a_list_or_refused(tmp_path_factory: pytest.TempPathFactor
         assert str(path) in str(error)
         return
     lines = [line.split() for line in data.decode("utf-8-sig").splitlines() if line.split()]
-    assert [(str(image), str(mask)) for image, mask in items] == [
+    assert [(str(image), str(mask)) for image, mask, *_ in items] == [
         tuple(str(Path("root") / part.lstrip("/")) for part in line) for line in lines
     ]
     with pytest.raises(UserError):  # the root is not there

@@ -1067,11 +1067,11 @@ def test_an_ablation_trains_and_evaluates_with_its_parts_and_losses_alone(
 
 
 def episodes_per_class(config: Path, steps: int, *overrides: str) -> list[int]:
-    """Of one epoch of training, by class id from 1."""
+    """Of one epoch of training, for each base class of fold 0."""
     settings = load_config(config, overrides)
     sampler = build_train_sampler(settings, build_index(settings, "train"))
     drawn = [sampler(number).class_id for number in range(steps * BATCH)]
-    return [drawn.count(c) for c in range(1, 21)]
+    return [drawn.count(c) for c in range(6, 21)]
 
 
 def test_the_bank_keeps_other_prototypes_for_each_kind_of_negatives(
@@ -1084,7 +1084,6 @@ def test_the_bank_keeps_other_prototypes_for_each_kind_of_negatives(
     for bank in banks:
         stored = bank["bank.stored"].tolist()
         assert sum(stored) > 0
-        assert stored[:5] == [0] * 5  # no prototype of a novel class
         assert all(count <= 2 * drawn for count, drawn in zip(stored, episodes, strict=True))
     non_target = banks[2]["bank.stored"].tolist()  # every support image has pixels that are not the target
     assert all(count >= drawn for count, drawn in zip(non_target, episodes, strict=True))

@@ -537,28 +537,6 @@ def test_a_damaged_cache_is_built_anew(damage, masks: list[np.ndarray], tmp_path
     assert len(cache.read_bytes()) == len(whole), "and is written again"
 
 
-def test_a_cache_with_a_flipped_bit_is_never_believed_and_never_fatal(masks: list[np.ndarray], tmp_path: Path) -> None:
-    path = write_tree(tmp_path, masks)
-    load(path)
-    (cache,) = tmp_path.glob("*.npz")
-    whole = cache.read_bytes()
-    for place in range(0, len(whole), 17):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1 << place % 8
-        cache.write_bytes(damaged)
-        np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-
-
-def test_a_cache_that_is_another_programs_file_is_built_anew(masks: list[np.ndarray], tmp_path: Path) -> None:
-    path = write_tree(tmp_path, masks)
-    load(path)
-    (cache,) = tmp_path.glob("*.npz")
-    np.savez(cache, pixels=np.zeros((12, 7)))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-    np.savez(cache, key=np.array("x"))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-
-
 def test_a_cache_whose_writing_is_interrupted_is_not_put_in_its_place(
     masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,19 +1,39 @@
 """What a GPU would wait for, found without one: see tests/pretend_cuda.py."""
 
+import copy
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.pretend_cuda import CPU, CUDA, MixedDevicesError, PretendCuda
+from tests.scenes import scene, write_checkpoint
 from util.config import Config, load_config
 from util.data.dataset import Episode
 from util.data.loading import batches_of
-from util.engine.build import Hardware, build_index, build_train_loader, build_train_sampler
-from util.engine.loops import train
+from util.data.transforms import normalize
+from util.engine import loops
+from util.engine.build import (
+    Hardware,
+    build_eval_sampler,
+    build_index,
+    build_loss,
+    build_model,
+    build_train_loader,
+    build_train_sampler,
+    find_hardware,
+)
+from util.engine.loops import BASELINES, NETWORK, Frozen, encoding_size, evaluate, train
 from util.engine.monitor import monitored
+from util.engine.rounds import plan_rounds
 from util.engine.run_state import Training, start_or_resume
+from util.errors import UserError
+from util.progress import progress
+from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = sorted(p.stem for p in (ROOT / "configs/ablation").glob("*.yaml") if not p.stem.startswith("channels_"))
@@ -96,3 +116,147 @@ def test_it_tells_devices_refuses_mixed_ones_and_counts_what_is_waited_for() -> 
         done.synchronize()
         assert cuda.waits.total() == count and cuda.late_waits.total() == 1
         assert "tests/test_gpu_readiness.py" in next(iter(cuda.waits))
+
+
+def evaluated(
+    config: Config, hardware: Hardware, kept: dict[int, Frozen] | None = None, cuda: PretendCuda | None = None
+) -> tuple[dict[str, np.ndarray], int]:
+    """Counts of 12 episodes, with the baselines, and the number of rounds in which they ran."""
+    torch.manual_seed(0)
+    model = build_model(config)[0].to(hardware.device)
+    index = build_index(config, "val")
+    sampler = build_eval_sampler(config, index, seed=0)
+    episodes = [sampler(number) for number in range(12)]
+    rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), config.eval.cache_gib * 2**30)
+    normalize(torch.zeros(1, 3, 8, 8, device=hardware.device))  # copies its constants there, once
+    if cuda is not None:
+        cuda.waits.clear()
+    with progress(total=len(episodes), disable=True) as bar:
+        counts = evaluate(
+            model,
+            index,
+            episodes,
+            config=config,
+            hardware=hardware,
+            predictors=NETWORK | BASELINES,
+            bar=bar,
+            kept=kept,
+        )
+    return counts, len(rounds)
+
+
+@pytest.mark.parametrize("ablation", [None, "pfenet", "per_scale", "base_learner"])
+@pytest.mark.parametrize("shots", [1, 5])
+def test_an_evaluation_waits_once_a_round_and_counts_what_a_cpu_does(
+    synthetic: Path, tmp_path: Path, ablation: str | None, shots: int
+) -> None:
+    images = f"data.val_list={synthetic}/lists/train.txt"  # the other list has too few for five shots
+    config = small(synthetic, tmp_path, ablation, images, f"data.shots={shots}", "eval.batch_size=3")
+    expected, _ = evaluated(config, Hardware(CPU, torch.float32))
+    with PretendCuda() as cuda:
+        counts, rounds = evaluated(config, Hardware(CUDA, torch.float32), cuda=cuda)
+    assert cuda.waits.total() <= rounds + len(counts), cuda.waits  # and once a predictor at the end
+    for name, table in expected.items():
+        assert np.abs(counts[name] - table).sum() <= 1e-3 * table.sum()
+
+
+def test_what_the_backbone_gives_is_kept_from_one_evaluation_to_the_next(
+    synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, hardware = small(synthetic, tmp_path, None, "eval.batch_size=3"), Hardware(CPU, torch.float32)
+    expected, _ = evaluated(config, hardware)
+    kept: dict[int, Frozen] = {}
+    first, _ = evaluated(config, hardware, kept)
+    loaded: list[int] = []
+    run = loops.run_backbone
+    monkeypatch.setattr(loops, "run_backbone", lambda model, batch, *rest: loaded.append(0) or run(model, batch, *rest))
+    second, _ = evaluated(config, hardware, kept)
+    assert kept and not loaded
+    held = sum(frozen.bytes for frozen in kept.values())
+    few: dict[int, Frozen] = {}
+    gib = (held / 2 + 2e5) / 2**30  # some, beside the largest round
+    third, _ = evaluated(small(synthetic, tmp_path, None, "eval.batch_size=3", f"eval.cache_gib={gib}"), hardware, few)
+    assert 0 < len(few) < len(kept) and sum(frozen.bytes for frozen in few.values()) < gib * 2**30
+    for name, table in expected.items():
+        assert all((table == other[name]).all() for other in (first, second, third))
+
+
+def test_a_prediction_is_read_from_the_device_at_once(tmp_path: Path) -> None:
+    picture, mask = scene(0)
+    query, _ = scene(1)
+    path = write_checkpoint(tmp_path / "best.pt")
+    segmenter = NTRESegmenter.from_checkpoint(path, "cpu", "fp32")
+    expected = segmenter.segment(picture, mask, query)
+    with PretendCuda() as cuda:
+        segmenter.model.to(CUDA)
+        segmenter.hardware = Hardware(CUDA, torch.float32)
+        normalize(torch.zeros(1, 3, 8, 8, device=CUDA))  # copies its constants there, once
+        cuda.waits.clear()
+        target = segmenter.encode(picture, mask)
+        assert cuda.waits.total() == 1  # whether the target is seen at all
+        found = segmenter.segment_encoded(target, query)
+        assert cuda.waits.total() == 2
+        with pytest.raises(UserError, match="vanishes"):
+            segmenter.encode(np.zeros((4000, 4000, 3), np.uint8), np.eye(4000, dtype=bool) & (np.arange(4000) == 9))
+    for name in ("probability", "prior", "bg", "distractor"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), abs=1e-4)
+
+
+@pytest.fixture
+def flags() -> Iterator[None]:
+    """What a device's choice sets, as it was again afterwards."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
+    yield
+    cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32 = before
+
+
+def test_float32_is_rounded_to_tf32_only_by_name(flags: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="precision=tf32 needs CUDA"):
+        find_hardware("cpu", "tf32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for precision, rounded in (("tf32", True), ("fp32", False), ("bf16", False)):
+        hardware = find_hardware("auto", precision)
+        assert hardware.device.type == "cuda" and torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == rounded
+        assert (hardware.precision == torch.float32) == (precision != "bf16")
+
+
+@pytest.mark.slow
+def test_the_check_of_a_machine_writes_its_page(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/gpu_check.py", "--small", "--out", str(tmp_path / "page.md")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    page = (tmp_path / "page.md").read_text()
+    for part in ("## Tests on CUDA", "## One training on each", "## ResNet-50, 65 px", "images a second"):
+        assert part in page
+    (row,) = [line for line in page.splitlines() if line.startswith("| 1 | fp32 |")]
+    numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[3:-1]]
+    assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0
+
+
+@pytest.mark.parametrize(
+    "ablation", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("authors", "base_learner", "pfenet"))]
+)
+def test_network_and_loss_are_one_graph_whatever_the_masks(
+    synthetic: Path, tmp_path: Path, ablation: str | None
+) -> None:
+    """What torch.compile and a CUDA graph need: nothing is left to Python, and no shape depends on a mask."""
+    config = small(synthetic, tmp_path, ablation, "data.shots=2")
+    torch.manual_seed(0)
+    model, criterion = build_model(config)[0].eval(), build_loss(config)
+    batches = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=3)
+    whole = {"backend": "eager", "fullgraph": True}
+    network, loss = torch.compile(model, **whole), torch.compile(criterion, **whole)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in batches:
+            inputs = (normalize(batch.query), normalize(batch.supports), batch.support_masks)
+            expected, found = model(*inputs), network(*inputs)
+            assert torch.allclose(found.logits, expected.logits, atol=1e-3)
+            masks = (batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
+            bank = copy.deepcopy(criterion.state_dict())
+            total = loss(found, *masks)["total"]
+            criterion.load_state_dict(bank)
+            eager = criterion(expected, *masks)["total"]
+            assert torch.allclose(total, eager, rtol=1e-3)

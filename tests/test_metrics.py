@@ -172,7 +172,7 @@ def test_counts_do_not_overflow_over_a_whole_evaluation() -> None:
 
 def test_the_iou_of_single_episodes() -> None:
     made = [episode(tp=6, fp=2, fn=4, tn=9, class_id=3), episode(tp=0, fp=0, fn=0, tn=5, class_id=3)]
-    assert episode_iou(count(made).counts).tolist() == [0.5, 0.0]
+    assert episode_iou(count(made).counts).tolist() == [0.5, 1.0]  # nothing is target, and nothing is predicted
 
 
 def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:

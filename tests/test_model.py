@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from authors import authors_forward, authors_head, authors_to_our_names
+from authors import authors_forward, authors_head
 from pfenet import (
     NaiveResNet,
     NaiveVGG,
@@ -36,6 +36,7 @@ from pfenet import (
     pfenet_head,
     random_state,
     resnet_shapes,
+    to_our_names,
     vgg_shapes,
 )
 from torch import nn
@@ -370,34 +371,6 @@ def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_grad
 # ---------------------------------------------------------------------------------------------------------------------
 # FEM against tests/pfenet.py: PFENet's names, two classes and plain concatenation
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def to_our_names(head, prefix=""):
-    """PFENet's names -> ours; of two classes, the one logit is their difference."""
-
-    def one_logit(weight):
-        return weight[1:] - weight[:1]
-
-    names = [
-        (r"down_query\.0", "reduce_query.0"),
-        (r"down_supp\.0", "reduce_support.0"),
-        (r"init_merge\.(\d)\.0", prefix + r"scales.\1.merge"),
-        (r"beta_conv\.(\d)\.(\d)", prefix + r"scales.\1.refine.\2"),
-        (r"inner_cls\.(\d)\.(\d)", prefix + r"scales.\1.classifier.\2"),
-        (r"res1\.0", f"{prefix}fuse.0"),
-        (r"res2\.(\d)", prefix + r"refine.\1"),
-        (r"cls\.(\d)", prefix + r"classifier.\1"),
-    ]
-    ours = {}
-    for name, value in head.items():
-        module, parameter = name.rsplit(".", 1)
-        if match := re.fullmatch(r"alpha_conv\.(\d)\.0", module):
-            ours[f"{prefix}scales.{int(match[1]) + 1}.inter_scale.0.{parameter}"] = value
-            continue
-        (new,) = (re.sub(old, new, module) for old, new in names if re.fullmatch(old, module))
-        ours[f"{new}.{parameter}"] = one_logit(value) if re.search(r"cls\.(\d\.)?3$", module) else value
-    assert len(ours) == len(head)
-    return ours
 
 
 @pytest.mark.parametrize("with_prior", [False, True])
@@ -799,7 +772,8 @@ def test_authors_elimination_is_the_authors_network(lite0, scales, shots):
     model = build_ntrenet(lite0[0], elimination="authors", channels=8, prototype_channels=8, fem_scales=scales).eval()
     assert (model.bgmm.prototype == 0).all()
     head = authors_head(8, scales)
-    ours = authors_to_our_names(head)
+    named = {name: value for name, value in head.items() if name != "p_bg"}
+    ours = {"bgmm.prototype": head["p_bg"]} | to_our_names(named, prefix="fem.")
     assert set(ours) == {n for n in model.state_dict() if not n.startswith(("backbone.", "reduce_"))}
     model.load_state_dict(ours, strict=False)
     out = model(*episode(2, shots, size=(129, 129)))

@@ -264,7 +264,7 @@ def test_exif_turns_a_file_of_any_format_and_the_mask_of_its_stored_pixels(tmp_p
     read = pictures.read_picture(path)
     assert np.abs(read.pixels.astype(int) - picture).mean() < 20  # lossy; turned otherwise it would not even fit
     for seen in (mask, STORED[6](mask)):
-        values = pictures.read_mask(save(tmp_path / "m.png", np.ascontiguousarray(seen)), read)
+        values = pictures.read_mask_on(read, save(tmp_path / "m.png", np.ascontiguousarray(seen)))
         np.testing.assert_array_equal(values, mask)
 
 

@@ -116,7 +116,7 @@ def test_archives_give_every_mask_and_list(run: Run, sources: Path, capsys: pyte
     for list_name, ids in (("train", TRAIN), ("val", VOC_VAL)):
         items = read_list(out / f"lists/{list_name}.txt", out)
         assert [item.image.stem for item in items] == [item.mask.stem for item in items] == sorted(ids)
-        for image, mask in items:
+        for image, mask, *_ in items:
             original = sources / (f"{SBD}/img" if image.stem == SBD_IMAGE else f"{VOC}/JPEGImages") / image.name
             assert image.read_bytes() == original.read_bytes()
             with Image.open(mask) as stored:

@@ -21,7 +21,7 @@ from scripts import report
 from util.config import load_config
 from util.engine.record import environment, processor
 from util.report import tables
-from util.report.runs import Run, read_curve
+from util.report.runs import Run, collect, read_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
@@ -346,6 +346,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             events.add_scalar("loss/total", 1 / step, step)
         for step in (100, 200, 300):
             events.add_scalar("val/miou", step / 1000, step)
+    figures = {"miou": {"0.5": 54.0, "0.4": 58.0}}
+    write(root / "full_0", {"checkpoint": "best.pt", "novel": figures, "base": figures}, "diagnosis.json")
     old = write(root / "old", results("full", 0, 0, [99.0, 99.0], **pascal)) / "results.json"
     os.utime(old, (1, 1))
     write(root / "toy", results("bgem", 2, 0, [40.0]))
@@ -362,6 +364,12 @@ def written(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     out = tmp_path_factory.mktemp("report")
     words = [sys.executable, "scripts/report.py", runs, "--out", out, "--lines", out / "lines.jsonl"]
     return out, subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_results_of_baselines_alone_are_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps({"dataset": "D", "baselines": {"training_free": {"miou": 30.0}}}))
+    (skipped,) = collect([tmp_path]).skipped
+    assert "it holds only what needs no training" in skipped
 
 
 def test_the_command_says_what_it_found_and_what_it_skipped(
@@ -392,6 +400,7 @@ def test_the_report_shows_our_runs_first_and_hides_no_failure(
     assert row_of(text, "+ PCL (NTRENet)")[0] == "54.0 ± 1.4† (-11.4)"  # not 99.0
     assert row_of(text, "+ BGEM")[4:7] == ["52.0 ± 1.4† (-10.4)", "+1.0", "72.0 ± 1.4† (+9.2)"]
     assert row_of(text, "ResNet-50", "PFENet, ours")[4] == "51.0 ± 1.4† (-9.8)"
+    assert "mIoU, best threshold" in text
     assert row_of(text, "512")[4] == "55.0 ± 1.4†"
     assert row_of(text, "at each scale of FEM")[4] == "56.0 ± 1.4†"
     toy = text.split("## Toy-5i")[1]

@@ -109,7 +109,7 @@ class DataConfig(Section):
     rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
     """random rotation in training, degrees either way, in half of the images"""
     blur: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the lineage's code: 0.5)"""
+    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the authors' code: 0.5)"""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -243,13 +243,14 @@ class EvalConfig(Section):
     batch_size: Annotated[Count, MACHINE] = 1
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
-    """memory for what episodes share: features of the images they have in common"""
+    """memory for what episodes share: features of the images they have in common, and what else fits in of the
+    backbone's features from one validation in training to the next"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
     select: Annotated[Literal["miou", "last"], COMPARED] = "miou"
-    """what best.pt is: the highest novel-fold mIoU, as in the lineage, or simply the last"""
+    """what best.pt is: the highest novel-fold mIoU, as in the authors' code, or simply the last"""
 
 
 RETIRED = ("resume_changed_code",)
@@ -269,8 +270,9 @@ class Config(Section):
     resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "bf16", "fp16"], SHOWN] = "auto"
-    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32"""
+    precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], SHOWN] = "auto"
+    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32. tf32 is float32
+    that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
     workers: Annotated[int, Field(ge=0), MACHINE] = 4
     """loader processes, at most one a core; the results do not depend on it"""
 

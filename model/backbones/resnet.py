@@ -14,7 +14,7 @@ from model.weights import torchvision_file
 
 
 def describe(name: str) -> Network:
-    """'resnet50' or 'resnet101'."""
+    """Describe 'resnet50' or 'resnet101'."""
     return Network(
         build=partial(_build, name),
         stages=_stages,

@@ -13,7 +13,7 @@ from model.weights import torchvision_file
 
 
 def describe(name: str) -> Network:
-    """'vgg16_bn'."""
+    """Describe 'vgg16_bn'."""
     return Network(
         build=_build,
         stages=_stages,

@@ -6,15 +6,12 @@ and time of every image and mask, so that a changed file is noticed.
 """
 
 import hashlib
-import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from scipy.sparse import csc_array, csr_array  # type: ignore[import-untyped]
@@ -22,9 +19,9 @@ from tqdm import tqdm
 
 from model import IGNORE
 from util.data.images import hint_at, image_size, orientation, read_class_ids
+from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import refuse_pipe, write_atomically
-from util.progress import progress as progress_bar
 
 
 class Item(NamedTuple):
@@ -67,18 +64,18 @@ class ClassIndex:
         return self.pixels.tocsc()
 
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
-        """Places of the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
+        """Return the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
         of_class = slice(*self._by_class.indptr[class_id : class_id + 2])
         return self._by_class.indices[of_class][self._by_class.data[of_class] >= min_area].astype(np.intp)
 
     def areas(self, place: int) -> dict[int, int]:
-        """Pixels of each class that stands in a line's mask, ascending; 0 is the background."""
+        """Return the pixels of each class that stands in a line's mask, by ascending id; 0 is the background."""
         of_line = slice(*self.pixels.indptr[place : place + 2])
         return dict(zip(self.pixels.indices[of_line].tolist(), self.pixels.data[of_line].tolist(), strict=True))
 
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
-    """Lines 'image mask', both relative to ``root``. Blank lines are skipped.
+    """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
 
     Raises:
         UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
@@ -90,7 +87,7 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
 
 
 def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
-    """The items of a list, and what is wrong with its other lines.
+    """Return the items of a list, and what is wrong with its other lines.
 
     Raises:
         UserError: no such list, or an empty one.
@@ -122,14 +119,14 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
 
 
 def _plain(path: str, root: Path) -> str:
-    """A path below ``root`` without detours, so that one file has one name."""
+    """Return a path below ``root`` without detours, so that one file has one name."""
     return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
 
 
 def load_class_index(
     list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
 ) -> ClassIndex:
-    """The index of a list, from its cache or built with all cores.
+    """Return the index of a list, from its cache or built with all cores.
 
     Raises:
         UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
@@ -147,12 +144,12 @@ def load_class_index(
 
 
 def line_of(item: Item, root: Path) -> str:
-    """A line as a list has it, 'image mask', which names it wherever the data lies."""
+    """Return an item's line as a list has it, 'image mask', which names it wherever the data lies."""
     return " ".join(path.relative_to(root).as_posix() for path in (item.image, item.mask))
 
 
 def hash_list(items: Sequence[Item], root: Path) -> str:
-    """SHA-256 of a list's lines, by which episodes and checkpoints know it."""
+    """Return the SHA-256 of a list's lines, by which episodes and checkpoints know it."""
     return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
@@ -163,8 +160,8 @@ def require_root(root: Path) -> None:
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """What an index depends on: the list, the number of classes, each mask's class and reader, and every file's size
-    and time.
+    """Hash what an index depends on: the list, the number of classes, how each mask is read, and every file's size and
+    time.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.
@@ -188,36 +185,6 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
     return key.hexdigest()
 
 
-T = TypeVar("T")
-
-WORTH_PROCESSES = 512
-tqdm.monitor_interval = 0  # no monitor thread that could hold a lock while processes are forked
-
-
-def on_all_cores(function: Callable[[Item], T], items: Sequence[Item], title: str, *, progress: bool = True) -> list[T]:
-    """``function`` of every item, in order, with a progress bar; the first error ends it at once.
-
-    Processes, because threads wait for each other in Pillow's Python half. On Linux they are forked, which costs
-    nothing to start; a list too short to be worth it stays in this process.
-    """
-    bar = progress_bar(total=len(items), desc=title, unit="image", disable=not progress, leave=False)
-    if len(items) < WORTH_PROCESSES:
-        with bar:
-            return [_advance(bar, function(item)) for item in items]
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(mp_context=context)
-    try:
-        with bar:
-            return [_advance(bar, result) for result in pool.map(function, items, chunksize=64)]
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _advance(bar: tqdm, result: T) -> T:
-    bar.update()
-    return result
-
-
 class Counts(NamedTuple):
     """What was counted in one mask."""
 
@@ -235,7 +202,7 @@ class Table(NamedTuple):
 
 
 def tabulate(counts: Sequence[Counts], num_classes: int) -> Table:
-    """The counts of all lines as a sparse table (lines, num_classes + 1)."""
+    """Put the counts of all lines into a sparse table (lines, num_classes + 1)."""
     starts = np.cumsum([0, *(len(count.pixels) for count in counts)])
     classes = np.array([c for count in counts for c in count.pixels], np.int32)
     areas = np.array([area for count in counts for area in count.pixels.values()], np.int64)
@@ -274,7 +241,7 @@ TURNED = "; its EXIF orientation turns the image on screen: store it as it is se
 
 
 def count_values(mask: np.ndarray) -> np.ndarray:
-    """Pixels of each value in a uint8 mask, (256,).
+    """Count the pixels of each value in a uint8 mask, (256,).
 
     Masks are long runs of one value, and counting a run waits for the same counter again and again; counting
     pairs of neighbours instead halves that.
@@ -286,7 +253,7 @@ def count_values(mask: np.ndarray) -> np.ndarray:
 
 
 def _caches_of(list_path: Path) -> list[Path]:
-    """Beside the list, and where that cannot be written in the user's own folder for caches."""
+    """Say where the cache may lie: beside the list, or where that cannot be written in the user's own cache folder."""
     own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
     name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
     beside, other = list_path.with_name(f"{list_path.name}.index.npz"), Path(own, "ntrenet", f"{name}.index.npz")
@@ -294,13 +261,13 @@ def _caches_of(list_path: Path) -> list[Path]:
 
 
 def _read_cache(list_path: Path, key: str) -> Table | None:
-    """What :func:`write_cache` wrote; None where it is in no cache."""
+    """Return what :func:`write_cache` wrote; None where it is in no cache."""
     found = (_read(path, key) for path in _caches_of(list_path))
     return next((table for table in found if table is not None), None)
 
 
 def _read(path: Path, key: str) -> Table | None:
-    """The same of one cache; None where it is not there, old or damaged."""
+    """Read one cache; None where it is not there, old or damaged."""
     try:
         refuse_pipe(path)
         with np.load(path, allow_pickle=False) as stored:

@@ -69,7 +69,7 @@ class Episode(NamedTuple):
         )
 
     def pin_memory(self) -> "Episode":
-        """Called by the data loader."""
+        """Pin the tensors; the data loader calls this."""
         return Episode(self.pixels.pin_memory(), self.class_id.pin_memory(), self.names)
 
 
@@ -119,7 +119,7 @@ class ImageBatch(NamedTuple):
         return _image_batch, (self.places, self.images, self.masks, [truth.numpy() for truth in self.truths])
 
     def pin_memory(self) -> "ImageBatch":
-        """Called by the data loader."""
+        """Pin the tensors; the data loader calls this."""
         truths = [truth.pin_memory() for truth in self.truths]
         return ImageBatch(self.places, self.images.pin_memory(), self.masks.pin_memory(), truths)
 
@@ -146,7 +146,7 @@ Join = Callable[[list[Tensor]], Tensor]
 
 
 def collate_images(images: list[ImageBatch], join: Join = default_collate) -> ImageBatch:
-    """Images as a batch; ``join`` stacks tensors, by default into shared memory where a worker calls it."""
+    """Make a batch of images; ``join`` stacks tensors, by default into shared memory where a worker calls it."""
     return ImageBatch(
         places=[place for image in images for place in image.places],
         images=join([image.images for image in images]),
@@ -156,13 +156,13 @@ def collate_images(images: list[ImageBatch], join: Join = default_collate) -> Im
 
 
 def read_pair(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its mask of one class: 1 target, 0 other, 255 ignored."""
+    """Read an image and its mask of one class: 1 target, 0 other, 255 ignored."""
     image, classes = _read_swapped(item, class_id)
     return image, _target_of(classes)
 
 
 def _read_swapped(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
-    """An image and its mask as :func:`read_swapped_mask` gives it."""
+    """Read an image and, by :func:`read_swapped_mask`, its mask."""
     image, mask = read_image(item.image), read_swapped_mask(item, class_id)
     if image.shape[:2] != mask.shape:
         raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
@@ -170,7 +170,7 @@ def _read_swapped(item: Item, class_id: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_swapped_mask(item: Item, class_id: int) -> np.ndarray:
-    """A mask's class ids, of which 1 and ``class_id`` have changed places: 1 is the target for transforms.
+    """Read a mask's class ids, of which 1 and ``class_id`` change places, so that transforms find the target as 1.
 
     In the mask of an item that carries its class, 1 is the target from the beginning; of another class it is 2.
     """
@@ -187,19 +187,19 @@ def _swapped(classes: np.ndarray, class_id: int) -> np.ndarray:
 
 
 def _classes_of(item: Item, swapped: np.ndarray, class_id: int) -> np.ndarray:
-    """The class ids of a mask that :func:`read_swapped_mask` has read."""
+    """Return the class ids of a mask that :func:`read_swapped_mask` has read."""
     if item.class_id is None:
         return _swapped(swapped, class_id)
     return np.where(swapped == 1, np.uint8(item.class_id), swapped)
 
 
 def _target_of(swapped: np.ndarray) -> np.ndarray:
-    """Swapped class ids -> 1 target, 0 other, 255 ignored."""
+    """Turn swapped class ids into 1 target, 0 other, 255 ignored."""
     return cv2.LUT(swapped, TARGET)
 
 
 def collate(episodes: list[Episode], join: Join = default_collate) -> Episode:
-    """Episodes as a batch; ``join`` as for :func:`collate_images`."""
+    """Make a batch of episodes; ``join`` is as for :func:`collate_images`."""
     return Episode(
         pixels=join([episode.pixels for episode in episodes]),
         class_id=join([episode.class_id for episode in episodes]),

@@ -47,7 +47,7 @@ def download(url: str, path: Path, md5: str) -> None:
 
 
 def _receive(url: str, part: Path) -> int:
-    """Append to ``part`` what it lacks; the number of bytes that did not come."""
+    """Append to ``part`` what it lacks, and return the number of bytes that did not come."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -75,6 +75,6 @@ def _receive(url: str, part: Path) -> int:
 
 
 def file_md5(path: Path) -> str:
-    """MD5 of a file, hexadecimal."""
+    """Return the MD5 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

@@ -33,7 +33,7 @@ class Episodes(Protocol):
 def find_supports(
     index: ClassIndex, classes: Sequence[int], min_area: int, avoid: Sequence[int] = ()
 ) -> dict[int, np.ndarray]:
-    """Places in the list, by class, where the class has ``min_area`` pixels and the photo none of ``avoid``."""
+    """Return the lines, by class, in which the class has ``min_area`` pixels and the photo none of ``avoid``."""
     avoided = index.photos[index.pixels[:, list(avoid)].sum(1) > 0]
     allowed = ~np.isin(index.photos, avoided)
     qualifying = {c: index.qualifying(c, min_area) for c in classes}
@@ -118,7 +118,7 @@ class EpisodeList:
 def read_episodes(
     path: Path, index: ClassIndex, *, root: Path, classes: Sequence[int], shots: int
 ) -> list[EpisodeFiles]:
-    """Episodes from a file that :func:`write_episodes` made, in its order.
+    """Read the episodes of a file that :func:`write_episodes` made, in its order.
 
     Raises:
         UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
@@ -164,7 +164,7 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
 def _read_episode(
     line: str, index: ClassIndex, places: dict[str, int], classes: Sequence[int], shots: int
 ) -> EpisodeFiles:
-    """One line of an episodes file; ValueError says what does not fit."""
+    """Read one line of an episodes file; a ValueError says what does not fit."""
     record: Any = json.loads(line)
     if not isinstance(record, dict) or not {"query", "supports", "class_id", "list_sha256"} <= record.keys():
         raise ValueError("not an episode (query, supports, class_id, list_sha256)")

@@ -5,7 +5,7 @@ from util.errors import UserError
 
 
 def novel_classes(data: DataConfig) -> tuple[int, ...]:
-    """Ids of the classes that fold ``data.fold`` holds back for evaluation.
+    """Return the ids of the classes that fold ``data.fold`` holds back for evaluation.
 
     contiguous: PASCAL-5i, fold i of 20 classes is 5i + 1 ... 5i + 5.
     interleaved: COCO-20i as in FWB, fold i of 80 classes is i + 1, i + 5, i + 9 ...
@@ -20,7 +20,7 @@ def novel_classes(data: DataConfig) -> tuple[int, ...]:
 
 
 def base_classes(data: DataConfig) -> tuple[int, ...]:
-    """Ids of the classes that fold ``data.fold`` trains on: ``data.base_classes``, or all that are not novel.
+    """Return the ids of the classes that the fold trains on: ``data.base_classes``, or all that are not novel.
 
     Raises:
         UserError: ``data.base_classes`` names a novel class.
@@ -38,6 +38,6 @@ def base_classes(data: DataConfig) -> tuple[int, ...]:
 
 
 def _ids(data: DataConfig, names: list[str]) -> tuple[int, ...]:
-    """The ids of classes by name, ascending."""
+    """Return the ids of classes by name, ascending."""
     wanted = set(names)
     return tuple(number for number, name in enumerate(data.classes, 1) if name in wanted)

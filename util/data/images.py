@@ -29,7 +29,7 @@ MASK_MODES = ("P", "L", "1")
 
 
 def read_image(path: Path) -> np.ndarray:
-    """RGB picture (H, W, 3), uint8. EXIF orientation is not applied: masks refer to the stored pixels."""
+    """Read an RGB picture (H, W, 3), uint8. EXIF orientation is not applied: masks refer to the stored pixels."""
     with _opened("image", path, tuple(FORMATS)) as image:
         if image.mode.startswith(("I", "F")):
             raise UserError(f"image {path} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
@@ -37,7 +37,7 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_class_ids(path: Path) -> np.ndarray:
-    """A mask of class ids, (H, W) uint8; 0 is background, 255 ignored."""
+    """Read a mask of class ids, (H, W) uint8; 0 is background, 255 ignored."""
     with open_mask(path) as image:
         if image.mode not in MASK_MODES:
             raise UserError(
@@ -58,13 +58,13 @@ def open_mask(path: Path) -> Iterator[ImageFile.ImageFile]:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a picture from its header alone."""
+    """Read (height, width) of a picture from its header alone."""
     with _opened("image", path, tuple(FORMATS), decoded=False) as image:
         return image.height, image.width
 
 
 def orientation(path: Path) -> int:
-    """EXIF's, 1 to 8, by which viewers turn a picture; 1, as stored, where it says nothing that can be read."""
+    """Read EXIF's orientation, 1 to 8, by which viewers turn a picture; 1, as stored, where there is none."""
     with contextlib.suppress(UserError), _opened("image", path, tuple(FORMATS), decoded=False) as image:
         value = image.getexif().get(ExifTags.Base.Orientation)
         return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -72,7 +72,7 @@ def orientation(path: Path) -> int:
 
 
 def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: bool = True) -> ImageFile.ImageFile:
-    """A picture that is neither too large nor damaged as far as its header and a PNG's checksums tell.
+    """Open a picture that is neither too large nor damaged as far as its header and a PNG's checksums tell.
 
     Pillow does not compare the checksums of a PNG's pixels, and takes a flipped bit for another class.
 
@@ -95,7 +95,7 @@ def open_checked(path: Path, formats: tuple[str, ...], *, limit: int, decoded: b
 
 
 def compare_checksums(png: bytes) -> None:
-    """Of all chunks, each of them length, kind, data and CRC of kind and data, up to the empty one at the end."""
+    """Check a PNG's chunks, each of length, kind, data and CRC of kind and data, up to the empty one at the end."""
     place = 8  # behind the signature
     while place + 12 <= len(png) and png[place + 4 : place + 8] != b"IEND":
         end = place + 8 + int.from_bytes(png[place : place + 4])
@@ -112,7 +112,7 @@ def refuse_scaled(image: ImageFile.ImageFile, name: str) -> None:
 
 
 def hint_at(path: Path) -> str:
-    """Where a file that does not exist may be, by the mistakes that lists have; '' where it is not found."""
+    """Say where a file that does not exist may be, by the mistakes that lists have; '' where it is not found."""
     if "\\" in str(path):
         return "; write / in place of \\ in the list"
     suffixes = [suffix for known in FORMATS.values() for suffix in known]
@@ -140,7 +140,7 @@ def _opened(kind: str, path: Path, formats: tuple[str, ...], *, decoded: bool = 
 
 
 def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    """A picture as the bytes of a file of a Pillow format; ``options`` are those of its ``save``.
+    """Encode a picture as the bytes of a file of a Pillow format; ``options`` are those of its ``save``.
 
     To be written by Python: where a disk fills up in the middle of a JPEG, Pillow's own writing ends in silence.
     """

@@ -42,21 +42,22 @@ PREFETCHED = 2
 
 
 def fits_shared_memory(batch_bytes: int, workers: int) -> bool:
-    """Whether shared memory can hold the batches that are on their way at a time; says so where it cannot."""
+    """Tell whether shared memory can hold the batches that are on their way at a time; print a note where it cannot."""
     if not workers or not SHARED.is_dir():
         return True
     free, needed = shutil.disk_usage(SHARED).free, batch_bytes * (PREFETCHED * workers + 2)
     if free < needed:
         tqdm.write(
-            f"note: {workers} workers need {needed / 2**20:,.0f} MiB of shared memory, {SHARED} has"
-            f" {free / 2**20:,.0f} MiB free: batches are sent through pipes, which takes somewhat longer; {LARGER}",
+            f"note: the batches on their way (workers={workers}) need {needed / 2**20:,.0f} MiB of shared memory,"
+            f" {SHARED} has {free / 2**20:,.0f} MiB free: they are sent through pipes, which takes somewhat longer;"
+            f" {LARGER}",
             file=sys.stderr,
         )
     return free >= needed
 
 
 def start_worker(_: int, *, shared: bool) -> None:
-    """Called in a worker before its first batch.
+    """Prepare a worker, in its own process, before its first batch.
 
     A signal reaches every process of a terminal, a job or a container; the main one finishes its step, and needs its
     workers for that. They end when it closes their loader, or is gone.
@@ -83,7 +84,7 @@ def _as_bytes(tensor: Tensor) -> tuple[Any, ...]:
 
 @atexit.register
 def _end_workers() -> None:
-    """Python ends what is left of them by SIGTERM, and would wait."""
+    """End the workers that are left when Python ends: it would send SIGTERM, and wait."""
     if multiprocessing.active_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
@@ -91,7 +92,7 @@ def _end_workers() -> None:
 
 
 def batches_of(loader: DataLoader[T]) -> Iterator[T]:
-    """The batches of a loader; its workers end with the iterator.
+    """Yield the batches of a loader; its workers end with the iterator.
 
     torch raises the death of a worker from a signal handler, in the middle of whatever the main process does. Here it
     is noticed where the worker's batch is waited for, within seconds.

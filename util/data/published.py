@@ -44,24 +44,24 @@ PUBLISHED = {
 
 
 def published(items: Iterable[Item]) -> Published | None:
-    """Which list these are the photos of, whatever their order and folders; None where it is not known."""
+    """Tell which list these are the photos of, whatever their order and folders; None where it is not known."""
     ids = sorted({item.image.stem for item in items})
     return PUBLISHED.get(hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest())
 
 
 def title_of(items: Iterable[Item]) -> str:
-    """What to call a list on screen."""
+    """Return what a list is called on screen."""
     known = published(items)
     return known.title if known else "unknown"
 
 
 def is_benchmark(dataset: str) -> bool:
-    """Whether figures on a data set of this name are compared with published ones."""
+    """Tell whether figures on a data set of this name are compared with published ones."""
     return dataset.upper().startswith(("PASCAL", "COCO"))
 
 
 def overlap(train: Iterable[Item], val: Iterable[Item]) -> str | None:
-    """The problem, where photos stand in the list for training and in the one for validation."""
+    """Say what is wrong where photos stand in the list for training and in the one for validation; else None."""
     shared = sorted({str(item.image) for item in train} & {str(item.image) for item in val})
     if not shared:
         return None

@@ -19,12 +19,12 @@ from util.errors import UserError
 
 
 def class_ids(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """A PNG whose values are class ids: PASCAL, COCO and the lineage's other data."""
+    """Make an item whose mask holds class ids: PASCAL, COCO and the lineage's other data."""
     return Item(image, mask)
 
 
 def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """One folder a class, with a black and white mask for each photo: FSS-1000. The folder's name is the class's.
+    """Make an item of the class whose folder it lies in, with a black and white mask: FSS-1000 and the like.
 
     Raises:
         UserError: ``data.classes`` does not name the folder.
@@ -42,7 +42,7 @@ READERS: dict[str, Callable[[Path, Path, Mapping[str, int]], Item]] = {
 
 
 def reader_of(data: DataConfig) -> MakeItem:
-    """The reader that a config names, with the ids of its classes.
+    """Return the reader that a config names, with the ids of its classes.
 
     Raises:
         UserError: there is no such reader.
@@ -54,7 +54,7 @@ def reader_of(data: DataConfig) -> MakeItem:
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
-    """A mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored. It is a PNG, of either kind:
+    """Read a mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored. It is a PNG, of either kind:
 
     black and white, grey or RGB: what is brighter than half of its brightest pixel is target, so that 0 and 1 will do,
         and 0 and 255, with or without a soft border

@@ -34,18 +34,18 @@ ARC = np.linspace(-1, 1, 60)
 
 
 def polar(radius: Array | float, angle: Array) -> Array:
-    """Points (N, 2) at `radius` and clockwise `angle` (radians) from 12 o'clock; y points down."""
+    """Return points (N, 2) at `radius` and clockwise `angle` (radians) from 12 o'clock; y points down."""
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], axis=1)
 
 
 def mirrored(*right: tuple[float, float]) -> Array:
-    """Outline (2N, 2) symmetric about the vertical axis, from its right half listed top to bottom."""
+    """Return an outline (2N, 2), symmetric about the vertical axis, from its right half listed top to bottom."""
     half = np.array(right)
     return np.concatenate([half, half[::-1] * (-1, 1)])
 
 
 def normalised(contours: list[Array]) -> list[Array]:
-    """Contours (an outline and its holes) centred, and scaled to the area of a disc of diameter 1."""
+    """Centre contours (an outline and its holes), and scale them to the area of a disc of diameter 1."""
 
     def area(p: Array) -> float:
         return abs(float(np.sum(p[:, 0] * np.roll(p[:, 1], 1) - p[:, 1] * np.roll(p[:, 0], 1)))) / 2
@@ -62,46 +62,46 @@ def normalised(contours: list[Array]) -> list[Array]:
 
 
 def line(t: Array) -> Array:
-    """Distance of t to the nearest integer, 0..0.5."""
+    """Return the distance of t to the nearest integer, 0..0.5."""
     return np.abs(t - np.round(t))
 
 
 def stagger(x: Array, y: Array) -> tuple[Array, Array]:
-    """Offsets (dx, dy) from the nearest node of a lattice whose odd rows are shifted by one half."""
+    """Return offsets (dx, dy) from the nearest node of a lattice whose odd rows are shifted by one half."""
     row = np.round(y)
     x = x + 0.5 * (row % 2)
     return x - np.round(x), y - row
 
 
 def oblong(x: Array, y: Array, half_width: float, half_height: float) -> Array:
-    """Positive within a rectangle at the origin."""
+    """Return a field that is positive within a rectangle at the origin."""
     return np.minimum(half_width - np.abs(x), half_height - np.abs(y))
 
 
 def plus(x: Array, y: Array) -> Array:
-    """Positive within a plus sign at the origin."""
+    """Return a field that is positive within a plus sign at the origin."""
     return np.maximum(oblong(x, y, 0.4, 0.14), oblong(x, y, 0.14, 0.4))
 
 
 def triangle(x: Array, y: Array) -> Array:
-    """Positive within a triangle that stands in the unit square about the origin."""
+    """Return a field that is positive within a triangle that stands in the unit square about the origin."""
     return 0.25 + 0.5 * y - np.abs(x)
 
 
 def scale(x: Array, y: Array) -> Array:
-    """Positive on the round rim of a fish scale that hangs in the unit square about the origin."""
+    """Return a field that is positive on the round rim of a fish scale in the unit square about the origin."""
     return 0.17 - np.abs(np.hypot(2 * x, y + 0.5) - 1)
 
 
 def marble(x: Array, y: Array, table: Array) -> Array:
-    """Large irregular patches."""
+    """Return a field of large irregular patches."""
     a, b, c, d = 2 * np.pi * table[0, 0, :4]
     u, v = 2.2 * x + a + 1.5 * np.sin(1.7 * y + b), 2 * y + c + 1.5 * np.sin(1.9 * x + d)
     return 0.2 * (np.sin(u) + np.sin(v))
 
 
 def cells(x: Array, y: Array, shift: Array) -> tuple[Array, Array]:
-    """Distance to the nearest node of a staggered lattice displaced by `shift`, and the next one's excess."""
+    """Return the distance to the nearest node of a staggered lattice moved by `shift`, and the excess of the next."""
     near, second = np.full_like(x, 9), np.full_like(x, 9)
     row, column = np.round(y).astype(int), np.round(x).astype(int)
     for i in (row - 1, row, row + 1):
@@ -205,20 +205,20 @@ OUTLINES: tuple[list[Array], ...] = tuple(normalised(contours) for _, contours, 
 
 
 def tone(hue: float, saturation: float, luma: float) -> Array:
-    """The RGB colour (3,), 0..1, of this hue and saturation (0..1) that has this luma (0..1)."""
+    """Return the RGB colour (3,), 0..1, of this hue and saturation (0..1) that has this luma (0..1)."""
     colour = np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 0.9))
     own = float(colour @ (0.299, 0.587, 0.114))
     return colour * luma / own if luma < own else colour + (1 - colour) * (luma - own) / (1 - own)
 
 
 def smooth_noise(rng: np.random.Generator, size: tuple[int, int], grid: tuple[int, int]) -> Array:
-    """Noise (H, W) of unit variance at the nodes of a coarse (rows, columns) grid, interpolated."""
+    """Return noise (H, W) of unit variance at the nodes of a coarse (rows, columns) grid, interpolated."""
     nodes = rng.standard_normal((max(2, grid[0]), max(2, grid[1])), dtype=np.float32)
     return np.asarray(cv2.resize(nodes, size[::-1], interpolation=cv2.INTER_CUBIC))
 
 
 def background(rng: np.random.Generator, height: int, width: int) -> Array:
-    """An outdoor scene (H, W, 3), 0..1: sky with clouds, a far ridge, and grass, sand or gravel below."""
+    """Paint an outdoor scene (H, W, 3), 0..1: sky with clouds, a far ridge, and grass, sand or gravel below."""
     size = (height, width)
     y = np.arange(height, dtype=np.float32)[:, None]
     horizon = height * rng.uniform(0.3, 0.6)
@@ -246,7 +246,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> Array:
 
 
 def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> tuple[Array, Array]:
-    """An object with the area of a disc of `diameter` pixels: colour (h, w, 3) and coverage (h, w), 0..1."""
+    """Draw an object with the area of a disc of `diameter` pixels: colour (h, w, 3) and coverage (h, w), 0..1."""
     outline, texture = OUTLINES[class_id - 1], CLASSES[class_id - 1][2]
     turn, aspect = rng.uniform(-0.6, 0.6), rng.uniform(0.9, 1.1)
     rotation = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
@@ -281,7 +281,7 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> t
 
 
 def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]) -> tuple[slice, slice] | None:
-    """A random window for a new object, None if it would hide more than MIN_VISIBLE allows wherever tried.
+    """Find a random window for a new object, None if it would hide more than MIN_VISIBLE allows wherever tried.
 
     `owner` (H, W) holds the 1-based number of the object seen at each pixel, `areas` their full pixel counts.
     """
@@ -298,7 +298,7 @@ def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]
 
 
 def classes_of(seed: int, split: str, index: int) -> list[int]:
-    """The 2 or 3 different class ids in an image; each run of 8 images shows every class once."""
+    """Draw the 2 or 3 different class ids of an image; each run of 8 images shows every class once."""
     block, position = divmod(index, len(DECK_SIZES))
     rng = np.random.default_rng([seed, SPLITS.index(split), 0, block])
     ends = np.cumsum(rng.permutation(DECK_SIZES))
@@ -306,7 +306,7 @@ def classes_of(seed: int, split: str, index: int) -> list[int]:
 
 
 def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
-    """Image (H, W, 3) and mask (H, W) number `index` of a split, both uint8."""
+    """Make image (H, W, 3) and mask (H, W) number `index` of a split, both uint8."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 1, index])
     height, width = int(rng.integers(112, 129)), int(rng.integers(144, 161))
     if rng.uniform() < 0.3:
@@ -336,13 +336,13 @@ def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
 
 
 def voc_palette() -> list[int]:
-    """The PASCAL VOC colour map as 768 values r, g, b, r, ..."""
+    """Return the PASCAL VOC colour map as 768 values r, g, b, r, ..."""
     places = [(i, channel) for i in range(256) for channel in range(3)]
     return [sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for i, channel in places]
 
 
 def file_names(split: str, index: int) -> tuple[str, str]:
-    """Paths of an image and its mask, relative to the data set's root."""
+    """Return the paths of an image and its mask, relative to the data set's root."""
     return f"JPEGImages/{split}_{index:05d}.jpg", f"SegmentationClassAug/{split}_{index:05d}.png"
 
 

@@ -45,7 +45,7 @@ def augment(
     rotation: float,
     blur: float = 0.0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Random scale, rotation (p 0.5), horizontal flip (p 0.5) and crop to (size, size), as one warp.
+    """Scale, rotate (p 0.5), flip (p 0.5) and crop at random to (size, size), as one warp.
 
     A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels.
 
@@ -74,7 +74,7 @@ def augment(
 def _about_centre(
     source: tuple[float, float], target: tuple[float, float], factor: float, angle: float, flip: bool
 ) -> np.ndarray:
-    """2x3 matrix: scale and rotate about the centre of ``source``, flip, centre on ``target`` (width, height)."""
+    """Return the 2x3 matrix that scales and rotates about the centre of ``source``, flips, centres on ``target``."""
     cos, sin = factor * math.cos(math.radians(angle)), factor * math.sin(math.radians(angle))
     linear = np.array([[cos, sin], [-sin, cos]])
     if flip:
@@ -85,19 +85,19 @@ def _about_centre(
 
 
 def _crop_offset(length: float, size: int, rng: np.random.Generator) -> float:
-    """Where the crop begins: anywhere it fits, or half of the missing length before a too small image."""
+    """Draw where the crop begins: anywhere it fits, or half of the missing length before a too small image."""
     room = length - size
     return rng.uniform(0, room) if room > 0 else room / 2
 
 
 def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
-    """(height, width) of an image whose longer side is brought to ``size``, both rounded down to multiples of 8."""
+    """Return (height, width) of an image whose longer side is brought to ``size``, both rounded down to 8n."""
     ratio = size / max(height, width)
     return max(8, int(height * ratio) // 8 * 8), max(8, int(width * ratio) // 8 * 8)
 
 
 def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Evaluation: resized by the longer side and placed top left, the image on black, the mask on 255."""
+    """Resize by the longer side, as an evaluation does, and place top left, the image on black, the mask on 255."""
     height, width = fitted_size(mask.shape[0], mask.shape[1], size)
     picture = np.zeros((size, size, 3), np.uint8)
     picture[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

@@ -125,7 +125,7 @@ class ResultControls(NamedTuple):
 
 
 def build_page(segmenter: Segmenter[Any, Any]) -> gr.Blocks:
-    """The page, with the embedded example on it and its result."""
+    """Build the page, with the embedded example on it and its result."""
     network = segmenter if isinstance(segmenter, NTRESegmenter) else None
     example, photos = steps.example(None if network is None else network.config.data)
     editor = steps.editor_of(example)
@@ -159,7 +159,7 @@ def build_page(segmenter: Segmenter[Any, Any]) -> gr.Blocks:
 
 
 def support_controls(canvas_size: tuple[int, ...]) -> SupportControls:
-    """Step 1. ``canvas_size``: width and height of the example, in whose middle a layer is laid; it must fit."""
+    """Lay out step 1. ``canvas_size``: width and height of the example, in whose middle a layer is laid."""
     step(1, "Show the object", "Drop a photo of it and brush over all of it.")
     file = drop("support-file", "single")
     editor = gr.ImageEditor(
@@ -189,14 +189,14 @@ def support_controls(canvas_size: tuple[int, ...]) -> SupportControls:
 
 
 def photo_controls() -> PhotoControls:
-    """Step 2."""
+    """Lay out step 2."""
     step(2, "Choose where to look", "Drop other photos; click one to see its result.")
     files = drop("photo-files", "multiple")
     return PhotoControls(files, gr.HTML(elem_id="photos", padding=False, js_on_load=STRIP_CLICK))
 
 
 def result_controls(segmenter: Segmenter[Any, Any], edges: bool) -> ResultControls:
-    """Step 3, and what is found."""
+    """Lay out step 3, and the places of what is found."""
     step(3, "Segment", "Move the threshold: the network does not run again.")
     go = gr.Button("Segment", variant="primary", elem_id="segment")
     status, found = text("", elem_id="status"), text("", elem_id="found")
@@ -273,7 +273,7 @@ def connect_segment(
 def drawn(
     number: int, photos: list[Photo], findings: Findings, chosen: int, threshold: float, sharp: bool
 ) -> list[str]:
-    """The strip of photos, the status, the chosen photo, the download of its mask, and its maps, as HTML."""
+    """Draw the strip of photos, the status, the chosen photo, the download of its mask, and its maps, as HTML."""
     all_found = [findings.of(photo, number) for photo in photos]
     thumbnails = [
         (
@@ -291,7 +291,7 @@ def drawn(
 
 
 def strip(thumbnails: list[tuple[str, np.ndarray]], chosen: int | None = None) -> str:
-    """Thumbnails with their descriptions, as buttons; one of them may be pressed."""
+    """Lay out thumbnails with their descriptions as buttons; one of them may be pressed."""
     pressed = ["true" if n == chosen else "false" for n in range(len(thumbnails))]
     buttons = [
         f'<button type="button" data-index="{n}" aria-pressed="{pressed[n]}">{image(picture, name)}</button>'
@@ -301,7 +301,7 @@ def strip(thumbnails: list[tuple[str, np.ndarray]], chosen: int | None = None) -
 
 
 def download(photo: Photo, seen: View) -> str:
-    """A link that holds the mask's file."""
+    """Make a link that holds the mask's file."""
     if seen.mask is None:
         return ""
     data = base64.b64encode(steps.mask_png(photo, seen.mask)).decode()
@@ -310,7 +310,7 @@ def download(photo: Photo, seen: View) -> str:
 
 
 def maps(seen: View) -> str:
-    """The network's maps with their names, and a legend; nothing where there are none."""
+    """Lay out the network's maps with their names and a legend; nothing where there are none."""
     named = {"prior: like the object": seen.prior, "background": seen.bg, "distracting objects": seen.distractor}
     figures = [
         f"<figure>{image(steps.shrunk(picture, MAP_SIDE), name)}<figcaption>{name}</figcaption></figure>"
@@ -321,13 +321,13 @@ def maps(seen: View) -> str:
 
 
 def image(pixels: np.ndarray, alternative: str) -> str:
-    """A picture with its alternative text."""
+    """Write a picture with its alternative text as HTML."""
     data = base64.b64encode(encoded(Image.fromarray(pixels), "JPEG", quality=90)).decode()
     return f'<img alt="{html.escape(alternative)}" src="data:image/jpeg;base64,{data}">'
 
 
 def bounded(convert: Callable[..., Any]) -> Callable[..., Any]:
-    """Gradio's reader of the editor's pictures, for those alone that an upload may be: it looks at none of this itself.
+    """Make gradio's reader of the editor's pictures refuse what an upload may not be: it looks at none of this itself.
 
     Raises:
         gr.Error: another format, or more pixels than the page's own editor sends.
@@ -349,7 +349,7 @@ def bounded(convert: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A user's mistake is shown as its message, and everything stays as it is."""
+    """Let a user's mistake be shown as its message, and everything stay as it is."""
 
     def shown(*values: Any) -> Any:
         try:

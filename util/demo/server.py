@@ -28,7 +28,7 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 
 @contextlib.contextmanager
 def upload_folder() -> Iterator[Path]:
-    """A temporary folder, which is removed however the demo ends; what one that was killed left is removed as well.
+    """Make a temporary folder, which is removed however the demo ends; what a killed one left is removed too.
 
     SIGTERM and SIGHUP, a closed terminal, end the demo as Ctrl-C does.
     """
@@ -51,7 +51,7 @@ def remove_old_folders() -> None:
 
 
 def require_free(port: int) -> None:
-    """Raises UserError: the port is no port, or taken."""
+    """Raise UserError where the port is no port, or taken."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: a port just left is free
         try:
@@ -76,7 +76,7 @@ def require_gradio(folder: Path) -> None:
 
 
 def is_own(headers: Mapping[str, str]) -> bool:
-    """Whether a request is of this demo's page: no other page in the visitor's browser may read or send anything.
+    """Tell whether a request is of this demo's page: no other page in the visitor's browser may read or send anything.
 
     A name that another page has let point here shows in ``host``, another page in ``origin`` or ``sec-fetch-site``. A
     link to the page may be followed from anywhere.

@@ -88,7 +88,7 @@ class View(NamedTuple):
 
 
 def example(data: DataConfig | None) -> tuple[Support, list[Photo]]:
-    """A support and two photos of a class that a network of this data set was not trained on, always the same."""
+    """Draw a support and two photos of a class that a network of this data set was not trained on, always the same."""
     trained = set() if data is None else {data.classes[number - 1] for number in base_classes(data)}
     novel = [number for number, name in enumerate(synthetic.CLASS_NAMES, start=1) if name not in trained]
     class_id = (novel or [1])[0]
@@ -100,19 +100,19 @@ def example(data: DataConfig | None) -> tuple[Support, list[Photo]]:
 
 
 def open_support(path: str) -> Editor:
-    """A photo, ready for painting."""
+    """Read a photo for painting."""
     return {"background": read_photo(path).pixels, "layers": [], "composite": None}
 
 
 def editor_of(support: Support) -> Editor:
-    """A support as if it had been painted."""
+    """Return a support as the editor would have it, painted."""
     paint = np.zeros((*support.mask.shape, 4), np.uint8)
     paint[support.mask] = (*PAINT, 140)
     return {"background": support.pixels, "layers": [paint], "composite": None}
 
 
 def sharpen(editor: Editor | None) -> Editor:
-    """The same with paint on the object's own edges.
+    """Move the paint to the edges of the object under it.
 
     Raises:
         UserError: nothing is painted.
@@ -122,7 +122,7 @@ def sharpen(editor: Editor | None) -> Editor:
 
 
 def painted(editor: Editor | None) -> list[Support]:
-    """The support in the editor; none where nothing is painted."""
+    """Return the support in the editor; none where nothing is painted."""
     if editor is None or editor["background"] is None:
         return []
     pixels = np.ascontiguousarray(editor["background"][..., :3])
@@ -133,7 +133,11 @@ def painted(editor: Editor | None) -> list[Support]:
 
 
 def add_support(editor: Editor | None, supports: Sequence[Support]) -> list[Support]:
-    """Raises UserError: nothing is painted, or there are enough."""
+    """Add the support in the editor to those that are kept.
+
+    Raises:
+        UserError: nothing is painted, or there are enough.
+    """
     new = _required(painted(editor))
     if len(supports) >= MOST:
         raise UserError(f"{MOST} supports are the most; remove one")
@@ -141,7 +145,11 @@ def add_support(editor: Editor | None, supports: Sequence[Support]) -> list[Supp
 
 
 def read_photo(path: str) -> Photo:
-    """Raises UserError: what util/segment/pictures.py refuses, naming the file as its owner does."""
+    """Read a photo.
+
+    Raises:
+        UserError: util/segment/pictures.py refuses it; the file is named as its owner names it.
+    """
     file = Path(path)
     with LARGE:
         try:
@@ -152,7 +160,7 @@ def read_photo(path: str) -> Photo:
 
 
 def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
-    """A picture or a map whose longer side is at most ``side``."""
+    """Shrink a picture or a map so that its longer side is at most ``side``."""
     height, width = _size(pixels)
     if (scale := side / max(height, width)) >= 1:
         return pixels
@@ -161,7 +169,7 @@ def shrunk(pixels: np.ndarray, side: int) -> np.ndarray:
 
 
 def read_photos(paths: Sequence[str]) -> tuple[list[Photo], list[str]]:
-    """The photos that can be read, and what is wrong with the others."""
+    """Read the photos that can be read, ``MOST`` of them; and say what is wrong with the others."""
     photos, complaints = list[Photo](), list[str]()
     for number, path in enumerate(paths):
         if len(photos) == MOST:
@@ -214,7 +222,7 @@ def view(photo: Photo, found: Segmentation | None, threshold: float, edges: bool
 
 
 def thumbnail(photo: Photo, found: Segmentation | None, threshold: float, edges: bool) -> np.ndarray:
-    """A photo with its mask, small."""
+    """Draw a photo with its mask, small."""
     pixels = shrunk(photo.pixels, THUMBNAIL)
     if found is None:
         return pixels
@@ -222,12 +230,12 @@ def thumbnail(photo: Photo, found: Segmentation | None, threshold: float, edges:
 
 
 def support_thumbnail(support: Support) -> np.ndarray:
-    """A support with its paint, small."""
+    """Draw a support with its paint, small."""
     return shrunk(overlay(*support, PAINT), THUMBNAIL)
 
 
 def mask_png(photo: Photo, mask: np.ndarray) -> bytes:
-    """PNG of 255 where the target is, and 0, at the size of the photo's file."""
+    """Write a mask as the bytes of a PNG, 255 target and 0 other, at the size of the photo's file."""
     height, width = photo.size
     with LARGE:
         values = cv2.resize(255 * mask.astype(np.uint8), (width, height), interpolation=cv2.INTER_LINEAR)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +30,7 @@ from util.engine.rounds import Round, batched
 from util.errors import UserError
 
 B = TypeVar("B")
-PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hardware(NamedTuple):
@@ -52,6 +52,9 @@ def select_hardware(config: Config) -> Hardware:
 def find_hardware(device: str, precision: str) -> Hardware:
     """Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' bfloat16 where it is native, else float32.
 
+    On CUDA float32 is rounded to TF32 in convolutions and products only where the precision is 'tf32', and cuDNN tries
+    its algorithms for each size once: the sizes of inputs are few.
+
     Raises:
         UserError: what is asked for is not there, or is no device or precision.
     """
@@ -65,11 +68,14 @@ def find_hardware(device: str, precision: str) -> Hardware:
     if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
     place = torch.device("cuda", torch.cuda.current_device()) if available and device != "cpu" else torch.device("cpu")
+    if place.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
         return Hardware(place, torch.bfloat16 if native else torch.float32)
-    if precision == "fp16" and place.type == "cpu":
-        raise UserError("precision=fp16 needs CUDA; set precision=bf16 or fp32")
+    if precision in ("fp16", "tf32") and place.type == "cpu":
+        raise UserError(f"precision={precision} needs CUDA; set precision=bf16 or fp32")
     return Hardware(place, PRECISION[precision])
 
 
@@ -201,15 +207,18 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     return _loader(config, dataset, batches, collate, pictures=share * (1 + data.shots))
 
 
-def build_image_loader(config: Config, index: ClassIndex, rounds: Sequence[Round]) -> DataLoader[ImageBatch]:
-    """The images of an evaluation's rounds, one round after the other."""
+def build_image_loader(
+    config: Config, index: ClassIndex, rounds: Sequence[Round], without: Collection[int] = ()
+) -> DataLoader[ImageBatch]:
+    """The images of an evaluation's rounds, one round after the other, without the batches of these numbers."""
     batches = [
         [(place, part.class_id) for place in places]
         for part in rounds
         for places in batched(list(part.images), config.eval.batch_size)
     ]
+    wanted = [batch for number, batch in enumerate(batches) if number not in without]
     dataset = ImageDataset(index.items, config.data.image_size)
-    return _loader(config, dataset, batches, collate_images, pictures=config.eval.batch_size)
+    return _loader(config, dataset, wanted, collate_images, pictures=config.eval.batch_size)
 
 
 def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:

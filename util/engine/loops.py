@@ -1,6 +1,7 @@
 """Training and evaluation loops, called by train.py and test.py alike."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from model.backbone import Features
 from model.ntrenet import NTRENet, NTRENetOutput, QueryEncoding, SupportEncoding, join_shots
-from model.ops import resize
+from model.ops import foreground, resize
 from model.parallel import log_mean, processes, rank
+from model.prior import target_positions
 from util.config import Config
 from util.data.class_index import ClassIndex
 from util.data.dataset import Episode, ImageBatch
@@ -89,10 +90,38 @@ BASELINES: dict[str, Predictor] = {
 """predictions that need no training: everything is target; the prior mask at 0.5"""
 
 
+class Frozen(NamedTuple):
+    """What the frozen backbone makes of a batch of N images: the same at every evaluation, whatever was trained."""
+
+    places: list[int]
+    """of the images in the list"""
+    ground_truths: list[Tensor]
+    """masks at their own size, (H, W)"""
+    queries: list[int]
+    """which of the N serve as queries"""
+    supports: list[int]
+    """and which as supports"""
+    middle: Tensor
+    """(N, *, h, w)"""
+    query_high: Tensor | None
+    """stage 4 of the queries, (., C4, h, w)"""
+    support_high: Tensor | None
+    """of the supports, (., n, C4) of :func:`model.prior.target_positions`"""
+    target: Tensor
+    """(N, 1, h, w) of :func:`model.ops.foreground`"""
+    covered: list[int]
+    """how many of the h w positions show the target in each of the N"""
+
+    @property
+    def bytes(self) -> int:
+        tensors = [*self.ground_truths, self.middle, self.query_high, self.support_high, self.target]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
 class Encoded(NamedTuple):
     """What is kept of one image while its round lasts."""
 
-    truth: Tensor
+    ground_truth: Tensor
     query: QueryEncoding | None
     support: SupportEncoding | None
 
@@ -108,51 +137,60 @@ def evaluate(
     predictors: Mapping[str, Predictor] = NETWORK,
     bar: tqdm | None = None,
     stop: Interruption | None = None,
+    kept: dict[int, Frozen] | None = None,
 ) -> dict[str, np.ndarray]:
     """Run every predictor on the same episodes: the counts of each episode at its query's original size.
 
     Every image is read and encoded once a round, however many episodes it is in (see :mod:`util.engine.rounds`).
-    Several processes share the rounds and sum their counts.
+    Several processes share the rounds and sum their counts. Of a GPU one value a round is read.
 
     Args:
         bar: of ``len(episodes)``; reading an image counts as part of its episodes. Shows the mIoU of the first
             predictor so far.
         stop: looked at between two batches.
+        kept: what the frozen backbone gave in an evaluation before this one, with the same config and episodes; an
+            empty dictionary for the first. As many batches are put into it as ``eval.cache_gib`` has room for beside
+            a round's encodings, and they are neither loaded nor run through the backbone again.
     Returns:
         (N, 4) counts of :func:`util.engine.metrics.confusion` a predictor, in the order of ``episodes``
     Raises:
         Stopped: one of the processes was asked to.
     """
     model.eval()
-    limit = config.eval.cache_gib * 2**30
-    rounds = plan_rounds(episodes, index, encoding_size(model, config, hardware), limit)[rank() :: processes()]
+    limit, size = config.eval.cache_gib * 2**30, encoding_size(model, config, hardware)
+    rounds = plan_rounds(episodes, index, size, limit)[rank() :: processes()]
     counts = {name: torch.zeros(len(episodes), 4, dtype=torch.long, device=hardware.device) for name in predictors}
     work, done = sum(len(part.episodes) + len(part.images) for part in rounds), 0
+    known = {} if kept is None else kept
+    room = 0.0 if kept is None else limit - max((part.bytes(size, index) for part in rounds), default=0.0)
 
     def run_rounds() -> Iterator[int]:
         """Yields how many images were encoded, or episodes segmented, since it did so last."""
-        batches = batches_of(build_image_loader(config, index, rounds))
+        batches = batches_of(build_image_loader(config, index, rounds, without=known.keys()))
+        batch_numbers = count()
         for last, part in enumerate(rounds, 1):
             encoded: dict[int, Encoded] = {}
             while len(encoded) < len(part.images):
-                batch = next(batches)
-                encoded |= encode(model, batch, part, hardware)
-                yield len(batch.places)
+                number = next(batch_numbers)
+                frozen = known[number] if number in known else run_backbone(model, next(batches), part, hardware)
+                if number not in known and sum(f.bytes for f in known.values()) + frozen.bytes <= room:
+                    known[number] = frozen
+                encoded |= encode(model, frozen, hardware)
+                yield len(frozen.places)
             for numbers in batched(part.episodes, config.eval.batch_size):
                 chosen = [episodes[number] for number in numbers]
                 output = segment(model, chosen, encoded, config.data.image_size, hardware)
                 for name, predict in predictors.items():
                     for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
-                        truth = encoded[episode.query].truth
-                        at_original = to_original(logits, truth.shape[0], truth.shape[1], config.eval.geometry)
-                        counts[name][number] = confusion(at_original[0] > 0, truth)
+                        ground_truth = encoded[episode.query].ground_truth
+                        at_original = to_original(
+                            logits, ground_truth.shape[0], ground_truth.shape[1], config.eval.geometry
+                        )
+                        counts[name][number] = confusion(at_original[0] > 0, ground_truth)
                 yield len(numbers)
             if bar is not None:
                 seen = [number for part in rounds[:last] for number in part.episodes]
-                table = next(iter(counts.values()))[seen].cpu().numpy()
-                class_ids = np.array([episodes[number].class_id for number in seen])
-                names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
-                bar.set_postfix(mIoU=f"{100 * scores(table, class_ids, names).miou:.1f}", refresh=False)
+                bar.set_postfix(mIoU=f"{100 * miou_of(next(iter(counts.values())), episodes, seen):.1f}", refresh=False)
 
     for steps in run_rounds():
         done += steps
@@ -163,38 +201,59 @@ def evaluate(
     if stop is not None:
         stop.check(hardware.device)
     if processes() > 1:
-        for count in counts.values():
-            dist.all_reduce(count)
-    return {name: count.cpu().numpy() for name, count in counts.items()}
+        for table in counts.values():
+            dist.all_reduce(table)
+    return {name: table.cpu().numpy() for name, table in counts.items()}
 
 
-def encode(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -> dict[int, Encoded]:
-    """Read images as what they serve in this round; an image that is query and support goes through stage 3 once."""
-    images = batch.images.to(hardware.device, non_blocking=True)
-    masks = batch.masks.to(hardware.device, non_blocking=True)
+def miou_of(counts: Tensor, episodes: Sequence[EpisodeFiles], numbers: list[int]) -> float:
+    """The mIoU of some of the episodes, over the classes that occur in them."""
+    class_ids = np.array([episodes[number].class_id for number in numbers])
+    return scores(counts.cpu().numpy()[numbers], class_ids, {c: str(c) for c in np.unique(class_ids).tolist()}).miou
+
+
+def run_backbone(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardware) -> Frozen:
+    """Run the backbone on images as what they serve in this round; one that is query and support goes through once."""
+    device, backbone = hardware.device, model.backbone
+    queries, supports = (
+        [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
+    )
     with hardware.autocast():
-        features = model.backbone(normalize(images))
-        queries, supports = (
-            [n for n, place in enumerate(batch.places) if role in part.images[place]] for role in ("query", "support")
-        )
-        query_of: dict[int, QueryEncoding] = {}
-        if queries:
-            query = model.read_query(Features(*(feature[queries] for feature in features)))
-            query_of = {
-                n: QueryEncoding(*(part[None] for part in parts)) for n, *parts in zip(queries, *query, strict=True)
-            }
-        support_of: dict[int, SupportEncoding] = {}
-        if supports:
-            support, _ = model.read_supports(Features(*(feature[supports] for feature in features)), masks[supports])
-            row = torch.arange(1, support.high.shape[2] + 1, device=images.device)
-            last = ((support.high != 0).any(3) * row).amax((1, 2)).tolist()  # what follows is the batch's padding
-            support_of = {
-                n: SupportEncoding(prototype[None], high[None, :, : rows + 1].clone(), base[None])
-                for n, rows, prototype, high, base in zip(supports, last, *support, strict=True)
-            }
+        middle, stage3 = backbone(normalize(batch.images.to(device, non_blocking=True)))
+        target = foreground(batch.masks, (stage3.shape[-2], stage3.shape[-1]))  # on the host, which counts
+        covered = (target > 0).sum((1, 2, 3)).tolist()
+        target = target.to(device, non_blocking=True)
+        query_high = backbone.high(picked(stage3, queries)) if queries else None
+        most = max((covered[n] for n in supports), default=0)
+        shown = (picked(stage3, supports), picked(target, supports)) if supports else None
+        support_high = None if shown is None else target_positions(backbone, *shown, most)
+    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.truths]
+    return Frozen(batch.places, ground_truths, queries, supports, middle, query_high, support_high, target, covered)
+
+
+def picked(x: Tensor, numbers: list[int]) -> Tensor:
+    """Some of N things (N, ...), in order; a list as an index would have to be copied to the device."""
+    return x if len(numbers) == len(x) else torch.cat([x[n : n + 1] for n in numbers])
+
+
+def encode(model: NTRENet, frozen: Frozen, hardware: Hardware) -> dict[int, Encoded]:
+    """Encode images as what they serve, place by place."""
+    query_of: dict[int, QueryEncoding] = {}
+    support_of: dict[int, SupportEncoding] = {}
+    with hardware.autocast():
+        if frozen.query_high is not None:
+            query = model.read_query(picked(frozen.middle, frozen.queries), frozen.query_high)
+            for n, *parts in zip(frozen.queries, *query, strict=True):
+                query_of[n] = QueryEncoding(*(part[None] for part in parts))
+        if frozen.support_high is not None:
+            middle, target = (picked(x, frozen.supports) for x in (frozen.middle, frozen.target))
+            support, _ = model.read_supports(middle, frozen.support_high, target)
+            for n, prototype, high, base in zip(frozen.supports, *support, strict=True):
+                own = high[None, :, : frozen.covered[n] + 1].clone()  # what follows is the batch's padding
+                support_of[n] = SupportEncoding(prototype[None], own, base[None])
     return {
-        place: Encoded(truth.to(hardware.device, non_blocking=True), query_of.get(n), support_of.get(n))
-        for n, (place, truth) in enumerate(zip(batch.places, batch.truths, strict=True))
+        place: Encoded(ground_truth, query_of.get(n), support_of.get(n))
+        for n, (place, ground_truth) in enumerate(zip(frozen.places, frozen.ground_truths, strict=True))
     }
 
 

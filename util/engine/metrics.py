@@ -22,14 +22,14 @@ class Scores(NamedTuple):
     """IoU by class name"""
 
 
-def confusion(prediction: Tensor, truth: Tensor) -> Tensor:
+def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     """Counts of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
     Args:
         prediction: (H, W), boolean
-        truth: (H, W), uint8: 1 target, 0 other, 255 ignored
+        ground_truth: (H, W), uint8: 1 target, 0 other, 255 ignored
     """
-    target, other = truth == 1, (truth != 1) & (truth != IGNORE)
+    target, other = ground_truth == 1, (ground_truth != 1) & (ground_truth != IGNORE)
     outcomes = (~prediction & other, prediction & other, ~prediction & target, prediction & target)
     return torch.stack([outcome.sum() for outcome in outcomes])
 
@@ -61,8 +61,15 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
 
 
 def episode_iou(counts: np.ndarray) -> np.ndarray:
-    """IoU of the target in each of N episodes, (N, 4) -> (N,)."""
-    return _ratio(counts[:, 3], counts[:, 1:].sum(1))
+    """IoU of the target in each of N pictures, (N, 4) -> (N,); 1 where nothing is target and nothing is predicted."""
+    union = counts[:, 1:].sum(1)
+    return np.where(union == 0, 1.0, _ratio(counts[:, 3], union))
+
+
+def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
+    """:func:`episode_iou` of one picture: a boolean mask (H, W), and 1 target, 0 other, 255 ignored."""
+    counts = confusion(torch.from_numpy(mask), torch.from_numpy(ground_truth))
+    return float(episode_iou(counts.numpy()[None])[0])
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -24,6 +24,10 @@ class Round:
     images: dict[int, set[str]] = field(default_factory=dict)
     """place in the list -> what the image serves as in this round: 'query', 'support' or both"""
 
+    def bytes(self, size: "EncodingSize", index: ClassIndex) -> float:
+        """An estimate of what its encodings take."""
+        return sum(size.of(index, image, self.class_id, role) for image, roles in self.images.items() for role in roles)
+
 
 @dataclass(frozen=True)
 class EncodingSize:

@@ -34,7 +34,7 @@ def evaluate_training_free(
     cache_gib: float,
     bar: tqdm | None = None,
 ) -> dict[str, np.ndarray]:
-    """Counts of each episode at its query's original size, by the rules of :func:`util.engine.loops.evaluate`.
+    """Count each episode at its query's original size, by the rules of :func:`util.engine.loops.evaluate`.
 
     The pictures are read at the segmenter's own size, whatever the network's.
 
@@ -53,12 +53,12 @@ def evaluate_training_free(
         targets = {n: segmenter.encode(*pairs[n], class_id=1) for n, roles in part.images.items() if "support" in roles}
         for number in part.episodes:
             episode = episodes[number]
-            query, truth = queries[episode.query], torch.from_numpy(pairs[episode.query][1])
+            query, ground_truth = queries[episode.query], torch.from_numpy(pairs[episode.query][1])
             target = segmenter.join([targets[place] for place in episode.supports])
             found = segmenter.segment_encoded(target, query)
             masks = (found.mask, sharp_mask(found.probability, query.pixels))
             for name, mask in zip(TRAINING_FREE, masks, strict=True):
-                counts[name][number] = confusion(torch.from_numpy(mask), truth).numpy()
+                counts[name][number] = confusion(torch.from_numpy(mask), ground_truth).numpy()
             if bar is not None:
                 bar.update()
     return counts

@@ -16,7 +16,7 @@ FEWEST = 8
 
 
 def grab(picture: np.ndarray, seeds: np.ndarray, iterations: int = 1) -> np.ndarray:
-    """Which pixels are target, boolean (H, W).
+    """Let GrabCut decide which pixels are target: boolean (H, W).
 
     Args:
         picture: RGB (H, W, 3) uint8
@@ -35,7 +35,7 @@ def grab(picture: np.ndarray, seeds: np.ndarray, iterations: int = 1) -> np.ndar
 
 
 def sharp_mask(probability: np.ndarray, picture: np.ndarray, threshold: float = 0.5) -> np.ndarray:
-    """Where the target is, boolean (H, W), its border along the edges of a picture (H, W, 3) of RGB uint8.
+    """Draw the target's border along the edges of a picture, RGB (H, W, 3) uint8: boolean (H, W).
 
     The logit of the probability, less that of the threshold, is taken in deviations over the picture. What it is
     certain of becomes GrabCut's seeds; about the rest, and its colours, GrabCut decides. A map without anything above
@@ -55,9 +55,9 @@ def sharp_mask(probability: np.ndarray, picture: np.ndarray, threshold: float = 
 
 
 def mask_in_box(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """The object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W), by GrabCut.
+    """Find the object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W).
 
-    The whole box where GrabCut finds no object in it.
+    The whole box is returned where GrabCut finds no object in it.
     """
     height, width = picture.shape[:2]
     inside = np.zeros((height, width), np.float32)
@@ -72,11 +72,11 @@ def mask_in_box(picture: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarr
 
 
 def mask_of_paint(picture: np.ndarray, paint: np.ndarray) -> np.ndarray:
-    """The object that rough paint (H, W), boolean, stands on in RGB (H, W, 3) uint8: boolean (H, W), by GrabCut.
+    """Find the object that rough paint (H, W), boolean, stands on in RGB (H, W, 3) uint8: boolean (H, W).
 
     The middle of each stroke is target for certain. What lies outside the frame of the paint, widened by ``MARGIN`` of
     its longer side, is not. The rest GrabCut decides, so that paint may lie over the object's border as well as miss a
-    part of it. The paint itself where GrabCut finds nothing.
+    part of it. The paint itself is returned where GrabCut finds nothing.
     """
     height, width = paint.shape
     ratio = min(1.0, BOX_SIDE / max(height, width))

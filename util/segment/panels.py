@@ -49,7 +49,7 @@ def save_panels(
 
 
 def choose(iou: np.ndarray, number: int) -> dict[str, list[int]]:
-    """Episodes by their IoU (N,): the highest, the lowest, and some of the others, the same on every call."""
+    """Choose episodes by their IoU (N,): the highest, the lowest, and some of the others, the same on every call."""
     order = np.argsort(-iou, kind="stable").tolist()
     best, rest = order[:number], order[number:]
     worst, rest = rest[::-1][:number], rest[: max(len(rest) - number, 0)]

@@ -39,14 +39,18 @@ class Picture(NamedTuple):
 
 
 def read_picture(path: Path) -> Picture:
-    """Raises UserError: missing, damaged, truncated, too large, or more than 8 bits a channel."""
+    """Read a picture as a person sees it.
+
+    Raises:
+        UserError: it is missing, damaged, truncated or too large, or has more than 8 bits a channel.
+    """
     with _opened(path) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Picture(as_rgb(ImageOps.exif_transpose(image), str(path)), orientation)
 
 
-def read_mask(path: Path, picture: Picture) -> np.ndarray:
-    """Values of a mask file (H, W), turned to lie on ``picture``; see :func:`target_mask` for what they mean.
+def read_mask_on(picture: Picture, path: Path) -> np.ndarray:
+    """Read the values of a mask file (H, W), turned to lie on ``picture``; see :func:`target_mask` for what they mean.
 
     A mask with an EXIF orientation of its own is turned by that. Any other of the picture's stored size was made from
     the stored pixels and is turned with them; one of the displayed size lies on it already.
@@ -70,7 +74,7 @@ def read_mask(path: Path, picture: Picture) -> np.ndarray:
 
 
 def as_rgb(picture: np.ndarray | Image.Image, name: str) -> np.ndarray:
-    """RGB (H, W, 3) uint8 of a numpy array that is that already, or of a Pillow picture in any 8-bit mode.
+    """Return RGB (H, W, 3) uint8 of a numpy array that is that already, or of a Pillow picture in any 8-bit mode.
 
     What is transparent becomes white. EXIF is not looked at.
 
@@ -92,7 +96,9 @@ def as_rgb(picture: np.ndarray | Image.Image, name: str) -> np.ndarray:
 
 
 def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
-    """Values (H, W) of a mask. A picture with transparency is a mask by its alpha: boolean, 128 and above is target.
+    """Return the values (H, W) of a mask.
+
+    A picture with transparency is a mask by its alpha: boolean, 128 and above is target.
 
     Palette pictures give their indices. Where the alpha says nothing, and in RGB, all channels must be the same.
 
@@ -118,7 +124,7 @@ def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
 
 
 def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarray:
-    """Mask (H, W) of uint8 as the network takes it: 1 target, 0 other, 255 ignored.
+    """Return a mask (H, W) of uint8 as the network takes it: 1 target, 0 other, 255 ignored.
 
     A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning.
 
@@ -147,7 +153,7 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
 
 
 def _has_soft_border(values: np.ndarray) -> bool:
-    """Whether a mask of 0 and 255 has a few pixels between; class ids are not that many, or many pixels have them."""
+    """Tell whether a mask of 0 and 255 has few pixels between; class ids are few, or many pixels have them."""
     between = (values > 0) & (values < 255)
     ends = values.dtype == np.uint8 and (values == 0).any() and (values == 255).any()
     return bool(ends and (values[between] >= 128).any() and between.mean() < SOFT_BORDER)

@@ -20,7 +20,7 @@ Outputs = dict[str, Image.Image]
 
 
 def endings(segmenter: Segmenter[Any, Any], *, labelled: bool, maps: bool, cutout: bool) -> list[str]:
-    """What there is to be written for each query; not every segmenter has every map."""
+    """Name what is written for each query; not every segmenter has every map."""
     if labelled:
         return ["labels.png", "overlay.jpg"]
     names = (*(("probability", *segmenter.maps) if maps else ()), *(("cutout",) if cutout else ()))
@@ -37,8 +37,8 @@ def draw_one(
     maps: bool,
     cutout: bool,
 ) -> Outputs:
-    """Mask of 0 and 255, the picture with the target tinted, with ``maps`` the segmenter's maps in 8-bit grey, and with
-    ``cutout`` the picture with all but the target transparent."""
+    """Draw the mask, 0 and 255, and the picture with the target tinted; with ``maps`` also the
+    segmenter's maps in 8-bit grey, and with ``cutout`` the picture with all but the target transparent."""
     result = segmenter.segment_encoded(target, pixels, threshold=threshold, edges=edges)
     outputs = {"mask.png": _grey(result.mask), "overlay.jpg": Image.fromarray(overlay(pixels, result.mask, TARGET))}
     names = ("probability", *segmenter.maps) if maps else ()
@@ -50,7 +50,7 @@ def draw_one(
 def draw_labels(
     segmenter: Segmenter[Q, T], targets: Mapping[str, T], pixels: np.ndarray, *, threshold: float, edges: bool
 ) -> Outputs:
-    """Palette picture of the most probable target at each pixel, 1 the first of them, 0 where none is probable."""
+    """Draw a palette picture of the most probable target at each pixel, 1 the first of them, 0 where none is."""
     query = segmenter.encode_query(pixels)
     highest = np.zeros(pixels.shape[:2], np.float32)
     labels = np.zeros(pixels.shape[:2], np.uint8)
@@ -66,7 +66,7 @@ def draw_labels(
 
 
 def colour_of(number: int) -> tuple[int, int, int]:
-    """RGB of a label: black for 0, then hues a golden section apart, so that neighbours differ."""
+    """Return the RGB colour of a label: black for 0, then hues a golden section apart, so that neighbours differ."""
     if number == 0:
         return 0, 0, 0
     red, green, blue = colorsys.hsv_to_rgb((number - 1) * 0.618034 % 1, 0.8, 0.9)
@@ -74,7 +74,7 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 
 def with_legend(pixels: np.ndarray, names: list[str]) -> Image.Image:
-    """The picture with the names of its labels below, each in a line beside its colour."""
+    """Add the names of the labels below the picture, each in a line beside its colour."""
     height, width = pixels.shape[:2]
     line = max(16, max(height, width) // 40)
     font = ImageFont.load_default(0.75 * line)
@@ -90,7 +90,7 @@ def with_legend(pixels: np.ndarray, names: list[str]) -> Image.Image:
 
 
 def shows_nothing(outputs: Outputs) -> bool:
-    """Whether no pixel is target."""
+    """Tell whether no pixel is target."""
     mask = outputs.get("mask.png", outputs.get("labels.png"))
     return mask is not None and not np.asarray(mask).any()
 
@@ -120,13 +120,13 @@ def is_finished(out: Path, name: str, wanted: Iterable[str]) -> bool:
 
 
 def remove(out: Path, names: Iterable[str], wanted: Iterable[str]) -> None:
-    """Before other settings replace them: an interruption must not leave old predictions that look finished."""
+    """Remove outputs before others replace them: an interruption must not leave old ones that look finished."""
     for name, ending in itertools.product(names, wanted):
         output_path(out, name, ending).unlink(missing_ok=True)
 
 
-def settle(path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
-    """Record in ``path`` what the predictions beside it depend on.
+def require_same_settings(path: Path, settings: dict[str, Any], *, overwrite: bool) -> None:
+    """Write the settings that the predictions beside ``path`` depend on into it.
 
     Raises:
         UserError: other predictions are there already, and they are not to be overwritten.

@@ -1,4 +1,4 @@
-"""Which pictures are to be segmented, under which names, and against which truth."""
+"""Which pictures are to be segmented, under which names, and against which ground truth."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -6,9 +6,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
-from model import IGNORE
 from util.errors import UserError
 from util.segment.pictures import SUFFIXES, UNREAD, Picture, read_picture
 
@@ -23,7 +20,7 @@ class QueryFile(NamedTuple):
 
 
 def find_queries(paths: Sequence[Path], out: Path) -> list[QueryFile]:
-    """Files as given, and the pictures below folders in the order of their names; each file once.
+    """Find the files as given, and the pictures below folders in the order of their names; each file once.
 
     Below a folder, hidden files and folders are left out, and ``out`` where it lies there.
 
@@ -48,7 +45,7 @@ def find_queries(paths: Sequence[Path], out: Path) -> list[QueryFile]:
 
 
 def unread_pictures(paths: Sequence[Path]) -> list[Path]:
-    """Pictures below folders that cannot be read, such as HEIC."""
+    """Find the pictures below folders that are not read, such as HEIC."""
     return [file for path in paths if path.is_dir() for file in sorted(path.rglob("*")) if is_unread(file)]
 
 
@@ -56,34 +53,34 @@ def is_unread(file: Path) -> bool:
     return file.suffix.lower() in UNREAD and not file.name.startswith(".")
 
 
-def find_truths(truth: Path, queries: Sequence[QueryFile]) -> dict[str, Path]:
-    """The true mask of each query, by its name: one file for one query, or a folder of files of the same names.
+def find_ground_truths(path: Path, queries: Sequence[QueryFile]) -> dict[str, Path]:
+    """Find each query's ground truth, by the query's name: one file for one query, or a folder of files of its names.
 
     Raises:
         UserError: naming the first query that has none.
     """
-    if truth.is_dir():
+    if path.is_dir():
         masks: dict[str, Path] = {}
-        for file in _below(truth):
+        for file in _below(path):
             other = masks.setdefault(file.name, file.path)
             if other != file.path:
-                raise UserError(f"{other} and {file.path} are both a truth of '{file.name}'; remove one")
-    elif truth.exists() and len(queries) == 1:
-        masks = {queries[0].name: truth}
+                raise UserError(f"{other} and {file.path} are both a ground truth of '{file.name}'; remove one")
+    elif path.exists() and len(queries) == 1:
+        masks = {queries[0].name: path}
     else:
-        problem = f"is one file for {len(queries)} queries; give a folder" if truth.exists() else "does not exist"
-        raise UserError(f"--truth {truth} {problem}")
+        problem = f"is one file for {len(queries)} queries; give a folder" if path.exists() else "does not exist"
+        raise UserError(f"--truth {path} {problem}")
     missing = [query for query in queries if query.name not in masks]
     if missing:
         raise UserError(
-            f"--truth {truth} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*' for"
+            f"--truth {path} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*' for"
             f" {missing[0].path}"
         )
     return masks
 
 
 def read_ahead(queries: Iterable[QueryFile]) -> Iterator[tuple[QueryFile, "Future[Picture]"]]:
-    """The queries in order, each with its picture, which a thread has read meanwhile; an error waits in the future."""
+    """Yield the queries in order, each with its picture, which a thread reads ahead; an error waits in it."""
     waiting: deque[tuple[QueryFile, Future[Picture]]] = deque()
     with ThreadPoolExecutor(1) as reader:
         for query in queries:
@@ -94,15 +91,8 @@ def read_ahead(queries: Iterable[QueryFile]) -> Iterator[tuple[QueryFile, "Futur
             yield waiting.popleft()
 
 
-def intersection_over_union(mask: np.ndarray, truth: np.ndarray) -> float:
-    """Of a boolean mask and a truth of 1 target, 0 other, 255 ignored; 1 where both are empty."""
-    counted = truth != IGNORE
-    union = int(((mask | (truth == 1)) & counted).sum())
-    return int((mask & (truth == 1)).sum()) / union if union else 1.0
-
-
 def _below(folder: Path, without: tuple[str, ...] = ()) -> list[QueryFile]:
-    """``without``: parts of the path of a folder inside that is not searched."""
+    """Find the pictures below a folder. ``without``: parts of the path of a folder inside that is not searched."""
     found = []
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
@@ -118,7 +108,7 @@ def _below(folder: Path, without: tuple[str, ...] = ()) -> list[QueryFile]:
 
 
 def _out_inside(folder: Path, out: Path) -> tuple[str, ...]:
-    """Parts of ``out`` relative to ``folder``; none where it lies elsewhere."""
+    """Return the parts of ``out`` relative to ``folder``; none where it lies elsewhere."""
     top, written = folder.resolve(), out.resolve()
     if written == top:
         raise UserError(f"--out {out} is the folder of the queries; outputs would become queries, name another")

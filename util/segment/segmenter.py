@@ -103,7 +103,7 @@ class Segmenter(ABC, Generic[Q, T]):
         masks: AnyPicture | Sequence[AnyPicture],
         class_id: int | None = None,
     ) -> T:
-        """What is known of the target from its supports, any number of them, in any order.
+        """Read what the supports show of the target, any number of them, in any order.
 
         Args:
             class_id: which value of the masks is the target, where they hold class ids (255 is ignored then).
@@ -152,23 +152,23 @@ class Segmenter(ABC, Generic[Q, T]):
 
     @abstractmethod
     def join(self, targets: Sequence[T]) -> T:
-        """Targets of a support each, as one target."""
+        """Join targets of one support each into one target."""
 
     @abstractmethod
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A picture (H, W, 3) and its mask (H, W) of 1 target, 0 other, 255 ignored, at the size that is read."""
+        """Bring a picture (H, W, 3) and its mask (H, W) of 1 target, 0 other, 255 ignored to the size that is read."""
 
     @abstractmethod
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> T:
-        """One, fitted, at a time: memory does not grow with the number of supports."""
+        """Read one fitted support; one at a time, so that memory does not grow with their number."""
 
     @abstractmethod
     def _read(self, image: np.ndarray) -> Q:
-        """A query, fitted."""
+        """Read a fitted query."""
 
     @abstractmethod
     def _maps(self, target: T, features: Q, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """'probability', and the ``maps``, each (H, W)."""
+        """Return 'probability' and the ``maps`` by name, each (H, W)."""
 
 
 class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
@@ -226,10 +226,10 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
 
     @torch.inference_mode()
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> SupportEncoding:
-        labels = torch.from_numpy(mask)[None, None].to(self.hardware.device)
+        labels = torch.from_numpy(mask)[None, None].to(self.hardware.device, non_blocking=True)
         with self.hardware.autocast():
             target, _ = self.model.encode_supports(_input(image, self.hardware)[None], labels)
-        if target.high.shape[2] == 1:  # only the position beside the target, see model/prior.py
+        if not target.high.any():  # only positions beside the target, see model/prior.py
             side = self.config.data.image_size
             raise UserError(f"the target of {name} vanishes at the network's {side} pixels; crop the support around it")
         return target
@@ -243,14 +243,14 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
         with self.hardware.autocast():
             output = self.model.segment([features], [target], (side, side))
         maps = {
-            "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0].cpu().numpy(),
+            "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0],
             "prior": _at_size(output.prior, side, size),
         }
         if output.query_bg_logits is not None:
             maps["bg"] = _at_size(output.query_bg_logits.float().sigmoid(), side, size)
         if output.eliminated:
             maps["distractor"] = _at_size(output.eliminated[0].do_mask, side, size)
-        return maps
+        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # read at once
 
 
 class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
@@ -298,7 +298,7 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
 
 
 def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A support's picture, and its mask of 1 target, 0 other, 255 ignored."""
+    """Return a support's picture, and its mask of 1 target, 0 other, 255 ignored."""
     image = as_rgb(picture, name)
     values = mask_values(mask, f"the mask of {name}")
     if values.shape != image.shape[:2]:
@@ -314,13 +314,13 @@ def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: 
 
 def _input(image: np.ndarray, hardware: Hardware) -> Tensor:
     """RGB (h, w, 3) uint8 -> (1, 3, h, w), normalised."""
-    return normalize(torch.from_numpy(image).to(hardware.device).permute(2, 0, 1)[None])
+    return normalize(torch.from_numpy(image).to(hardware.device, non_blocking=True).permute(2, 0, 1)[None])
 
 
-def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> np.ndarray:
+def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> Tensor:
     """Map (1, 1, h, w) of [0, 1] from the network -> (H, W) of the picture."""
     square = resize(values.float(), (side, side))[0]
-    return to_original(square, *size, "exact")[0].clamp_(0, 1).cpu().numpy()
+    return to_original(square, *size, "exact")[0].clamp_(0, 1)
 
 
 def _as_list(given: AnyPicture | Sequence[AnyPicture]) -> list[AnyPicture]:

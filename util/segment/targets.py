@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError
 from model.weights import sha256_of
 from util.config import Section, read_yaml
 from util.errors import UserError
-from util.segment.pictures import read_mask, read_picture
+from util.segment.pictures import read_mask_on, read_picture
 from util.segment.segmenter import Segmenter, T
 
 MAX_TARGETS = 254
@@ -25,7 +25,7 @@ class TargetFiles(Section):
     """value of the target in the masks, where they hold class ids"""
 
     def below(self, folder: Path) -> "TargetFiles":
-        """The same with paths relative to ``folder``, and checked: as many masks as supports, all there.
+        """Return the same with paths relative to ``folder``, and checked: as many masks as supports, all there.
 
         Raises:
             UserError: naming what is missing.
@@ -43,13 +43,13 @@ class TargetFiles(Section):
         return TargetFiles(supports=supports, masks=masks, class_id=self.class_id)
 
     def fingerprint(self) -> dict[str, object]:
-        """What the target depends on: hashes of the files, and the class id."""
+        """Return what the target depends on: hashes of the files, and the class id."""
         hashes = {key: [sha256_of(Path(path)) for path in getattr(self, key)] for key in ("supports", "masks")}
         return {**hashes, "class_id": self.class_id}
 
 
 def read_targets(path: Path) -> dict[str, TargetFiles]:
-    """Targets by name, in the file's order: ``dog: {supports: [a.jpg], masks: [a.png], class_id: 3}``.
+    """Read targets by name, in the file's order: ``dog: {supports: [a.jpg], masks: [a.png], class_id: 3}``.
 
     Paths are relative to the file; class_id may be left out.
 
@@ -87,7 +87,7 @@ def _pairs(files: TargetFiles) -> Sequence[tuple[Path, Path]]:
 
 def _encode_pair(segmenter: Segmenter[Any, T], support: Path, mask: Path, class_id: int | None) -> T:
     picture = read_picture(support)
-    values = read_mask(mask, picture)
+    values = read_mask_on(picture, mask)
     try:
         return segmenter.encode(picture.pixels, values, class_id)
     except UserError as error:

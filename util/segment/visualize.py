@@ -16,6 +16,7 @@ from util.data.dataset import Episode
 from util.data.images import encoded
 from util.engine.build import Hardware
 from util.engine.loops import forward
+from util.engine.metrics import mask_iou
 from util.files import write_bytes
 
 TARGET, DISTRACTOR, BACKGROUND = (230, 60, 60), (70, 120, 235), (60, 180, 90)
@@ -32,7 +33,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -
 
 
 def heat(values: np.ndarray) -> np.ndarray:
-    """Map (H, W) of [0, 1] to RGB colours, dark blue to yellow."""
+    """Colour a map (H, W) of [0, 1], dark blue to yellow: RGB (H, W, 3)."""
     return cv2.cvtColor(
         cv2.applyColorMap((255 * values.clip(0, 1)).astype(np.uint8), cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB
     )
@@ -43,16 +44,16 @@ Tile = tuple[str, np.ndarray]
 
 
 def episode_tiles(batch: Episode, output: NTRENetOutput, place: int, baseline: Tensor | None = None) -> list[Tile]:
-    """One episode of a batch, left to right: what goes in, what the network thinks, what comes out.
+    """Draw one episode of a batch, left to right: what goes in, what the network thinks, what comes out.
 
     Maps that an ablation lacks are left out; ``baseline`` are another network's logits, (B, 1, S, S).
     """
     query = _image(batch.query[place])
     support = _image(batch.supports[place, 0])
-    truth = batch.query_mask[place].cpu().numpy()
+    ground_truth = batch.query_mask[place].cpu().numpy()
     tiles = [
         ("support", overlay(support, batch.support_masks[place, 0].cpu().numpy() == 1, TARGET)),
-        ("query, truth", overlay(query, truth == 1, TARGET)),
+        ("query, truth", overlay(query, ground_truth == 1, TARGET)),
         ("prior", heat(_upsampled(output.prior[place], query))),
     ]
     if output.query_bg_logits is not None:
@@ -61,21 +62,20 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, place: int, baseline: T
         do_mask = output.eliminated[0].do_mask[place]
         tiles.append(("distracting", overlay(query, _upsampled(do_mask, query) > 0.5, DISTRACTOR)))
     if baseline is not None:
-        tiles.append(_prediction("baseline", baseline[place, 0], query, truth))
-    tiles.append(_prediction("prediction", output.logits[place, 0], query, truth))
+        tiles.append(_prediction("baseline", baseline[place, 0], query, ground_truth))
+    tiles.append(_prediction("prediction", output.logits[place, 0], query, ground_truth))
     return tiles
 
 
-def _prediction(title: str, logits: Tensor, query: np.ndarray, truth: np.ndarray) -> Tile:
-    predicted = (logits > 0).cpu().numpy() & (truth != IGNORE)
-    iou = (predicted & (truth == 1)).sum() / max((predicted | (truth == 1))[truth != IGNORE].sum(), 1)
-    return f"{title}, IoU {100 * iou:.0f}", overlay(query, predicted, TARGET)
+def _prediction(title: str, logits: Tensor, query: np.ndarray, ground_truth: np.ndarray) -> Tile:
+    predicted = (logits > 0).cpu().numpy() & (ground_truth != IGNORE)
+    return f"{title}, IoU {100 * mask_iou(predicted, ground_truth):.0f}", overlay(query, predicted, TARGET)
 
 
 def episode_rows(
     model: NTRENet, loader: Iterable[Episode], *, hardware: Hardware, baseline: NTRENet | None = None
 ) -> list[list[Tile]]:
-    """Every episode of a loader, run through the model and drawn."""
+    """Run every episode of a loader through the model, and draw it."""
     model.eval()
     rows: list[list[Tile]] = []
     for batch in loader:
@@ -88,7 +88,7 @@ def episode_rows(
 
 
 def draw_rows(rows: list[list[Tile]]) -> np.ndarray:
-    """One picture of episodes, a row each: RGB (H, W, 3)."""
+    """Draw one picture of episodes, a row each: RGB (H, W, 3)."""
     width = max(len(row) for row in rows) * (TILE + GAP) + GAP
     sheet = Image.new("RGB", (width, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
