@@ -30,14 +30,16 @@ class Elimination(nn.Module):
     """Applies eq. 4 to 8.
 
     Args:
-        deep: see :class:`model.matching.FeatureMatching`.
+        deep, detach_initial: see :class:`model.matching.FeatureMatching`.
         do_average: see :func:`model.doem.mine_distracting_objects`.
     """
 
-    def __init__(self, *, channels: int, prototype_channels: int, deep: bool, do_average: Average) -> None:
+    def __init__(
+        self, *, channels: int, prototype_channels: int, deep: bool, do_average: Average, detach_initial: bool
+    ) -> None:
         super().__init__()
         self.bgem = BGEM(channels=channels, prototype_channels=prototype_channels)
-        self.matching = FeatureMatching(channels=channels, deep=deep)
+        self.matching = FeatureMatching(channels=channels, detach_initial=detach_initial, deep=deep)
         self.do_average: Average = do_average
 
     def forward(

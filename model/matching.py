@@ -16,11 +16,14 @@ class FeatureMatching(nn.Module):
     F_1x1 and F_3x3 are built as in eq. 4 and eq. 1, with weights of their own (the shapes differ).
 
     Args:
+        detach_initial: F_3x3 learns from X_act without shaping it. The gradient of y_ini's loss otherwise makes X_act
+            tell the base classes from the rest, and FEM no longer finds novel classes in it.
         deep: as in the authors' code: a refinement is added to X_act, and F_3x3 is FEM's classifier.
     """
 
-    def __init__(self, *, channels: int, deep: bool = False) -> None:
+    def __init__(self, *, channels: int, detach_initial: bool = False, deep: bool = False) -> None:
         super().__init__()
+        self.detach_initial = detach_initial
         self.conv = nn.Conv2d(2 * channels + 1, channels, 1, bias=False)
         self.refine = refinement(channels) if deep else None
         if deep:
@@ -37,4 +40,4 @@ class FeatureMatching(nn.Module):
         activated = F.relu_(concat_conv(self.conv, feature, support_prototype, prior))
         if self.refine is not None:
             activated = self.refine(activated) + activated
-        return activated, self.initial(activated)
+        return activated, self.initial(activated.detach() if self.detach_initial else activated)

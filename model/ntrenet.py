@@ -279,6 +279,7 @@ def build_ntrenet(
     do_average: Average = "image",
     fem_prior: bool = True,
     do_similarity: bool = True,
+    detach_initial: bool = True,
     base_classes: int = 0,
     channels: int = 256,
     prototype_channels: int = 640,
@@ -294,6 +295,7 @@ def build_ntrenet(
         do_average: see :func:`model.doem.mine_distracting_objects`.
         fem_prior: FEM takes C_p beside P_DO where ``elimination`` is single; at each scale FM has just taken it.
         do_similarity: S_DO is taken off that C_p, see :func:`model.doem.distracting_similarity`.
+        detach_initial: see :class:`model.matching.FeatureMatching`; never with the authors' code.
         base_classes: of the base learner, see :mod:`model.base_learner`; 0 for none.
         channels: C
         prototype_channels: D of P_BG (the paper's Fig. 6)
@@ -315,7 +317,10 @@ def build_ntrenet(
         fem=FEM(channels=channels, scales=fem_scales, with_prior=not doem or (fem_prior and not per_scale)),
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
-        eliminations=[Elimination(**sizes, deep=deep, do_average=do_average) for _ in range(count)],
+        eliminations=[
+            Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial and not deep)
+            for _ in range(count)
+        ],
         per_scale=per_scale,
         do_similarity=do_similarity,
         base_learner=learner,

@@ -122,7 +122,7 @@ def elimination(part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Ten
     x_act = concat(part.matching.conv, x_bg, p_s, c_p).relu()
     if part.matching.refine is not None:
         x_act = part.matching.refine(x_act) + x_act
-    initial = part.matching.initial(x_act)
+    initial = part.matching.initial(x_act.detach() if part.matching.detach_initial else x_act)
     do_mask = (~((bg > 0) | (initial > 0))).float()
     p_do = (x_q * do_mask).mean((2, 3), keepdim=True)
     if part.do_average == "region":

@@ -167,6 +167,7 @@ OTHER_VALUES = {
     "model.do_average": "region",
     "model.fem_prior": False,
     "model.do_similarity": False,
+    "model.detach_initial": False,
     "model.base_learner": True,
     "model.channels": 8,
     "model.prototype_channels": 12,
@@ -624,7 +625,12 @@ ABLATIONS = {
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
     "per_scale": {"model.elimination": "per_scale"},
     "base_learner": {"model.base_learner": True},
-    "printed": {"model.do_average": "region", "model.fem_prior": False, "model.do_similarity": False},
+    "printed": {
+        "model.do_average": "region",
+        "model.fem_prior": False,
+        "model.do_similarity": False,
+        "model.detach_initial": False,
+    },
     "authors": {
         "data.blur": 0.5,
         "model.elimination": "authors",

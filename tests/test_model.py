@@ -342,6 +342,16 @@ def test_feature_matching_activates_with_prototype_and_prior_and_predicts():
     assert np.abs(array(got_initial) - initial).max() < 1e-5
 
 
+def test_the_first_predictions_loss_shapes_x_act_only_where_asked_to():
+    feature, prototype, prior = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 1, 1), torch.rand(2, 1, 4, 5)
+    for detach in (True, False):
+        matching = FeatureMatching(channels=3, detach_initial=detach)
+        activated, initial = matching(feature, prototype, prior)
+        initial.sum().backward()
+        assert (matching.conv.weight.grad is None) == detach
+        assert matching.initial[0].weight.grad is not None and activated.requires_grad
+
+
 @pytest.mark.parametrize("average", ["region", "image"])
 def test_doem_pools_what_is_neither_background_nor_target(average):
     feature = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [[0.0, -3.0, 1.0], [5.0, 9.0, 100.0]]]])
@@ -609,7 +619,7 @@ ROWS = {  # Table 3: bgem, doem, pcl
     "authors": (True, True, True),
 }
 KINDS = {
-    "printed": {"do_average": "region", "fem_prior": False, "do_similarity": False},
+    "printed": {"do_average": "region", "fem_prior": False, "do_similarity": False, "detach_initial": False},
     "per scale": {"elimination": "per_scale"},
     "authors": {"elimination": "authors"},
 }

@@ -161,6 +161,9 @@ class ModelConfig(Section):
     """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
     do_similarity: bool = True
     """S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
+    detach_initial: bool = True
+    """y_ini learns from X_act without shaping it: its loss makes X_act tell base classes, which FEM cannot use on novel
+    ones; never with elimination=authors"""
     base_learner: bool = False
     """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
     channels: Count = 256
