@@ -52,7 +52,7 @@ def test_batches_are_the_same_with_little_shared_memory(
         assert torch.equal(batch.pixels, other.pixels) and torch.equal(batch.class_id, other.class_id)
         assert batch.pixels.is_shared() == shared
     note = capsys.readouterr().err
-    assert ("note: 2 workers need 6 MiB of shared memory" in note and "--shm-size" in note) != shared
+    assert ("(workers=2) need 6 MiB of shared memory" in note and "--shm-size" in note) != shared
 
 
 class Ones(Dataset[torch.Tensor]):

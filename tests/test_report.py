@@ -346,6 +346,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             events.add_scalar("loss/total", 1 / step, step)
         for step in (100, 200, 300):
             events.add_scalar("val/miou", step / 1000, step)
+    figures = {"miou": {"0.5": 54.0, "0.4": 58.0}}
+    write(root / "full_0", {"checkpoint": "best.pt", "novel": figures, "base": figures}, "diagnosis.json")
     old = write(root / "old", results("full", 0, 0, [99.0, 99.0], **pascal)) / "results.json"
     os.utime(old, (1, 1))
     write(root / "toy", results("bgem", 2, 0, [40.0]))
@@ -398,6 +400,7 @@ def test_the_report_shows_our_runs_first_and_hides_no_failure(
     assert row_of(text, "+ PCL (NTRENet)")[0] == "54.0 ± 1.4† (-11.4)"  # not 99.0
     assert row_of(text, "+ BGEM")[4:7] == ["52.0 ± 1.4† (-10.4)", "+1.0", "72.0 ± 1.4† (+9.2)"]
     assert row_of(text, "ResNet-50", "PFENet, ours")[4] == "51.0 ± 1.4† (-9.8)"
+    assert "mIoU, best threshold" in text
     assert row_of(text, "512")[4] == "55.0 ± 1.4†"
     assert row_of(text, "at each scale of FEM")[4] == "56.0 ± 1.4†"
     toy = text.split("## Toy-5i")[1]

@@ -48,8 +48,9 @@ def fits_shared_memory(batch_bytes: int, workers: int) -> bool:
     free, needed = shutil.disk_usage(SHARED).free, batch_bytes * (PREFETCHED * workers + 2)
     if free < needed:
         tqdm.write(
-            f"note: {workers} workers need {needed / 2**20:,.0f} MiB of shared memory, {SHARED} has"
-            f" {free / 2**20:,.0f} MiB free: batches are sent through pipes, which takes somewhat longer; {LARGER}",
+            f"note: the batches on their way (workers={workers}) need {needed / 2**20:,.0f} MiB of shared memory,"
+            f" {SHARED} has {free / 2**20:,.0f} MiB free: they are sent through pipes, which takes somewhat longer;"
+            f" {LARGER}",
             file=sys.stderr,
         )
     return free >= needed

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from model import IGNORE
 from model.ntrenet import NTRENet, NTRENetOutput
@@ -25,6 +24,7 @@ from util.engine.build import Hardware, build_eval_loader, build_eval_sampler
 from util.engine.loops import forward
 from util.engine.metrics import scores
 from util.errors import UserError
+from util.progress import progress
 
 REGIONS = ("target", "other objects", "background")
 THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
@@ -68,7 +68,7 @@ def count(
     distracting = np.full((len(episodes), len(REGIONS)), np.nan)
     loader = build_eval_loader(config, EpisodeList(index, episodes), range(len(episodes)))
     done = 0
-    with tqdm(total=len(episodes), unit="episode", leave=False, dynamic_ncols=True) as bar:
+    with progress(total=len(episodes), unit="episode", leave=False) as bar:
         for batch in loader:
             on_device = batch.to(hardware.device)
             output = forward(model, on_device, hardware)

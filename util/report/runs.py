@@ -55,6 +55,13 @@ class Training(Machine):
     train_list_sha256: str | None = None
 
 
+class Diagnosis(BaseModel):
+    """What is kept of diagnosis.json, which scripts/diagnose.py writes: figures on novel and on base classes."""
+
+    novel: dict[str, Any]
+    base: dict[str, Any]
+
+
 class RunConfig(BaseModel):
     data: dict[str, Any] = {}
     model: dict[str, Any]
@@ -96,7 +103,7 @@ class Run(BaseModel):
     config: RunConfig
     environment: Machine = Machine()
     training: Training | None = None
-    diagnosis: dict[Literal["novel", "base"], dict[str, Any]] | None = None
+    diagnosis: Diagnosis | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "Run":
@@ -120,7 +127,7 @@ class Run(BaseModel):
     @property
     def best_miou(self) -> list[float] | None:
         """At the threshold that is best on the novel classes themselves, as scripts/diagnose.py finds it."""
-        found = (self.diagnosis or {}).get("novel", {}).get("miou", {})
+        found = self.diagnosis.novel.get("miou", {}) if self.diagnosis else {}
         return [max(map(float, found.values()))] if found else None
 
     @property
