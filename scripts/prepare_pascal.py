@@ -43,6 +43,8 @@ from util.errors import UserError, first_of
 from util.files import write_bytes
 from util.progress import progress
 
+LARGEST = 64 * 2**20
+"""bytes that a photo or a mask may have; theirs have less than a hundredth of it"""
 DOWNLOADS = {
     "voc": (
         "VOCtrainval_11-May-2012.tar",
@@ -118,6 +120,11 @@ class Source:
                     if not member.isreg() or not name.startswith(self.prefix):
                         continue
                     name = name.removeprefix(self.prefix)
+                    if name in wanted and member.size > LARGEST:
+                        raise UserError(
+                            f"{self.path} holds {name} of {member.size:,} bytes, which is no photo and no mask; delete"
+                            " it and download it again"
+                        )
                     file = archive.extractfile(member) if name in wanted else None
                     yield name, file.read() if file else b""
         except (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError) as error:

@@ -1077,9 +1077,9 @@ def test_a_mask_damaged_in_its_archive_is_not_prepared(seed: int, tmp_path: Path
     start = data.index(b"IDAT")
     data[random.Random(seed).randrange(start, len(data) - 12)] ^= 1 << seed % 8
     with pytest.raises(UserError, match=r"voc\.tar: a\.png is damaged"):
-        prepare_pascal.write_mask(bytes(data), target, "voc.tar: a.png")
+        prepare_pascal.write_mask((bytes(data), target, "voc.tar: a.png"))
     assert not target.exists()
-    prepare_pascal.write_mask(bytes_of("mask"), target, "voc.tar: a.png")
+    prepare_pascal.write_mask((bytes_of("mask"), target, "voc.tar: a.png"))
     assert target.read_bytes() == bytes_of("mask")
 
 
