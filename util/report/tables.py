@@ -207,8 +207,8 @@ def costs(runs: pd.DataFrame) -> pd.DataFrame:
     by = runs.astype(dict.fromkeys(columns, float)).groupby(["row", "machine", "dtype"], sort=False)
     found = by.agg(
         Runs=("row", "size"),
-        **{"Training, hours a fold": ("training_hours", "mean"), "Training, peak MiB": ("training_mib", "max")},
-        **{"Evaluation, s per 1000 episodes": ("per_1000", "mean"), "Evaluation, peak MiB": ("test_mib", "max")},
+        **{"Hours a fold": ("training_hours", "mean"), "Training MiB": ("training_mib", "max")},
+        **{"s per 1000 episodes": ("per_1000", "mean"), "Test MiB": ("test_mib", "max")},
     )
     digits = dict(zip(found.columns[1:], ("{:.2f}", "{:.0f}", "{:.1f}", "{:.0f}"), strict=True))
     return found.assign(
