@@ -47,6 +47,12 @@ def _names_of(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_names_of)]
 """names, or the path of a file that holds them, one a line; the names are what a run and its checkpoints keep"""
 
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
+]
+"""YAML reads on and off as true and false"""
+
 
 class Meaning(Enum):
     """What a key means outside the config. A key without a meaning of its own has that of its section."""
@@ -239,6 +245,8 @@ class TrainConfig(Section):
     """steps over which the learning rate rises to lr; 0 for none"""
     checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
     """at most so long between checkpoints; one is written at the end of each epoch in any case"""
+    compile: Annotated[Switch, MACHINE] = "auto"
+    """whether torch.compile makes the training step; auto is on for long runs on CUDA (util/engine/compilation.py)"""
 
 
 class EvalConfig(Section):

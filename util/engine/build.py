@@ -23,7 +23,7 @@ from util.data.class_index import ClassIndex, load_class_index
 from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import fits_shared_memory, start_worker
+from util.data.loading import LOOK, fits_shared_memory, start_worker
 from util.data.readers import reader_of
 from util.data.transforms import augment, fit
 from util.engine.rounds import Round, batched
@@ -261,6 +261,7 @@ def _loader(
         batch_sampler=batches,
         collate_fn=partial(collate, join=default_collate if shared else torch.stack),
         num_workers=workers,
+        timeout=LOOK if workers else 0,
         worker_init_fn=partial(start_worker, shared=shared),
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout

@@ -31,11 +31,10 @@ Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
 
 
-def forward(model: nn.Module, batch: Episode, hardware: Hardware) -> NTRENetOutput:
+def forward(model: Callable[..., NTRENetOutput], batch: Episode, hardware: Hardware) -> NTRENetOutput:
     """Run the model on a batch that lies on its device."""
     with hardware.autocast():
-        output: NTRENetOutput = model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
-    return output
+        return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
 def learning_rate(step: int, *, base: float, total: int, power: float, warmup: int) -> float:
@@ -65,7 +64,7 @@ def train(training: Training, batches: Iterable[Episode], *, lr_at: Callable[[in
             with training.hardware.autocast():
                 training.model.backbone.measure_scale(normalize(episodes.query))
         output = forward(training.network, episodes, training.hardware)
-        losses = training.criterion(
+        losses = training.loss(
             output, episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
         )
         scaler.scale(losses["total"]).backward()

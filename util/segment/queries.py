@@ -69,12 +69,12 @@ def find_ground_truths(path: Path, queries: Sequence[QueryFile]) -> dict[str, Pa
         masks = {queries[0].name: path}
     else:
         problem = f"is one file for {len(queries)} queries; give a folder" if path.exists() else "does not exist"
-        raise UserError(f"--truth {path} {problem}")
+        raise UserError(f"--ground-truth {path} {problem}")
     missing = [query for query in queries if query.name not in masks]
     if missing:
         raise UserError(
-            f"--truth {path} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*' for"
-            f" {missing[0].path}"
+            f"--ground-truth {path} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*'"
+            f" for {missing[0].path}"
         )
     return masks
 
