@@ -113,6 +113,7 @@ class Frozen(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Return how much memory the tensors take."""
         tensors = [*self.ground_truths, self.middle, self.query_high, self.support_high, self.target]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

@@ -14,6 +14,8 @@ AHEAD = 3
 
 
 class QueryFile(NamedTuple):
+    """A picture to segment, and the name that its results get."""
+
     path: Path
     name: str
     """of its outputs: without suffix, and below a folder relative to it ('sub/frame_01')"""
@@ -50,6 +52,7 @@ def unread_pictures(paths: Sequence[Path]) -> list[Path]:
 
 
 def is_unread(file: Path) -> bool:
+    """Tell whether a file is a picture of a kind that is not read."""
     return file.suffix.lower() in UNREAD and not file.name.startswith(".")
 
 
