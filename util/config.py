@@ -256,7 +256,7 @@ class EvalConfig(Section):
     cache_gib: Annotated[Positive, MACHINE] = 4.0
     """memory for what episodes share: features of the images they have in common, and what else fits in of the
     backbone's features from one validation in training to the next"""
-    geometry: Literal["lineage", "exact"] = "exact"
+    geometry: Annotated[Literal["lineage", "exact"], COMPARED] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
@@ -481,17 +481,17 @@ def keys_with(*meanings: Meaning) -> frozenset[str]:
 
 
 def departures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
+    """Return what makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
 
     A key that this version does not know, as a fork's or a later version's run has it, counts as well.
 
     Args:
-        values: a config's ``model`` and ``loss``, whole or in part; what else it holds plays no part
+        values: a config's keys, as :func:`flatten` gives them; those of ``model`` and ``loss`` alone play a part
     """
     default = dict(flatten({"model": ModelConfig().model_dump(), "loss": LossConfig().model_dump()}))
-    given = flatten({section: values.get(section, {}) for section in ("model", "loss")})
+    given = {key: value for key, value in values.items() if key.startswith(("model.", "loss."))}
     variant = keys_with(VARIANT)
-    return {k: value for k, value in given if k not in default or (k in variant and value != default[k])}
+    return {k: value for k, value in given.items() if k not in default or (k in variant and value != default[k])}
 
 
 def _keys_and_meanings(
