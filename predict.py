@@ -201,8 +201,8 @@ def parse_arguments() -> argparse.Namespace:
     of_one = (args.support, args.mask, args.box, args.class_id, args.maps, args.ground_truth, args.cutout)
     if args.targets is not None and any(of_one):
         raise UserError(
-            "--targets takes the place of --support, --mask, --box and --class-id; --maps, --ground-truth and --cutout are"
-            " for one target"
+            "--targets takes the place of --support, --mask, --box and --class-id; --maps, --ground-truth and --cutout"
+            " are for one target"
         )
     if args.box is not None and (args.class_id is not None or len(args.box) != len(args.support)):
         raise UserError("each support needs a --box of its own, in the same order, and a box has no --class-id")

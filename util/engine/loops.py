@@ -227,7 +227,7 @@ def run_backbone(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardw
         most = max((covered[n] for n in supports), default=0)
         shown = (picked(stage3, supports), picked(target, supports)) if supports else None
         support_high = None if shown is None else target_positions(backbone, *shown, most)
-    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.truths]
+    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.ground_truths]
     return Frozen(batch.places, ground_truths, queries, supports, middle, query_high, support_high, target, covered)
 
 
