@@ -280,8 +280,8 @@ def plain_evaluation(
     batches = iter(build_eval_loader(alone, source, chosen))
 
     def one(episode: EpisodeFiles) -> np.ndarray:
-        _, truth = read_pair(source.index.items[episode.query], episode.class_id)
-        return plain_counts(plain, next(batches).to(hardware.device), truth, config)
+        _, ground_truth = read_pair(source.index.items[episode.query], episode.class_id)
+        return plain_counts(plain, next(batches).to(hardware.device), ground_truth, config)
 
     for number in chosen:
         yield timed(partial(one, source(number)), hardware.device)

@@ -122,6 +122,7 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
 
 
 def build_loss(config: Config) -> NTRELoss:
+    """Build the loss with its terms' weights, and the bank of the fold's base classes."""
     options = config.loss
     bank = PrototypeBank(
         class_ids=base_classes(config.data),
@@ -159,6 +160,7 @@ def build_index(config: Config, split: str) -> ClassIndex:
 
 
 def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
+    """Build the sampler of training episodes, which are about the fold's base classes."""
     data = config.data
     return EpisodeSampler(
         index,

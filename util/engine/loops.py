@@ -113,6 +113,7 @@ class Frozen(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Return how much memory the tensors take."""
         tensors = [*self.ground_truths, self.middle, self.query_high, self.support_high, self.target]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -230,7 +231,7 @@ def run_backbone(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardw
         most = max((covered[n] for n in supports), default=0)
         shown = (picked(stage3, supports), picked(target, supports)) if supports else None
         support_high = None if shown is None else target_positions(backbone, *shown, most)
-    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.truths]
+    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.ground_truths]
     return Frozen(batch.places, ground_truths, queries, supports, middle, query_high, support_high, target, covered)
 
 

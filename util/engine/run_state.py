@@ -27,6 +27,8 @@ LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
 @dataclass
 class Training:
+    """All that changes while a run is trained, and what it is trained with."""
+
     config: Config
     hardware: Hardware
     weights: WeightsInfo
