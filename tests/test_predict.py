@@ -1,19 +1,11 @@
 """predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
 
-from util.command import run_command
-
-import contextlib
-import io
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -22,6 +14,8 @@ from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
 import predict
+from tests import harness
+from tests.harness import Result, beside_progress_bars, process, refused, succeeded
 from util.errors import UserError
 from util.segment import pictures, queries
 from util.segment.predictions import write_outputs
@@ -29,57 +23,11 @@ from util.segment.queries import QueryFile, read_ahead
 from util.segment.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def process(*arguments: object, cwd: Path) -> Result:
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    return Result(done.returncode, done.stdout, done.stderr)
 
 
 def call(*arguments: object) -> Result:
-    """Run predict.py's ``main`` as its script does, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", ["predict.py", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            run_command(predict.main)
-    assert isinstance(end.value.code, int)
-    return Result(end.value.code, out.getvalue(), err.getvalue())
-
-
-def beside_progress_bars(err: str) -> list[str]:
-    lines = (line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", err))
-    return [line for line in lines if line and "picture/s" not in line]
-
-
-def refused(result: Result, *pieces: object) -> None:
-    """Exit code 2 and one line that holds all of ``pieces``."""
-    assert result.code == 2, result
-    lines = beside_progress_bars(result.err)
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    for piece in map(str, pieces):
-        assert piece in lines[0], f"'{piece}' is not in '{lines[0]}'"
-
-
-def succeeded(result: Result) -> Result:
-    assert result.code == 0, result.err
-    return result
+    """Run predict.py in this process."""
+    return harness.call(predict, *arguments)
 
 
 def save(path: Path, pixels: np.ndarray, orientation: int | None = None) -> Path:
