@@ -12,6 +12,16 @@ from tests.harness import ROOT, TINY, Run, call, short_run, succeeded
 from util.data.synthetic import generate
 
 
+SLOWEST = ("resume", "readme", "train", "gpu_readiness", "model", "convert_pfenet", "evaluate", "refusals", "extension")
+"""files of tests that take longest"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the slowest files first: pytest-xdist gives each worker whole files, and all shall end together."""
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

@@ -159,15 +159,13 @@ def _palette(values: np.ndarray) -> Image.Image:
     ("encode", "options"),
     [
         (lambda mask: Image.fromarray(255 * mask.astype(np.uint8)), ()),
-        (lambda mask: Image.fromarray(mask.astype(np.uint8)), ()),
         (lambda mask: Image.fromarray(255 * mask.astype(np.uint8)).convert("RGB"), ()),
         (_rgba, ()),
-        (lambda mask: _rgba(mask).convert("LA"), ()),
         (_palette, ()),
         (lambda mask: _palette(np.where(mask, 3, 9)), ("--class-id", 3)),
         (lambda mask: Image.fromarray(np.where(mask, 300, 9).astype(np.uint16)), ("--class-id", 300)),
     ],
-    ids=["0 and 255", "0 and 1", "rgb", "rgba", "la", "palette", "palette of ids", "16-bit ids"],
+    ids=["0 and 255", "rgb", "rgba", "palette", "palette of ids", "16-bit ids"],
 )
 def test_a_mask_file_is_the_same_in_every_encoding(
     world: Path, tmp_path: Path, encode: Callable[[np.ndarray], Image.Image], options: tuple[object, ...]
@@ -180,9 +178,7 @@ def test_a_mask_file_is_the_same_in_every_encoding(
 
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda seen: seen[:, ::-1],
-    3: lambda seen: seen[::-1, ::-1],
     6: lambda seen: np.rot90(seen, 1),  # to be turned clockwise for display
-    8: lambda seen: np.rot90(seen, -1),
     5: lambda seen: np.swapaxes(seen, 0, 1),
 }
 """EXIF orientation: pixels as stored, of a picture as seen"""
@@ -205,7 +201,7 @@ def test_a_picture_that_exif_turns_gives_what_the_turned_picture_gives(
         np.testing.assert_array_equal(turned, upright)
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "webp", "tif", "png"])
+@pytest.mark.parametrize("suffix", ["jpg", "tif"])
 def test_exif_turns_a_file_of_any_format_and_the_mask_of_its_stored_pixels(tmp_path: Path, suffix: str) -> None:
     picture, mask = SUPPORTS[0]
     path = save(tmp_path / f"s.{suffix}", np.ascontiguousarray(STORED[6](picture)), 6)
@@ -367,10 +363,7 @@ def test_a_labelled_map_shows_the_most_probable_target(
     [
         ("dog: {supports: [s0.png, s1.png], masks: [m0.png]}", ["dog", "2 supports", "1 masks"]),
         ("dog: {supports: [s0.png], masks: [no.png]}", ["dog", "no.png", "does not exist"]),
-        ("dog: {supports: s0.png, masks: [m0.png]}", ["dog.supports", "list"]),
         ("dog: {supports: [s0.png]}", ["dog.masks", "required"]),
-        ("dog: {supports: [s0.png], masks: [m0.png], threshold: 1}", ["dog.threshold"]),
-        ("dog: [s0.png]", ["dog"]),
         ("dog: {supports: [s0.png], masks: [ids0.png]}", ["ids0.png", "3, 7", "class_id"]),
         ("{}", ["1 to 254"]),
     ],
@@ -412,14 +405,12 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
 @pytest.mark.parametrize(
     ("change", "pieces"),
     [
-        (lambda w, t: {"--query": [halved(t / "cut.png", w / "q0.png")]}, ["cut.png", "cannot be read"]),
         (lambda w, t: {"--query": [t / "none.jpg"]}, ["none.jpg", "does not exist"]),
         (lambda w, t: {"--query": [t]}, ["holds no pictures"]),
         (lambda w, t: {"--query": [w / "q0.png", save(t / "q0.jpg", QUERIES[0])]}, ["q0.png", "q0.jpg", "rename"]),
         (lambda w, t: {"--query": [w], "--out": [w]}, ["--out", "name another"]),
         (lambda w, t: {"--out": [w / "q0.png"]}, ["cannot be written"]),
         (lambda w, t: {"--mask": [w / "m0.png"]}, ["2 supports", "1 masks"]),
-        (lambda w, t: {"--mask": [w / "m0.png", t / "m.png"]}, ["m.png", "does not exist"]),
         (lambda w, t: {"--mask": [w / "m0.png", w / "m0.png"]}, ["m0.png", "60 x 48", "66 x 40"]),
         (
             lambda w, t: {"--mask": [w / "m0.png", save(t / "e.png", SUPPORTS[1][1] & False)]},
@@ -434,7 +425,6 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
         (lambda w, t: {"--truth": [t / "none"]}, ["--truth", "does not exist"]),
         (lambda w, t: {"--truth": [save(t / "truth/q9.png", QUERIES[0]).parent]}, ["lacks 1 of 1", "q0"]),
         (lambda w, t: {"--truth": [w / "m0.png"]}, ["m0.png", "60 x 48", "60 x 50"]),
-        (lambda w, t: {"--checkpoint": [w / "q0.png"]}, ["q0.png", "not a checkpoint"]),
         (lambda w, t: {"--device": ["tpu"]}, ["device", "tpu"]),
     ],
 )

@@ -256,10 +256,8 @@ def test_categories_by_name(coco: Path, run: Run) -> None:
 BAD_SHAPES = [
     ({"size": [WIDTH, HEIGHT], "counts": [5, 1195]}, "its size is"),
     ({"size": [HEIGHT, WIDTH], "counts": [5, 1194]}, "do not add up"),
-    ({"size": [HEIGHT, WIDTH], "counts": [5, 1196]}, "do not add up"),
     ({"size": [HEIGHT, WIDTH], "counts": [5, -5]}, ""),
     ({"size": [HEIGHT, WIDTH], "counts": "zz"}, ""),
-    ({"size": [HEIGHT, WIDTH], "counts": None}, ""),
     *(([part], "") for part in ([1, 1, 5, float("nan"), 5, 5], [1, 1, 5, 1e12, 5, 5], [1, 1, 5, 1, 5, 5, 9], ["x"], 1)),
     (None, ""),
 ]
