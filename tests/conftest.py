@@ -11,7 +11,6 @@ import train
 from tests.harness import ROOT, TINY, Run, call, short_run, succeeded
 from util.data.synthetic import generate
 
-
 SLOWEST = ("resume", "readme", "train", "gpu_readiness", "model", "convert_pfenet", "evaluate", "refusals", "extension")
 """files of tests that take longest"""
 
