@@ -85,7 +85,7 @@ def main() -> None:
     if unread := unread_pictures(args.query):
         names = ", ".join(path.name for path in unread[:3]) + (", ..." if len(unread) > 3 else "")
         print(f"skipped {len(unread)} pictures that are not read ({names}); convert them to JPEG or PNG")
-    ground_truths = {} if args.truth is None else find_ground_truths(args.truth, queries)
+    ground_truths = {} if args.ground_truth is None else find_ground_truths(args.ground_truth, queries)
     record = args.out / "predict.json"
     require_writable(record, ".json")
     segmenter = load_segmenter(args)
@@ -190,17 +190,19 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
     parser.add_argument("--cutout", action="store_true", help="also NAME_cutout.png, transparent but for the target")
-    parser.add_argument("--truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
+    parser.add_argument(
+        "--ground-truth", "--truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json"
+    )
     parser.add_argument("--overwrite", action="store_true", help="do again what is finished")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     if args.targets is None and (args.support is None or (args.mask is None) == (args.box is None)):
         raise UserError("say what is to be found: --support and --mask, or --support and --box, or --targets")
-    of_one = (args.support, args.mask, args.box, args.class_id, args.maps, args.truth, args.cutout)
+    of_one = (args.support, args.mask, args.box, args.class_id, args.maps, args.ground_truth, args.cutout)
     if args.targets is not None and any(of_one):
         raise UserError(
-            "--targets takes the place of --support, --mask, --box and --class-id; --maps, --truth and --cutout are for"
-            " one target"
+            "--targets takes the place of --support, --mask, --box and --class-id; --maps, --ground-truth and --cutout"
+            " are for one target"
         )
     if args.box is not None and (args.class_id is not None or len(args.box) != len(args.support)):
         raise UserError("each support needs a --box of its own, in the same order, and a box has no --class-id")

@@ -39,6 +39,7 @@ from util.engine.build import (
     select_hardware,
 )
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.compilation import compile_where_it_pays
 from util.engine.diagnosis import calibrated_threshold
 from util.engine.distributed import first_process_first, joined_processes
 from util.engine.loops import Frozen, evaluate, learning_rate, train
@@ -117,6 +118,7 @@ def run(config: Config) -> None:
     if rank() == 0:
         open_run(training, data)
         announce(training, data, total_steps)
+    compile_where_it_pays(training, steps=total_steps - training.step)
     with monitored(training, epoch_steps, total_steps) as monitor:
         while training.finished_step < total_steps:
             end = training.finished_step + epoch_steps

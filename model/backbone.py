@@ -65,6 +65,7 @@ class Backbone(nn.Module):
         self.register_load_state_dict_post_hook(lambda module, _: module._lower.clear())
 
     def train(self, mode: bool = True) -> "Backbone":
+        """Stay in evaluation mode, whatever is asked for: the backbone is frozen."""
         return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Backbone":

@@ -15,6 +15,8 @@ from model.ops import concat_conv, conv_of_resized, pool, resize
 
 
 class FEMOutput(NamedTuple):
+    """What FEM returns."""
+
     logits: Tensor
     """(B, 1, h, w)"""
     scale_logits: tuple[Tensor, ...]

@@ -72,7 +72,11 @@ def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, prior: Tens
         rows, columns = (_edge_index(n, feature.device) for n in feature.shape[-2:])
         out += small[:, :, rows][:, :, :, columns]
     if prior is not None:
-        out += F.conv2d(prior.to(feature.dtype), conv.weight[:, channels + dim :], padding=padding)
+        last = conv.weight[:, channels + dim :]
+        if conv.kernel_size == (1, 1) and torch.compiler.is_compiling():
+            out += prior * last.transpose(0, 1)  # torch.compile mistakes the layout of a convolution of one channel
+        else:
+            out += F.conv2d(prior.to(feature.dtype), last, padding=padding)
     return out
 
 

@@ -57,6 +57,7 @@ class Dropout2d(nn.Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, C, h, w) to the same, without the channels that are drawn."""
         if not self.training or self.p == 0:
             return x
         images, start = len(x), rank() * len(x)

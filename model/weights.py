@@ -32,6 +32,7 @@ class WeightsInfo(NamedTuple):
 
 
 def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

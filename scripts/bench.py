@@ -61,6 +61,7 @@ from util.engine.build import (
     build_train_sampler,
     select_hardware,
 )
+from util.engine.compilation import compiled
 from util.engine.loops import evaluate, forward
 from util.engine.memory import return_freed_memory
 from util.engine.metrics import scores
@@ -149,11 +150,13 @@ def training_batches(config: Config, count: int) -> list[Episode]:
 def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool = False) -> Callable[[Episode], None]:
     model.train()
     criterion, optimizer = build_loss(config).to(hardware.device), build_optimizer(config, model)
+    on = config.train.compile == "on" and not plain
+    network, losses = (compiled(part) if on else part for part in (model, criterion))
 
     def step(batch: Episode) -> None:
         batch = batch.to(hardware.device)
-        output = plain_on(model, batch) if plain else forward(model, batch, hardware)
-        loss = criterion(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)["total"]
+        output = plain_on(model, batch) if plain else forward(network, batch, hardware)
+        loss = losses(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)["total"]
         if plain:
             optimizer.zero_grad()
         loss.backward()
@@ -277,8 +280,8 @@ def plain_evaluation(
     batches = iter(build_eval_loader(alone, source, chosen))
 
     def one(episode: EpisodeFiles) -> np.ndarray:
-        _, truth = read_pair(source.index.items[episode.query], episode.class_id)
-        return plain_counts(plain, next(batches).to(hardware.device), truth, config)
+        _, ground_truth = read_pair(source.index.items[episode.query], episode.class_id)
+        return plain_counts(plain, next(batches).to(hardware.device), ground_truth, config)
 
     for number in chosen:
         yield timed(partial(one, source(number)), hardware.device)

@@ -1,6 +1,6 @@
 """The table of a backbone's folds: python scripts/fold_table.py RUN/results.json ...
 
-Prints mIoU, FB-IoU and precision of each fold, mean and deviation over its evaluation seeds; their mean only where
+It shows mIoU, FB-IoU and precision of each fold, mean and deviation over its evaluation seeds; their mean only where
 all folds are there.
 """
 
@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from util.errors import UserError
 from util.report.runs import Run, read_run, reason
-from util.report.tables import of_runs, show, whole
+from util.report.tables import frame, show, whole
 
 MEASURES = {"miou": "mIoU", "fb_iou": "FB-IoU", "precision": "precision"}
 
@@ -26,24 +26,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     args = parser.parse_args()
-    runs = of_runs([read(path) for path in args.results if path.exists()])
+    runs = frame([read(path) for path in args.results if path.exists()])
     if runs.empty:
         raise UserError(f"none of {', '.join(map(str, args.results))} exists; scripts/test_folds.sh writes them")
-    first: Run = runs.run[0]
-    episodes = f"{len(first.seeds)} x {first.episodes} episodes"
-    print(f"\n{first.dataset}, {first.backbone}, {first.shots}-shot, {episodes}")
     rows = {str(fold): own for fold, own in runs.groupby("fold")} | ({"mean": runs} if whole(runs) else {})
     lines = [[name, *(show(own, measure).replace("†", "") for measure in MEASURES)] for name, own in rows.items()]
+    print(f"\n{runs.setting[0]}, {len(runs.test_seeds[0])} x {runs.episodes[0]} episodes")
     print(tabulate(lines, ["fold", *MEASURES.values()], tablefmt="plain", disable_numparse=True))
-    if not whole(runs):
-        missing = sorted(set(range(first.folds)) - set(runs.fold))
+    if missing := sorted(set(range(runs.folds.max())) - set(runs.fold)):
         print(f"mean  not given: fold {', '.join(map(str, missing))} missing")
 
 
 def read(path: Path) -> Run:
     try:
         return read_run(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a results file of test.py ({reason(error)}); delete it and evaluate again"
         ) from error

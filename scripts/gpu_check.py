@@ -4,7 +4,8 @@
 
 The page holds the CUDA tests; a training of the quick start on the GPU beside the same on the CPU and, where there are
 several cards, on all of them; and how fast ResNet-50 at 473 px trains, evaluates and loads at each precision, with 1
-and 5 shots, its peak memory, and its share of what a large matrix product reaches (random weights: nothing is fetched).
+and 5 shots, compiled or not, its peak memory, and its share of what a large matrix product reaches (random weights:
+nothing is fetched).
 --small is the same in a short form with small sizes; it also runs on a CPU, where its figures mean nothing.
 """
 
@@ -146,17 +147,19 @@ def throughput(root: Path, sizes: Sizes, device: str) -> list[str]:
     config = make_config(given, ["model.weights=random"], root / "pictures", images=sizes.pictures)
     rows = []
     for shots in sizes.shots:
-        for name in PRECISION if device == "cuda" else ("fp32",):
+        precisions = tuple(PRECISION) if device == "cuda" else ("fp32",)
+        for name, compiled in [*((name, "off") for name in precisions), ("auto", "on")]:
             data = config.data.model_copy(update={"shots": shots})
-            chosen = config.model_copy(update={"data": data, "precision": name})
+            options = config.train.model_copy(update={"compile": compiled})
+            chosen = config.model_copy(update={"data": data, "precision": name, "train": options})
             try:
                 speeds = [*training_speed(chosen, sizes), evaluation_speed(chosen, sizes)]
             except torch.OutOfMemoryError:
                 speeds = ["out of memory", *[""] * 4]
-            rows.append([str(shots), name, *speeds])
+            rows.append([str(shots), name, compiled, *speeds])
     return [
         f"## ResNet-50, {sizes.side} px, {sizes.batch} episodes a step",
-        table(["shots", "precision", "training, episodes/s", *MEASURED, "evaluation, episodes/s"], rows),
+        table(["shots", "precision", "compiled", "training, episodes/s", *MEASURED, "evaluation, episodes/s"], rows),
         f"Loader: {loading_speed(config, sizes)}",
     ]
 
@@ -164,10 +167,12 @@ def throughput(root: Path, sizes: Sizes, device: str) -> list[str]:
 def training_speed(config: Config, sizes: Sizes) -> list[str]:
     """Episodes a second, TFLOP/s, their share of what a large matrix product of that precision reaches, peak memory."""
     hardware = select_hardware(config)
-    step = step_of(config, build(config, hardware, plain=False), hardware)
-    batches = training_batches(config, count=2)
+    model, batches = build(config, hardware, plain=False), training_batches(config, count=2)
+    eager = config.model_copy(update={"train": config.train.model_copy(update={"compile": "off"})})
     with FlopCounterMode(display=False) as counter:
-        step(batches[0])
+        step_of(eager, model, hardware)(batches[0])
+    step = step_of(config, model, hardware)
+    step(batches[0])
     reset_peak(hardware.device)
     step(batches[1])
     seconds, _ = timed(lambda: [step(batches[n % 2]) for n in range(sizes.repeats)], hardware.device)

@@ -1,6 +1,6 @@
-"""Lists for a data set of your own, from a folder of images and a folder of masks.
+r"""Lists for a data set of your own, from a folder of images and a folder of masks.
 
-    python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \\
+    python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \
         --out data/mine/lists
 
 An image and its mask have the same name but for the suffix; subfolders are searched, the same on both sides. Masks are

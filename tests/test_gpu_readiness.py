@@ -1,32 +1,37 @@
 """What a GPU would wait for, found without one: see tests/pretend_cuda.py."""
 
-import copy
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.fx import GraphModule
 
+from model.backbone import Backbone
+from model.weights import WeightsInfo
 from tests.pretend_cuda import CPU, CUDA, MixedDevicesError, PretendCuda
 from tests.scenes import scene, write_checkpoint
 from util.config import Config, load_config
 from util.data.dataset import Episode
 from util.data.loading import batches_of
 from util.data.transforms import normalize
-from util.engine import loops
+from util.engine import build, compilation, loops
 from util.engine.build import (
     Hardware,
     build_eval_sampler,
     build_index,
-    build_loss,
     build_model,
     build_train_loader,
     build_train_sampler,
     find_hardware,
 )
+from util.engine.compilation import compile_where_it_pays
 from util.engine.loops import BASELINES, NETWORK, Frozen, encoding_size, evaluate, train
 from util.engine.monitor import monitored
 from util.engine.rounds import plan_rounds
@@ -52,6 +57,7 @@ def small(root: Path, run: Path, ablation: str | None, *overrides: str) -> Confi
 def trained(config: Config, hardware: Hardware, cuda: PretendCuda | None = None) -> Training:
     """A training of a few steps, as train.py makes them; ``cuda`` counts from the second one on."""
     training = start_or_resume(config, hardware, {})
+    compile_where_it_pays(training, STEPS)
     sampler = build_train_sampler(config, build_index(config, "train"))
     loader = build_train_loader(config, sampler, start=0, stop=STEPS)
 
@@ -231,32 +237,128 @@ def test_the_check_of_a_machine_writes_its_page(tmp_path: Path) -> None:
     page = (tmp_path / "page.md").read_text()
     for part in ("## Tests on CUDA", "## One training on each", "## ResNet-50, 65 px", "images a second"):
         assert part in page
-    (row,) = [line for line in page.splitlines() if line.startswith("| 1 | fp32 |")]
-    numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[3:-1]]
-    assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0
+    for start in ("| 1 | fp32 | off |", "| 1 | auto | on |"):
+        (row,) = [line for line in page.splitlines() if line.startswith(start)]
+        numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[4:-1]]
+        assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0
+
+
+# ---------------------------------------------------------------- compiled
+
+
+class Graphs(list[GraphModule]):
+    """In place of the compiler: keeps what it is given, which then runs as it is."""
+
+    def __call__(self, graph: GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        self.append(graph)
+        return graph.forward
+
+
+@pytest.fixture
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backbone of five convolutions, lest tracing it take most of the time."""
+
+    def build_backbone(*_: object, **__: object) -> tuple[Backbone, WeightsInfo]:
+        sizes = ((3, 8, 2), (8, 8, 2), (8, 8, 2), (8, 16, 1), (16, 16, 1))
+        stages = [nn.Sequential(nn.Conv2d(a, b, 3, stride, 1), nn.ReLU()) for a, b, stride in sizes]
+        return Backbone(stages=stages, middle_channels=24), WeightsInfo("random", "standard", "")
+
+    monkeypatch.setattr(build, "build_backbone", build_backbone)
 
 
 @pytest.mark.parametrize(
-    "ablation", [None, *(pytest.param(name, marks=pytest.mark.slow) for name in ("authors", "base_learner", "pfenet"))]
+    ("ablation", "precision", "shots"),
+    [
+        (None, torch.float32, 1),
+        (None, torch.bfloat16, 5),
+        *(pytest.param(name, torch.float32, shots, marks=pytest.mark.slow) for name in ABLATIONS for shots in (1, 5)),
+    ],
 )
-def test_network_and_loss_are_one_graph_whatever_the_masks(
-    synthetic: Path, tmp_path: Path, ablation: str | None
+def test_a_step_is_two_graphs_whatever_the_masks_and_trains_as_without(
+    synthetic: Path,
+    tmp_path: Path,
+    shallow: None,
+    monkeypatch: pytest.MonkeyPatch,
+    ablation: str | None,
+    precision: torch.dtype,
+    shots: int,
 ) -> None:
-    """What torch.compile and a CUDA graph need: nothing is left to Python, and no shape depends on a mask."""
-    config = small(synthetic, tmp_path, ablation, "data.shots=2")
-    torch.manual_seed(0)
-    model, criterion = build_model(config)[0].eval(), build_loss(config)
-    batches = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=3)
-    whole = {"backend": "eager", "fullgraph": True}
-    network, loss = torch.compile(model, **whole), torch.compile(criterion, **whole)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for batch in batches:
-            inputs = (normalize(batch.query), normalize(batch.supports), batch.support_masks)
-            expected, found = model(*inputs), network(*inputs)
-            assert torch.allclose(found.logits, expected.logits, atol=1e-3)
-            masks = (batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
-            bank = copy.deepcopy(criterion.state_dict())
-            total = loss(found, *masks)["total"]
-            criterion.load_state_dict(bank)
-            eager = criterion(expected, *masks)["total"]
-            assert torch.allclose(total, eager, rtol=1e-3)
+    """What a compiler and a CUDA graph need: nothing is left to Python, and no shape depends on a mask."""
+    hardware, graphs = Hardware(CPU, precision), Graphs()
+    monkeypatch.setattr(compilation, "compiled", partial(torch.compile, dynamic=False, backend=graphs))
+    given = synthetic, tmp_path / "run", ablation, f"data.shots={shots}"
+    expected, training = (trained(small(*given, f"train.compile={on}"), hardware) for on in ("off", "on"))
+    assert len(graphs) == 2  # the network and the loss, once for all steps
+    assert training.sums == pytest.approx(expected.sums, rel=1e-4 if precision == torch.float32 else 1e-2)
+    states = [t.model.state_dict() | t.criterion.state_dict() for t in (training, expected)]
+    assert states[0].keys() == states[1].keys()
+    if precision == torch.float32:
+        assert all(torch.allclose(states[0][name], states[1][name], atol=1e-5) for name in states[1])
+
+
+def no_compiler(*_: object, **__: object) -> None:
+    raise RuntimeError("no C++ compiler found\nand more of that")
+
+
+@pytest.mark.parametrize(
+    ("where", "what"),
+    [
+        ("util.engine.compilation.compiled", no_compiler),
+        pytest.param("torch._inductor.config.cpp.cxx", ("no-such-compiler",), marks=pytest.mark.slow),
+    ],
+    ids=["said to be missing", "missing"],
+)
+def test_training_goes_on_where_torch_cannot_compile(
+    synthetic: Path,
+    tmp_path: Path,
+    shallow: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    what: Any,
+) -> None:
+    monkeypatch.setattr(where, what)
+    given = synthetic, tmp_path / "run", "pfenet"
+    expected, training = (
+        trained(small(*given, f"train.compile={on}"), Hardware(CPU, torch.float32)) for on in ("off", "on")
+    )
+    assert training.sums == pytest.approx(expected.sums, rel=1e-4)
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note:")]
+    assert "torch cannot compile here (" in note and " compiler found" in note
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ablation", [None, "authors"])
+def test_what_inductor_makes_trains_as_without(
+    synthetic: Path, tmp_path: Path, shallow: None, capsys: pytest.CaptureFixture[str], ablation: str | None
+) -> None:
+    expected, training = (
+        trained(small(synthetic, tmp_path / "run", ablation, f"train.compile={on}"), Hardware(CPU, torch.float32))
+        for on in ("off", "on")
+    )
+    assert "note:" not in capsys.readouterr().err
+    assert training.sums == pytest.approx(expected.sums, rel=1e-4)
+    state = training.model.state_dict()
+    assert all(torch.allclose(state[name], value, atol=1e-5) for name, value in expected.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "steps", "pays"),
+    [("auto", CPU, 10**6, False), ("auto", CUDA, 10**6, True), ("auto", CUDA, 584, False), ("off", CUDA, 10**6, False)],
+)
+def test_auto_compiles_long_runs_on_cuda(
+    synthetic: Path,
+    tmp_path: Path,
+    shallow: None,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: str,
+    device: torch.device,
+    steps: int,
+    pays: bool,
+) -> None:
+    monkeypatch.setattr(compilation, "compiled", lambda part: partial(part))
+    with PretendCuda():
+        config = small(synthetic, tmp_path, "pfenet", f"train.compile={asked}")
+        training = start_or_resume(config, Hardware(device, torch.float32), {})
+        compile_where_it_pays(training, steps)
+    assert (training.network is not training.model) == (training.loss is not training.criterion) == pays

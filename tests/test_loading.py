@@ -1,11 +1,13 @@
 """How batches reach the main process: with little shared memory, with few file descriptors, and when they cannot."""
 
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tests.scenes import SMALL
 from util.config import load_config
+from util.data import loading
 from util.data.loading import LoadingError, batches_of, start_worker
 from util.engine.build import (
     build_eval_loader,
@@ -93,6 +96,33 @@ def test_a_batch_that_cannot_be_sent_is_an_error_that_names_the_remedy(
     loader = DataLoader(Ones(), batch_sampler=[[0], [1]], num_workers=1, collate_fn=collate, worker_init_fn=start)
     with pytest.raises(LoadingError, match="--shm-size"):
         next(batches_of(loader))
+
+
+class Slow(Dataset[int]):
+    """Item n takes n seconds."""
+
+    def __getitem__(self, number: int) -> int:
+        time.sleep(number)
+        return number
+
+
+@pytest.mark.parametrize(("patience", "waits"), [(60, True), (0.5, False)])
+def test_a_slow_disk_is_waited_for_and_one_that_hangs_is_not(
+    patience: float, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "PATIENCE", patience)
+    numbers = [[0], [1], [0]] if waits else [[0], [1000]]
+    start = partial(start_worker, shared=True)
+    batches = batches_of(DataLoader(Slow(), batch_sampler=numbers, num_workers=1, timeout=0.2, worker_init_fn=start))
+    assert int(next(batches)) == 0
+    if waits:
+        assert [int(batch) for batch in batches] == [1, 0]
+        return
+    with pytest.raises(LoadingError, match=r"no batch came .*workers=0 .* --shm-size"):
+        next(batches)
+    for worker in multiprocessing.active_children():
+        worker.join(30)
+        assert not worker.is_alive()
 
 
 # ---------------------------------------------------------------- few file descriptors

@@ -8,14 +8,14 @@ import pytest
 import torch
 from sklearn.metrics import jaccard_score, precision_score
 
-from util.engine.metrics import Scores, confusion, episode_iou, scores
+from util.engine.metrics import Scores, confusion, iou, mask_iou, scores
 from util.engine.record import over_seeds
 
 CLASSES = {3: "cat", 7: "dog", 4: "cow"}
 
 
 def episodes(seed: int, count: int = 40, ignored: float = 0.2) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """Predictions, truths and class ids, of several sizes and shares of foreground."""
+    """Predictions, ground truths and class ids, of several sizes and shares of foreground."""
     rng = np.random.default_rng(seed)
     made = []
     for number in range(count):
@@ -48,7 +48,7 @@ def count(made: list[tuple[np.ndarray, np.ndarray, int]], classes: dict[int, str
 
 
 def flat(made: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All truths and predictions in a row, without the ignored pixels."""
+    """All ground truths and predictions in a row, without the ignored pixels."""
     truth = np.concatenate([t.ravel() for _, t, _ in made])
     prediction = np.concatenate([p.ravel() for p, _, _ in made])
     return truth[truth != 255], prediction[truth != 255].astype(int)
@@ -135,7 +135,13 @@ def test_counts_do_not_overflow_over_a_whole_evaluation() -> None:
 
 def test_the_iou_of_single_episodes() -> None:
     made = [episode(tp=6, fp=2, fn=4, tn=9, class_id=3), episode(tp=0, fp=0, fn=0, tn=5, class_id=3)]
-    assert episode_iou(count(made).counts).tolist() == [0.5, 1.0]  # nothing is target, and nothing is predicted
+    assert iou(count(made).counts).tolist() == [0.5, 1.0]  # nothing is target, and nothing is predicted
+    assert [mask_iou(*one[:2]) for one in made] == [0.5, 1.0]
+
+
+def test_a_class_whose_episodes_show_nothing_and_find_nothing_is_perfect_as_each_of_them_is() -> None:
+    found = count([episode(tp=0, fp=0, fn=0, tn=5, class_id=3)], {3: "cat"}).scores()
+    assert (found.miou, found.fb_iou) == (1.0, 1.0)
 
 
 def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:

@@ -283,15 +283,17 @@ def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | N
 
 
 def test_iou_with_a_truth_is_that_of_a_loop_over_pixels(world: Path, tmp_path: Path) -> None:
-    truths = {f"q{n}": scene(n + 3, *QUERIES[n].shape[:2])[1] for n in range(3)}
-    for name, truth in truths.items():
+    ground_truths = {f"q{n}": scene(n + 3, *QUERIES[n].shape[:2])[1] for n in range(3)}
+    for name, truth in ground_truths.items():
         save(tmp_path / f"truth/{name}.png", 255 * truth.astype(np.uint8))
     out = tmp_path / "out"
     given = [world / f"q{n}.png" for n in range(3)]
-    options = [*supported(world), "--query", *given, "--out", out, "--truth", tmp_path / "truth"]
+    options = [*supported(world), "--query", *given, "--out", out, "--ground-truth", tmp_path / "truth"]
     succeeded(call(*options))
     report = json.loads((out / "iou.json").read_text())
-    expected = {name: naive_iou(load(out / f"{name}_mask.png"), truth, True, None) for name, truth in truths.items()}
+    expected = {
+        name: naive_iou(load(out / f"{name}_mask.png"), truth, True, None) for name, truth in ground_truths.items()
+    }
     assert report["queries"] == pytest.approx(expected)
     assert report["mean"] == pytest.approx(sum(expected.values()) / 3)
     assert 1 < report["mean"] < 99
@@ -422,7 +424,7 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
         (lambda w, t: {"--mask": None}, ["--mask", "--targets"]),
         (lambda w, t: {"--targets": [t / "t.yaml"]}, ["--targets"]),
         (lambda w, t: {"--threshold": [1.5]}, ["--threshold", "1.5"]),
-        (lambda w, t: {"--truth": [t / "none"]}, ["--truth", "does not exist"]),
+        (lambda w, t: {"--ground-truth": [t / "none"]}, ["--ground-truth", "does not exist"]),
         (lambda w, t: {"--truth": [save(t / "truth/q9.png", QUERIES[0]).parent]}, ["lacks 1 of 1", "q0"]),
         (lambda w, t: {"--truth": [w / "m0.png"]}, ["m0.png", "60 x 48", "60 x 50"]),
         (lambda w, t: {"--device": ["tpu"]}, ["device", "tpu"]),

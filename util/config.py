@@ -47,6 +47,12 @@ def _names_of(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_names_of)]
 """names, or the path of a file that holds them, one a line; the names are what a run and its checkpoints keep"""
 
+Switch = Annotated[
+    Literal["auto", "on", "off"],
+    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
+]
+"""YAML reads on and off as true and false"""
+
 
 class Meaning(Enum):
     """What a key means outside the config. A key without a meaning of its own has that of its section."""
@@ -70,10 +76,14 @@ COMPARED, SHOWN, MACHINE = Meaning.COMPARED, Meaning.SHOWN, Meaning.MACHINE
 
 
 class Section(BaseModel):
+    """A part of the config: strict about types, and closed to unknown keys."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
 class DataConfig(Section):
+    """Which data, which classes are novel, and how a picture reaches the network."""
+
     dataset: Annotated[str, TASK, COMPARED]
     """name in tables and results"""
     root: Annotated[str, MACHINE]
@@ -142,10 +152,13 @@ class DataConfig(Section):
 
     @property
     def num_folds(self) -> int:
+        """Return how many folds the classes make."""
         return 4 if self.folds is None else len(self.folds)
 
 
 class ModelConfig(Section):
+    """The network; its defaults are NTRENet."""
+
     backbone: Annotated[BackboneName, NETWORK, SHOWN] = "resnet50"
     weights: Annotated[str, COMPARED] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
@@ -185,6 +198,8 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
+    """The terms of the loss (eq. 11), their weights and the prototype bank."""
+
     alpha: NonNegative = 0.5
     """weight of the second term of L_BG (eq. 3)"""
     beta: NonNegative = 1.0
@@ -228,6 +243,8 @@ class LossConfig(Section):
 
 
 class TrainConfig(Section):
+    """The schedule of the optimiser, SGD."""
+
     epochs: Count = 200
     batch_size: Count = 32
     lr: Positive = 0.03
@@ -239,16 +256,20 @@ class TrainConfig(Section):
     """steps over which the learning rate rises to lr; 0 for none"""
     checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
     """at most so long between checkpoints; one is written at the end of each epoch in any case"""
+    compile: Annotated[Switch, MACHINE] = "auto"
+    """whether torch.compile makes the training step; auto is on for long runs on CUDA (util/engine/compilation.py)"""
 
 
 class EvalConfig(Section):
+    """How a checkpoint is evaluated, in training and by test.py."""
+
     episodes: Count = 1000
     batch_size: Annotated[Count, MACHINE] = 1
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
     """memory for what episodes share: features of the images they have in common, and what else fits in of the
     backbone's features from one validation in training to the next"""
-    geometry: Literal["lineage", "exact"] = "exact"
+    geometry: Annotated[Literal["lineage", "exact"], COMPARED] = "exact"
     """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
@@ -261,6 +282,8 @@ RETIRED = ("resume_changed_code",)
 
 
 class Config(Section):
+    """Everything that a command can be told in YAML or as ``key=value``."""
+
     data: Annotated[DataConfig, COMPARED]
     model: Annotated[ModelConfig, NETWORK, VARIANT] = ModelConfig()
     loss: Annotated[LossConfig, VARIANT] = LossConfig()
@@ -402,6 +425,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Raises:
+        UserError: it cannot be read, is no valid YAML, or holds something else.
+    """
     try:
         refuse_pipe(path)
         text = path.read_text(encoding="utf-8")
@@ -473,17 +501,17 @@ def keys_with(*meanings: Meaning) -> frozenset[str]:
 
 
 def departures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
+    """Return what makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
 
     A key that this version does not know, as a fork's or a later version's run has it, counts as well.
 
     Args:
-        values: a config's ``model`` and ``loss``, whole or in part; what else it holds plays no part
+        values: a config's keys, as :func:`flatten` gives them; those of ``model`` and ``loss`` alone play a part
     """
     default = dict(flatten({"model": ModelConfig().model_dump(), "loss": LossConfig().model_dump()}))
-    given = flatten({section: values.get(section, {}) for section in ("model", "loss")})
+    given = {key: value for key, value in values.items() if key.startswith(("model.", "loss."))}
     variant = keys_with(VARIANT)
-    return {k: value for k, value in given if k not in default or (k in variant and value != default[k])}
+    return {k: value for k, value in given.items() if k not in default or (k in variant and value != default[k])}
 
 
 def _keys_and_meanings(

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
+    """What is known of a backbone before it is built."""
+
     title: str
     """as the paper writes it"""
     file: str

@@ -59,6 +59,7 @@ class MBConv(nn.Module):
         self.residual = stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map (B, inputs, h, w) to (B, outputs, h / stride, w / stride)."""
         y = self.relu6(self._bn0(self._expand_conv(x))) if self.expands else x
         y = self.relu6(self._bn1(self._depthwise_conv(y)))
         y = self._bn2(self._project_conv(y))

@@ -1,0 +1,1 @@
+"""This package turns lists of files into episodes of tensors."""

@@ -54,7 +54,7 @@ class ClassIndex:
 
     @cached_property
     def photos(self) -> np.ndarray:
-        """(lines,): the first line with the same image, which is what makes two lines one photo"""
+        """Return (lines,): the first line with the same image, which is what makes two lines one photo."""
         first: dict[Path, int] = {}
         return np.array([first.setdefault(item.image, place) for place, item in enumerate(self.items)])
 
@@ -160,8 +160,7 @@ def require_root(root: Path) -> None:
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """Hash what an index depends on: the list, the number of classes, how each mask is read, and every file's size and
-    time.
+    """Hash what an index depends on: the list, the number of classes, the masks' readers, every file's size and time.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.

@@ -40,30 +40,31 @@ class Episode(NamedTuple):
 
     @property
     def query(self) -> Tensor:
-        """(3, S, S), uint8 RGB"""
+        """Return (3, S, S), uint8 RGB."""
         return self.pixels[..., 0, :3, :, :]
 
     @property
     def query_mask(self) -> Tensor:
-        """(S, S), uint8: 1 target, 0 other, 255 ignored"""
+        """Return (S, S), uint8: 1 target, 0 other, 255 ignored."""
         return self.pixels[..., 0, 3, :, :]
 
     @property
     def supports(self) -> Tensor:
-        """(K, 3, S, S), uint8 RGB"""
+        """Return (K, 3, S, S), uint8 RGB."""
         return self.pixels[..., 1:, :3, :, :]
 
     @property
     def support_masks(self) -> Tensor:
-        """(K, S, S), uint8, as the query's"""
+        """Return (K, S, S), uint8, as the query's."""
         return self.pixels[..., 1:, 3, :, :]
 
     @property
     def query_classes(self) -> Tensor | None:
-        """(S, S), uint8: class ids of the query's pixels, 0 background, 255 ignored; None where they were not read"""
+        """Return (S, S), uint8: class ids of the query, 0 background, 255 ignored; None where they were not read."""
         return self.pixels[..., 0, 4, :, :] if self.pixels.shape[-3] == 5 else None
 
     def to(self, device: torch.device) -> "Episode":
+        """Copy the tensors to a device."""
         return Episode(
             self.pixels.to(device, non_blocking=True), self.class_id.to(device, non_blocking=True), self.names
         )
@@ -110,22 +111,21 @@ class ImageBatch(NamedTuple):
     """(N, 3, S, S), uint8 RGB; one image has no N"""
     masks: Tensor
     """(N, S, S), uint8, likewise: 1 target, 0 other, 255 ignored"""
-    truths: list[Tensor]
+    ground_truths: list[Tensor]
     """the masks at their own size, (H, W), uint8"""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Masks that are kept as long as a round lasts come to the main process as bytes: shared memory of its own
-        would hold a file descriptor for each of them."""
-        return _image_batch, (self.places, self.images, self.masks, [truth.numpy() for truth in self.truths])
+        """Hand the masks over as bytes: they are kept for a round, and each in shared memory holds a file descriptor."""
+        return _image_batch, (self.places, self.images, self.masks, [mask.numpy() for mask in self.ground_truths])
 
     def pin_memory(self) -> "ImageBatch":
         """Pin the tensors; the data loader calls this."""
-        truths = [truth.pin_memory() for truth in self.truths]
-        return ImageBatch(self.places, self.images.pin_memory(), self.masks.pin_memory(), truths)
+        ground_truths = [mask.pin_memory() for mask in self.ground_truths]
+        return ImageBatch(self.places, self.images.pin_memory(), self.masks.pin_memory(), ground_truths)
 
 
-def _image_batch(places: list[int], images: Tensor, masks: Tensor, truths: list[np.ndarray]) -> ImageBatch:
-    return ImageBatch(places, images, masks, [torch.from_numpy(truth) for truth in truths])
+def _image_batch(places: list[int], images: Tensor, masks: Tensor, ground_truths: list[np.ndarray]) -> ImageBatch:
+    return ImageBatch(places, images, masks, [torch.from_numpy(mask) for mask in ground_truths])
 
 
 class ImageDataset(Dataset[ImageBatch]):
@@ -151,7 +151,7 @@ def collate_images(images: list[ImageBatch], join: Join = default_collate) -> Im
         places=[place for image in images for place in image.places],
         images=join([image.images for image in images]),
         masks=join([image.masks for image in images]),
-        truths=[truth for image in images for truth in image.truths],
+        ground_truths=[mask for image in images for mask in image.ground_truths],
     )
 
 

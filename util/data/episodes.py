@@ -27,7 +27,8 @@ class Episodes(Protocol):
     seed: int
     """of the augmentation; evaluation has none"""
 
-    def __call__(self, number: int) -> EpisodeFiles: ...
+    def __call__(self, number: int) -> EpisodeFiles:
+        """Return episode number ``number``."""
 
 
 def find_supports(
@@ -88,6 +89,7 @@ class EpisodeSampler:
         return len(self.queries)
 
     def __call__(self, number: int) -> EpisodeFiles:
+        """Draw episode number ``number``."""
         passes, position = divmod(number, len(self))
         if passes != self._pass:
             order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
@@ -112,6 +114,7 @@ class EpisodeList:
         self.index, self.episodes = index, episodes
 
     def __call__(self, number: int) -> EpisodeFiles:
+        """Return episode number ``number``."""
         return self.episodes[number]
 
 

@@ -105,8 +105,10 @@ def compare_checksums(png: bytes) -> None:
 
 
 def refuse_scaled(image: ImageFile.ImageFile, name: str) -> None:
-    """Raise a UserError for a mask whose values Pillow changes: it stretches grey of 2 or 4 bits to 0 ... 255, turns
-    inverted grey about, and keeps half of 16 bits a channel of several."""
+    """Raise a UserError for a mask whose values Pillow changes.
+
+    It stretches grey of 2 or 4 bits to 0 ... 255, turns inverted grey about, and keeps half of 16 bits a channel.
+    """
     if image.mode in ("L", "LA", "RGB", "RGBA") and any(";" in str(tile.args) for tile in image.tile):
         raise UserError(f"{name} is not stored with plain 8 bits a channel, so its values are no ids; save it so")
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -39,6 +40,10 @@ SHARED = Path("/dev/shm")
 LARGER = "a container gets more by docker run --shm-size=8g (or --ipc=host)"
 PREFETCHED = 2
 """batches that each worker has ready or on their way"""
+PATIENCE = 600.0
+"""seconds that a batch may be waited for: a network file system that is slow gets by, one that hangs does not"""
+LOOK = 5.0
+"""seconds after which, while a batch is waited for, workers are looked at: the ``timeout`` of a loader that has any"""
 
 
 def fits_shared_memory(batch_bytes: int, workers: int) -> bool:
@@ -95,10 +100,10 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
     """Yield the batches of a loader; its workers end with the iterator.
 
     torch raises the death of a worker from a signal handler, in the middle of whatever the main process does. Here it
-    is noticed where the worker's batch is waited for, within seconds.
+    is noticed where the worker's batch is waited for, within seconds. A worker that hangs is noticed after minutes.
 
     Raises:
-        LoadingError: a file cannot be read, or a worker was killed.
+        LoadingError: a file cannot be read, a worker was killed, or no batch came for ``PATIENCE``.
     """
     others = set(multiprocessing.active_children())
     batches = iter(loader)
@@ -106,7 +111,8 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        yield from batches
+        while (batch := _next(batches)) is not None:
+            yield batch
     except UserError as error:
         raise LoadingError(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:  # also of the connection over which a batch was on its way
@@ -114,9 +120,31 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
         reason = str(error).strip().rpartition("\n")[2]
         if "/torch_" in reason:  # the name of a file in shared memory
             raise LoadingError(f"shared memory is full ({reason}); {LARGER}, or set workers=0") from error
+        if TIMED_OUT in reason:
+            for worker in workers:  # none of them would heed a request to end
+                worker.kill()
+            raise LoadingError(
+                f"no batch came for {PATIENCE:.0f} s, the loader hangs: the disk does not answer (workers=0 shows at"
+                f" which file), or {SHARED} is full: {LARGER}"
+            ) from error
         if not any(worker.exitcode for worker in workers):
             raise
         raise LoadingError(
             "the system ended a loader process, most often for want of memory: lower workers, or give the job more"
             f" memory, or more of {SHARED} where that is full: {LARGER} ({reason})"
         ) from error
+
+
+TIMED_OUT = "timed out after"
+"""of torch's message when ``timeout`` is over"""
+
+
+def _next(batches: Iterator[T]) -> T | None:
+    """Wait for the next batch, None at the end; torch gives up after each ``LOOK``, and can be asked again."""
+    began = time.monotonic()
+    while True:
+        try:
+            return next(batches, None)
+        except RuntimeError as error:
+            if TIMED_OUT not in str(error) or time.monotonic() - began > PATIENCE:
+                raise

@@ -54,8 +54,9 @@ def reader_of(data: DataConfig) -> MakeItem:
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
-    """Read a mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored. It is a PNG, of either kind:
+    """Read a mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored.
 
+    It is a PNG, of either kind:
     black and white, grey or RGB: what is brighter than half of its brightest pixel is target, so that 0 and 1 will do,
         and 0 and 255, with or without a soft border
     values 0, 1 and 255: 0 is other, 1 target, 255 ignored

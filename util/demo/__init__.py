@@ -1,0 +1,1 @@
+"""This package is the page that demo.py serves."""

@@ -99,6 +99,8 @@ class Session(NamedTuple):
 
 
 class SupportControls(NamedTuple):
+    """The controls of the support."""
+
     file: gr.File
     editor: gr.ImageEditor
     sharpen: gr.Button
@@ -110,11 +112,15 @@ class SupportControls(NamedTuple):
 
 
 class PhotoControls(NamedTuple):
+    """The controls of the photos to search."""
+
     files: gr.File
     strip: gr.HTML
 
 
 class ResultControls(NamedTuple):
+    """The controls of the results."""
+
     go: gr.Button
     status: gr.HTML
     found: gr.HTML
@@ -362,10 +368,12 @@ def plainly(handler: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def text(html: str, **settings: Any) -> gr.HTML:
+    """Add a piece of HTML without a frame."""
     return gr.HTML(html, padding=False, **settings)
 
 
 def step(number: int, title: str, sentence: str) -> None:
+    """Add the heading of a step."""
     text(f'<div class="step"><b>{number}</b><h3>{title}</h3><span>{sentence}</span></div>')
 
 

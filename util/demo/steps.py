@@ -43,12 +43,16 @@ Editor = Mapping[str, Any]
 
 
 class Support(NamedTuple):
+    """A picture and the mask that was painted on it."""
+
     pixels: np.ndarray
     mask: np.ndarray
     """boolean (H, W)"""
 
 
 class Photo(NamedTuple):
+    """A picture to search."""
+
     name: str
     """of its file, without the ending"""
     pixels: np.ndarray
@@ -73,6 +77,7 @@ class Findings(NamedTuple):
     """on what it took"""
 
     def of(self, photo: Photo, supports: int) -> Segmentation | None:
+        """Return the result of a photo, or None where it was segmented with another number of supports."""
         return self.by_photo.get(photo.key) if supports == self.supports else None
 
 

@@ -1,0 +1,1 @@
+"""This package builds, trains, saves and evaluates the network that a config describes."""

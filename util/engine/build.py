@@ -23,7 +23,7 @@ from util.data.class_index import ClassIndex, load_class_index
 from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import fits_shared_memory, start_worker
+from util.data.loading import LOOK, fits_shared_memory, start_worker
 from util.data.readers import reader_of
 from util.data.transforms import augment, fit
 from util.engine.rounds import Round, batched
@@ -122,6 +122,7 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
 
 
 def build_loss(config: Config) -> NTRELoss:
+    """Build the loss with its terms' weights, and the bank of the fold's base classes."""
     options = config.loss
     bank = PrototypeBank(
         class_ids=base_classes(config.data),
@@ -159,6 +160,7 @@ def build_index(config: Config, split: str) -> ClassIndex:
 
 
 def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
+    """Build the sampler of training episodes, which are about the fold's base classes."""
     data = config.data
     return EpisodeSampler(
         index,
@@ -261,6 +263,7 @@ def _loader(
         batch_sampler=batches,
         collate_fn=partial(collate, join=default_collate if shared else torch.stack),
         num_workers=workers,
+        timeout=LOOK if workers else 0,
         worker_init_fn=partial(start_worker, shared=shared),
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout

@@ -12,8 +12,10 @@ from util.files import naming
 
 
 class Events:
-    """What a run shows. Everything stands at the number of steps done, so that nothing stands twice after a resume:
-    what was written behind the checkpoint is purged by the next start.
+    """What a run shows.
+
+    Everything stands at the number of steps done, so that nothing stands twice after a resume: what was written behind
+    the checkpoint is purged by the next start.
 
     Raises:
         OSError: the disk is full; names the folder.
@@ -27,6 +29,7 @@ class Events:
             self._writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), step + 1)
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Write a value for each name at a step."""
         with naming(self.folder):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
@@ -45,5 +48,6 @@ class Events:
             self._writer.flush()
 
     def close(self) -> None:
+        """Finish the file."""
         with naming(self.folder):
             self._writer.close()

@@ -31,11 +31,10 @@ Predictor = Callable[[NTRENetOutput], Tensor]
 """model output -> logits (B, 1, S, S)"""
 
 
-def forward(model: nn.Module, batch: Episode, hardware: Hardware) -> NTRENetOutput:
+def forward(model: Callable[..., NTRENetOutput], batch: Episode, hardware: Hardware) -> NTRENetOutput:
     """Run the model on a batch that lies on its device."""
     with hardware.autocast():
-        output: NTRENetOutput = model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
-    return output
+        return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
 def learning_rate(step: int, *, base: float, total: int, power: float, warmup: int) -> float:
@@ -65,7 +64,7 @@ def train(training: Training, batches: Iterable[Episode], *, lr_at: Callable[[in
             with training.hardware.autocast():
                 training.model.backbone.measure_scale(normalize(episodes.query))
         output = forward(training.network, episodes, training.hardware)
-        losses = training.criterion(
+        losses = training.loss(
             output, episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
         )
         scaler.scale(losses["total"]).backward()
@@ -114,6 +113,7 @@ class Frozen(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Return how much memory the tensors take."""
         tensors = [*self.ground_truths, self.middle, self.query_high, self.support_high, self.target]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
@@ -227,7 +227,7 @@ def run_backbone(model: NTRENet, batch: ImageBatch, part: Round, hardware: Hardw
         most = max((covered[n] for n in supports), default=0)
         shown = (picked(stage3, supports), picked(target, supports)) if supports else None
         support_high = None if shown is None else target_positions(backbone, *shown, most)
-    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.truths]
+    ground_truths = [ground_truth.to(device, non_blocking=True) for ground_truth in batch.ground_truths]
     return Frozen(batch.places, ground_truths, queries, supports, middle, query_high, support_high, target, covered)
 
 

@@ -23,7 +23,7 @@ class Scores(NamedTuple):
 
 
 def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
-    """Counts of one episode, on its device: true negatives, false positives, false negatives, true positives.
+    """Count the pixels of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
     Args:
         prediction: (H, W), boolean
@@ -34,10 +34,26 @@ def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     return torch.stack([outcome.sum() for outcome in outcomes])
 
 
-def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -> Scores:
-    """Scores of N episodes.
+def iou(counts: np.ndarray) -> np.ndarray:
+    """Compute the IoU of the target, TP / (TP + FP + FN), from counts (..., 4) of :func:`confusion`: (...).
 
-    A class that never occurred and was never predicted has IoU 0; an absent denominator gives 0.
+    It is 1 where nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project
+    is computed here.
+    """
+    union = counts[..., 1:].sum(-1)
+    return np.where(union == 0, 1.0, _ratio(counts[..., 3], union))
+
+
+def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
+    """Compute the :func:`iou` of one boolean mask (H, W); the ground truth is 1 target, 0 other, 255 ignored."""
+    return float(iou(confusion(torch.from_numpy(mask), torch.from_numpy(ground_truth)).numpy()))
+
+
+def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -> Scores:
+    """Score N episodes.
+
+    A class without any episode has not been measured; as in the published code it counts as 0 in the mean, so that
+    few episodes never look better than many.
 
     Args:
         counts: (N, 4), of :func:`confusion`
@@ -48,28 +64,15 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
     """
     if not np.isin(class_ids, list(classes)).all():
         raise ValueError(f"episodes of classes {np.unique(class_ids)}, but scored are {list(classes)}")
-    tn, fp, fn, tp = np.stack([counts[class_ids == class_id].sum(0) for class_id in classes]).T
-    per_class = _ratio(tp, tp + fp + fn)
-    foreground = _ratio(tp.sum(), (tp + fp + fn).sum())
-    background = _ratio(tn.sum(), (tn + fp + fn).sum())
+    of_class = np.stack([counts[class_ids == class_id].sum(0) for class_id in classes])
+    per_class = np.where(np.isin(list(classes), class_ids), iou(of_class), 0.0)
+    total = counts.sum(0)  # reversed these are the counts of the background
     return Scores(
         miou=float(per_class.mean()),
-        fb_iou=float((foreground + background) / 2),
-        precision=float(_ratio(tp.sum(), (tp + fp).sum())),
-        per_class={name: float(iou) for name, iou in zip(classes.values(), per_class, strict=True)},
+        fb_iou=float((iou(total) + iou(total[::-1])) / 2),
+        precision=float(_ratio(total[3], total[1] + total[3])),
+        per_class={name: float(value) for name, value in zip(classes.values(), per_class, strict=True)},
     )
-
-
-def episode_iou(counts: np.ndarray) -> np.ndarray:
-    """IoU of the target in each of N pictures, (N, 4) -> (N,); 1 where nothing is target and nothing is predicted."""
-    union = counts[:, 1:].sum(1)
-    return np.where(union == 0, 1.0, _ratio(counts[:, 3], union))
-
-
-def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
-    """:func:`episode_iou` of one picture: a boolean mask (H, W), and 1 target, 0 other, 255 ignored."""
-    counts = confusion(torch.from_numpy(mask), torch.from_numpy(ground_truth))
-    return float(episode_iou(counts.numpy()[None])[0])
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

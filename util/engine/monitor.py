@@ -139,6 +139,7 @@ class Monitor:
             self._show(report)
 
     def save(self) -> None:
+        """Write what was logged up to here and a checkpoint."""
         self.flush()
         if self.events is not None:
             self.events.flush()  # a checkpoint's own events are on the disk before it

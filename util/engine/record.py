@@ -82,6 +82,7 @@ def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
+    """Append a line of JSON to a file."""
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
         file.flush()

@@ -18,6 +18,8 @@ T = TypeVar("T")
 
 @dataclass
 class Round:
+    """Episodes of one class that are evaluated together, and the images that they need."""
+
     class_id: int
     episodes: list[int] = field(default_factory=list)
     """numbers of its episodes"""

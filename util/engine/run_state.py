@@ -2,16 +2,17 @@
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.losses import NTRELoss
-from model.ntrenet import NTRENet
+from model.ntrenet import NTRENet, NTRENetOutput
 from model.parallel import processes, rank
 from model.weights import WeightsInfo
 from util.config import Config, config_from_dict, read_yaml
@@ -26,6 +27,8 @@ LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
 
 @dataclass
 class Training:
+    """All that changes while a run is trained, and what it is trained with."""
+
     config: Config
     hardware: Hardware
     weights: WeightsInfo
@@ -47,8 +50,10 @@ class Training:
 
     def __post_init__(self) -> None:
         self._began = time.monotonic()
-        self.network: nn.Module = self.model
-        """the model as a training step calls it: on several processes, what averages their gradients"""
+        self.network: Callable[..., NTRENetOutput] = self.model
+        """the model as a step calls it, compiled or not; on several processes, what averages their gradients"""
+        self.loss: Callable[..., dict[str, Tensor]] = self.criterion
+        """the criterion as it calls it"""
         if processes() > 1:
             devices = [self.hardware.device] if self.hardware.device.type == "cuda" else None
             self.network = nn.parallel.DistributedDataParallel(self.model, device_ids=devices, broadcast_buffers=False)

@@ -1,0 +1,1 @@
+"""This package makes tables of runs, beside the paper's."""

@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from model.backbones import BACKBONES
-from util.config import COMPARED, departures, flatten, keys_with
+from util.config import COMPARED, departures, keys_with
 from util.report.runs import Run
 
-SETTING = ["dataset", "backbone", "shots"]
-CELL = [*SETTING, "row", "fold", "seed"]
+CELL = ["setting", "row", "fold", "seed"]
 EXTRAS = {
     "precision": "Precision",
     "fb_iou": "FB-IoU",
@@ -24,6 +23,14 @@ EXTRAS = {
     "best": "mIoU, best threshold",
 }
 """measures beside the folds' mIoU at 0.5"""
+SHARED = {
+    "code revisions": "revision",
+    "evaluation lists": "test_list",
+    "training lists": "train_list",
+    "dtypes": "dtype",
+    "numbers of episodes": "episodes",
+}
+"""what the runs of one table should share, beside config keys"""
 LEGEND = (
     "Figures are in percent, and the mean over all seeds of a cell; nothing is picked. ± is the sample standard"
     " deviation over training seeds, in the column Mean that of the seeds' own means over folds; with † it is over the"
@@ -34,6 +41,8 @@ LEGEND = (
 
 
 class Score(NamedTuple):
+    """A figure of one cell, or of the mean over its folds."""
+
     mean: float
     std: float | None
     over: str
@@ -41,56 +50,42 @@ class Score(NamedTuple):
 
 
 def ablations(paper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Those tables of paper.yaml whose rows are networks of this project."""
+    """Return those tables of paper.yaml whose rows are networks of this project."""
     return {name: table for name, table in paper.items() if isinstance(table.get("rows"), dict)}
 
 
 def switches(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The config keys that define a row; all others have their defaults."""
+    """Return the config keys that define a row; all others have their defaults."""
     return {key: value for key, value in row.items() if "." in key}
 
 
-def of_runs(runs: Sequence[Run]) -> pd.DataFrame:
-    """Make a line of each run."""
-    columns = [*SETTING, "fold", "folds", "seed", "episodes", "modified"]
-    found = pd.DataFrame([{key: getattr(run, key) for key in columns} for run in runs], columns=columns)
-    for measure in ("miou", "fb_iou", "precision"):
-        found[measure] = [getattr(run, measure).per_seed for run in runs]
-    return found.assign(
-        calibrated=[run.calibrated_miou for run in runs], best=[run.best_miou for run in runs], run=list(runs)
-    )
+def frame(runs: Sequence[Run], paper: Mapping[str, Any] | None = None) -> pd.DataFrame:
+    """Make a line of each run, with its setting, the row it belongs to, and whether a newer run replaces it.
 
-
-def frame(runs: Sequence[Run], paper: Mapping[str, Any]) -> pd.DataFrame:
-    """Make a line of each run, with the row it belongs to and whether a newer run of the same seed replaces it.
-
-    A row's name is its key in ``paper``. A run that no row there describes is a row of its own, named by the nearest
-    one and the keys in which it differs from that. A number in which all runs of a data set that the paper does not
-    have differ from NTRENet alike, such as a small network's channels, names no row: column ``common`` holds it.
+    A setting is what one table is about: data set, backbone, shots, and numbers in which the network departs from
+    NTRENet and that define no row, such as a small network's channels. A row's name is its key in ``paper``. A run that
+    no row there describes is a row of its own, named by the nearest one and the keys in which it differs from that.
     """
-    found = of_runs(runs)
-    named = {key: switches(row) for table in ablations(paper).values() for key, row in table["rows"].items()}
+    found = pd.DataFrame([run.model_dump() for run in runs])
+    if found.empty:
+        return found
+    named = {key: switches(row) for table in ablations(paper or {}).values() for key, row in table["rows"].items()}
     known = {key for row in named.values() for key in row}
-    published = {table.get("dataset") for table in paper.values()}
-    for (dataset, _), group in found.groupby(["dataset", "backbone"]):
-        changes = [departures(run.config.model_dump()) for run in group.run]
-        common = {
-            key: value
-            for key, value in changes[0].items()
-            if dataset not in published and key not in known and not isinstance(value, bool | str)
-            if all(key in changed and changed[key] == value for changed in changes)
-        }
-        found.loc[group.index, "common"] = ", ".join(as_text(common))
-        found.loc[group.index, "row"] = [
-            name_of({k: v for k, v in c.items() if k not in common}, named) for c in changes
-        ]
-    found["backbone"] = [BACKBONES[name].title if name in BACKBONES else name for name in found.backbone]
-    found = found.sort_values([*CELL, "modified"], ignore_index=True)
+    settings, rows = [], []
+    for run in runs:
+        changed = departures(run.config)
+        sizes = {k: value for k, value in changed.items() if k not in known and not isinstance(value, bool | str)}
+        backbone = BACKBONES[run.backbone].title if run.backbone in BACKBONES else run.backbone
+        settings.append(", ".join([run.dataset, backbone, f"{run.shots}-shot", *as_text(sizes)]))
+        rows.append(name_of({k: value for k, value in changed.items() if k not in sizes}, named))
+    order = {key: place for place, key in enumerate(named)}
+    found = found.assign(setting=settings, row=rows, place=[order.get(row, len(order)) for row in rows])
+    found = found.sort_values(["setting", "place", *CELL[1:], "modified"], ignore_index=True)
     return found.assign(replaced=found.duplicated(CELL, keep="last"))
 
 
 def name_of(changed: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) -> str:
-    """The row with these switches, or the one with most of them and what is beside it."""
+    """Name the row with these switches, or the one with most of them and what is beside it."""
     within = [key for key, row in named.items() if row.items() <= changed.items()]
     nearest = max(within, key=lambda key: len(named[key]), default="full")
     rest = as_text({key: value for key, value in changed.items() if key not in named.get(nearest, {})})
@@ -98,6 +93,7 @@ def name_of(changed: Mapping[str, Any], named: Mapping[str, Mapping[str, Any]]) 
 
 
 def as_text(changed: Mapping[str, Any]) -> list[str]:
+    """Write config keys as a command line has them."""
     return [f"{key}={json.dumps(value)}" for key, value in changed.items()]
 
 
@@ -111,7 +107,7 @@ def score(runs: pd.DataFrame, measure: str) -> Score:
         [
             (line.seed, line.fold, test_seed, value)
             for line in runs[runs[measure].notna()].itertuples()
-            for test_seed, value in zip(line.run.seeds or [0], getattr(line, measure), strict=False)
+            for test_seed, value in zip(line.test_seeds, getattr(line, measure), strict=False)
         ],
         columns=["training", "fold", "evaluation", "value"],
     )
@@ -125,23 +121,24 @@ def score(runs: pd.DataFrame, measure: str) -> Score:
 
 
 def show(runs: pd.DataFrame, measure: str, reference: float | None = None) -> str:
-    """'65.2 ± 0.3 (-0.2)', as LEGEND says, or 'not run'."""
+    """Write '65.2 ± 0.3 (-0.2)', as LEGEND says, or 'not run'."""
     found = score(runs, measure)
     if pd.isna(found.mean):
         return "not run"
     text = f"{found.mean:.1f}"
     if found.std is not None:
         text += f" ± {found.std:.1f}" + "†" * (found.over == "evaluation")
-    text += "‡" * any(run.config.model.get("weights") == "random" for run in runs.run)
+    text += "‡" * any(config.get("model.weights") == "random" for config in runs.config)
     return text + (f" ({signed(found.mean - reference)})" if reference is not None else "")
 
 
 def signed(difference: float) -> str:
+    """Write a difference with its sign, and none as +0.0."""
     return f"{round(difference, 1) + 0.0:+.1f}"
 
 
 def whole(runs: pd.DataFrame) -> bool:
-    """Whether all folds were run, so that there is a mean."""
+    """Tell whether all folds were run, so that there is a mean."""
     return not runs.empty and runs.fold.nunique() == runs.folds.max()
 
 
@@ -154,125 +151,80 @@ def ladder(runs: pd.DataFrame, rows: Mapping[str, Mapping[str, Any]], *, beside_
             compared with if ``beside_paper``
     """
     runs = runs[runs.row.isin(rows)]
+    folds = runs.folds.max()
     extras = {measure: title for measure, title in EXTRAS.items() if runs[measure].notna().any()}
-    if all(run.calibrated is None for run in runs.run):
-        extras.pop("calibrated", None)  # all at 0.5
-    ordered = any("paper" in row for row in rows.values())
+    if (runs.calibrated.isna() | (runs.calibrated == runs.miou)).all():  # all at 0.5
+        extras.pop("calibrated", None)
     lines: list[dict[str, str]] = []
     above: float | None = None
-    for key, row in rows.items():
-        own, paper = runs[runs.row == key], dict(enumerate(row.get("paper", ()) if beside_paper else ()))
-        if own.empty:
-            continue
-        folds = runs.folds.max()
-        mean = score(own, "miou") if whole(own) else None
-        line = {"Network": str(row["label"])}
+    for key, own in ((key, runs[runs.row == key]) for key in rows if (runs.row == key).any()):
+        paper = dict(enumerate(rows[key].get("paper", ()) if beside_paper else ()))
+        mean = score(own, "miou").mean if whole(own) else None
+        line = {"Network": str(rows[key]["label"])}
         line |= {f"Fold {fold}": show(own[own.fold == fold], "miou", paper.get(fold)) for fold in range(folds)}
-        line["Mean"] = show(own, "miou", paper.get(folds)) if mean else "-"
-        if ordered:
-            line["Margin"] = signed(mean.mean - above) if mean and above is not None else ""
+        line["Mean"] = "-" if mean is None else show(own, "miou", paper.get(folds))
+        if any("paper" in row for row in rows.values()):
+            line["Margin"] = "" if mean is None or above is None else signed(mean - above)
         for measure, title in extras.items():
             comparable = whole(own) or set(own.fold) == set(runs.fold)
             reference = paper.get(folds + 1) if measure == "precision" and whole(own) else None
             line[title] = show(own, measure, reference) if comparable else "-"
         line["Seeds"] = " or ".join(map(str, sorted(set(own.groupby("fold").seed.nunique()))))
-        above = mean.mean if mean else None
+        above = mean
         lines.append(line)
     return pd.DataFrame(lines)
 
 
-def verdict(runs: pd.DataFrame, rows: Mapping[str, Mapping[str, Any]]) -> tuple[bool | None, str]:
-    """Say whether our means rise along the rows as the paper's do, None if not all are there, and by how much."""
-    found = {row["label"]: runs[runs.row == key] for key, row in rows.items() if "paper" in row}
-    scores = {label: score(own, "miou") for label, own in found.items() if whole(own)}
-    if not found or len(scores) < len(found):
-        return None, f"cannot be judged ({', '.join(x for x in found if x not in scores)}: not run on all folds)"
-    steps, holds = [], True
-    for (_, before), (label, after) in itertools.pairwise(scores.items()):
-        rise, stds = after.mean - before.mean, [s.std for s in (before, after) if s.std is not None]
-        size = (
-            f"{'beyond' if abs(rise) > max(stds) else 'within'} the deviation, {max(stds):.1f}" if stds else "one seed"
-        )
-        steps.append(f"{label} {signed(rise)} ({size})")
-        holds &= rise > 0
-    return holds, f"{'holds' if holds else 'does not hold'}: {'; '.join(steps)}"
+def follows(runs: pd.DataFrame, rows: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Tell whether our means rise along the rows as the paper's do; None where not all are there on all folds."""
+    cells = [runs[runs.row == key] for key, row in rows.items() if "paper" in row]
+    means = [score(own, "miou").mean for own in cells if whole(own)]
+    return all(a < b for a, b in itertools.pairwise(means)) if cells and len(means) == len(cells) else None
 
 
-def beside(table: Mapping[str, Any], shots: int, runs: pd.DataFrame) -> pd.DataFrame:
-    """Set our PFENet and NTRENet under the rows of Table 1 or 2 of the paper.
-
-    Args:
-        runs: of the table's data set and this number of shots
-    """
-    lines = []
-    columns = [*(f"Fold {fold}" for fold in range(4)), "Mean", "FB-IoU"]
+def beside(table: Mapping[str, Any], shots: int, runs: pd.DataFrame) -> tuple[pd.DataFrame, bool]:
+    """Set our PFENet and NTRENet under the rows of Table 1 or 2 of the paper, and tell whether any was run."""
+    lines: list[list[str]] = []
     for row in table["rows"]:
+        paper = row[f"{shots}-shot"]
         source = f" [{row['reference']}]" if row["reference"] else ""
-        values = row[f"{shots}-shot"]
-        texts = ["-" if value is None else f"{value:.1f}" for value in values]
-        lines.append([row["backbone"], row["method"] + source, *texts])
-        key = {"PFENet": "pfenet", "NTRENet": "full"}.get(row["method"], "")
-        own = runs[(runs.row == key) & (runs.backbone == row["backbone"])]
+        printed = ["-" if value is None else f"{value:.1f}" for value in paper]
+        lines.append([row["backbone"], row["method"] + source, *printed])
+        key = {"PFENet": "pfenet", "NTRENet": "full"}.get(row["method"])
+        own = runs[(runs.setting == f"{table['dataset']}, {row['backbone']}, {shots}-shot") & (runs.row == key)]
         if not own.empty:
-            texts = [show(own[own.fold == fold], "miou", values[fold]) for fold in range(4)]
-            texts += [
-                show(own, m, v) if whole(own) else "-" for m, v in zip(("miou", "fb_iou"), values[4:], strict=True)
-            ]
+            texts = [show(own[own.fold == fold], "miou", paper[fold]) for fold in range(4)]
+            texts += [show(own, "miou", paper[4]), show(own, "fb_iou", paper[5])] if whole(own) else ["-", "-"]
             lines.append([row["backbone"], f"{row['method']}, ours", *texts])
-    return pd.DataFrame(lines, columns=["Backbone", "Method", *columns])
+    columns = ["Backbone", "Method", *(f"Fold {fold}" for fold in range(4)), "Mean", "FB-IoU"]
+    return pd.DataFrame(lines, columns=columns), len(lines) > len(table["rows"])
 
 
 def costs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Time and memory, a line for each machine and dtype, because these are not comparable."""
-    trained = [run.training and run.training.finished for run in runs.run]
-    about = runs[[*SETTING, "row"]].assign(
-        device=[devices(run) for run in runs.run],
-        dtype=[run.dtype or "-" for run in runs.run],
-        hours=[cost.seconds / 3600 if cost else None for cost in trained],
-        training=[cost.peak_memory_mib if cost else None for cost in trained],
-        seconds=[1000 * (run.seconds or float("nan")) / len(run.miou.per_seed) / run.episodes for run in runs.run],
-        evaluation=[run.peak_memory_mib for run in runs.run],
-    )
-    by = about.astype({name: float for name in ("hours", "training", "seconds", "evaluation")}).groupby(
-        [*SETTING, "row", "device", "dtype"], as_index=False
-    )
+    """Sum up time and memory of one setting, a line for each machine and dtype, because these are not comparable."""
+    runs = runs.assign(per_1000=1000 * runs.test_seconds.astype(float) / (runs.episodes * runs.miou.map(len)))
+    columns = ["training_hours", "training_mib", "per_1000", "test_mib"]
+    by = runs.astype(dict.fromkeys(columns, float)).groupby(["row", "machine", "dtype"], sort=False)
     found = by.agg(
-        runs=("row", "size"),
-        **{"training, hours a fold": ("hours", "mean"), "training, peak MiB": ("training", "max")},
-        **{"evaluation, s per 1000 episodes": ("seconds", "mean"), "evaluation, peak MiB": ("evaluation", "max")},
+        Runs=("row", "size"),
+        **{"Hours a fold": ("training_hours", "mean"), "Training MiB": ("training_mib", "max")},
+        **{"s per 1000 episodes": ("per_1000", "mean"), "Test MiB": ("test_mib", "max")},
     )
-    for column, digits in zip(found.columns[-4:], (2, 0, 1, 0), strict=True):
-        found[column] = ["-" if pd.isna(value) else f"{value:.{digits}f}" for value in found[column]]
-    return found
+    digits = dict(zip(found.columns[1:], ("{:.2f}", "{:.0f}", "{:.1f}", "{:.0f}"), strict=True))
+    return found.assign(
+        **{c: found[c].map(text.format).replace("nan", "-") for c, text in digits.items()}
+    ).reset_index()
 
 
-def devices(run: Run) -> str:
-    """The machine of the training, and that of the evaluation where it is another."""
-    both = [run.training and run.training.device, run.environment.device]
-    return "; evaluation: ".join(dict.fromkeys(device for device in both if device)) or "-"
-
-
-def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """What runs of one table should share and do not, and its values."""
-    compared = keys_with(COMPARED)
-    about = pd.DataFrame(
-        [
-            {
-                "code revisions": run.revisions,
-                "evaluation lists": (run.list_sha256 or "unknown")[:12],
-                "training lists": ((run.training and run.training.train_list_sha256) or "unknown")[:12],
-                "dtypes": run.dtype or "unknown",
-                "numbers of episodes": str(run.episodes),
-                "evaluation geometries": str(run.config.eval.get("geometry", "unknown")),
-            }
-            | {f"settings {k}": f"{v}"[:60] for k, v in flatten(run.config.model_dump()) if k in compared}
-            for run in runs
-        ]
-    )
+def differences(runs: pd.DataFrame) -> dict[str, list[str]]:
+    """Return what the runs of one table should share and do not, and its values."""
+    about = pd.DataFrame({what: runs[column].map(str) for what, column in SHARED.items()})
+    for key in sorted(keys_with(COMPARED)):
+        about[f"settings {key}"] = [f"{config[key]}"[:60] if key in config else None for config in runs.config]
     return {what: sorted(values.dropna().unique()) for what, values in about.items() if values.nunique() > 1}
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table as Markdown."""
+    """Write a table as Markdown."""
     shown = table.map(lambda cell: html.escape(str(cell), quote=False).replace("|", "&#124;"))
     return shown.to_markdown(index=False, tablefmt="github", disable_numparse=True)

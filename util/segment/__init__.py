@@ -1,0 +1,1 @@
+"""This package segments pictures of one's own, and draws what comes out."""

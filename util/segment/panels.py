@@ -8,7 +8,7 @@ from model.ntrenet import NTRENet
 from util.config import Config
 from util.data.episodes import EpisodeList
 from util.engine.build import Hardware, build_eval_loader
-from util.engine.metrics import episode_iou
+from util.engine.metrics import iou
 from util.segment.visualize import Tile, draw_rows, episode_rows, save_picture
 
 
@@ -30,9 +30,8 @@ def save_panels(
         baseline: another network whose prediction is shown beside.
         counts: (N, 4), of the model on the episodes of ``source``
     """
-    iou = episode_iou(counts)
     pictures: dict[str, list[Tile]] = {}
-    for kind, chosen in choose(iou, number).items():
+    for kind, chosen in choose(iou(counts), number).items():
         loader = build_eval_loader(config, source, chosen)
         for rank, (episode, row) in enumerate(
             zip(chosen, episode_rows(model, loader, hardware=hardware, baseline=baseline), strict=True), 1
@@ -48,9 +47,9 @@ def save_panels(
     save_picture(folder / "contact_sheet.png", draw_rows(list(pictures.values())))
 
 
-def choose(iou: np.ndarray, number: int) -> dict[str, list[int]]:
-    """Choose episodes by their IoU (N,): the highest, the lowest, and some of the others, the same on every call."""
-    order = np.argsort(-iou, kind="stable").tolist()
+def choose(ious: np.ndarray, number: int) -> dict[str, list[int]]:
+    """Choose episodes by their IoUs (N,): the highest, the lowest, and some of the others, the same on every call."""
+    order = np.argsort(-ious, kind="stable").tolist()
     best, rest = order[:number], order[number:]
     worst, rest = rest[::-1][:number], rest[: max(len(rest) - number, 0)]
     drawn = np.random.default_rng(0).permutation(len(rest))[:number].tolist()

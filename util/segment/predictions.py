@@ -37,8 +37,10 @@ def draw_one(
     maps: bool,
     cutout: bool,
 ) -> Outputs:
-    """Draw the mask, 0 and 255, and the picture with the target tinted; with ``maps`` also the
-    segmenter's maps in 8-bit grey, and with ``cutout`` the picture with all but the target transparent."""
+    """Draw the mask, 0 and 255, and the picture with the target tinted.
+
+    With ``maps`` come the segmenter's maps in 8-bit grey, with ``cutout`` the picture on transparent ground.
+    """
     result = segmenter.segment_encoded(target, pixels, threshold=threshold, edges=edges)
     outputs = {"mask.png": _grey(result.mask), "overlay.jpg": Image.fromarray(overlay(pixels, result.mask, TARGET))}
     names = ("probability", *segmenter.maps) if maps else ()
@@ -96,6 +98,7 @@ def shows_nothing(outputs: Outputs) -> bool:
 
 
 def output_path(out: Path, name: str, ending: str) -> Path:
+    """Return where a query's file of this ending is written."""
     return out / f"{name}_{ending}"
 
 
@@ -116,6 +119,7 @@ def write_outputs(out: Path, name: str, outputs: Outputs) -> None:
 
 
 def is_finished(out: Path, name: str, wanted: Iterable[str]) -> bool:
+    """Tell whether all files that are wanted of a query are there."""
     return all(output_path(out, name, ending).exists() for ending in wanted)
 
 

@@ -14,6 +14,8 @@ AHEAD = 3
 
 
 class QueryFile(NamedTuple):
+    """A picture to segment, and the name that its results get."""
+
     path: Path
     name: str
     """of its outputs: without suffix, and below a folder relative to it ('sub/frame_01')"""
@@ -50,6 +52,7 @@ def unread_pictures(paths: Sequence[Path]) -> list[Path]:
 
 
 def is_unread(file: Path) -> bool:
+    """Tell whether a file is a picture of a kind that is not read."""
     return file.suffix.lower() in UNREAD and not file.name.startswith(".")
 
 
@@ -69,12 +72,12 @@ def find_ground_truths(path: Path, queries: Sequence[QueryFile]) -> dict[str, Pa
         masks = {queries[0].name: path}
     else:
         problem = f"is one file for {len(queries)} queries; give a folder" if path.exists() else "does not exist"
-        raise UserError(f"--truth {path} {problem}")
+        raise UserError(f"--ground-truth {path} {problem}")
     missing = [query for query in queries if query.name not in masks]
     if missing:
         raise UserError(
-            f"--truth {path} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*' for"
-            f" {missing[0].path}"
+            f"--ground-truth {path} lacks {len(missing)} of {len(queries)} queries: no picture '{missing[0].name}.*'"
+            f" for {missing[0].path}"
         )
     return masks
 

@@ -219,6 +219,7 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
     def join(self, targets: Sequence[SupportEncoding]) -> SupportEncoding:
+        """Make one encoding of several supports."""
         return join_shots(targets)
 
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -270,6 +271,7 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
         )
 
     def join(self, targets: Sequence[Described]) -> Described:
+        """Make one encoding of several supports."""
         return join(targets)
 
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

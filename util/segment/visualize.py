@@ -103,6 +103,7 @@ def draw_rows(rows: list[list[Tile]]) -> np.ndarray:
 
 
 def save_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a picture (H, W, 3), uint8 RGB, as PNG."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, encoded(Image.fromarray(picture), "PNG"))
 
