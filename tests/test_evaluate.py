@@ -23,7 +23,6 @@ from tests.harness import (
     call,
     evaluated,
     load,
-    process,
     refused,
     sha256,
     short_run,
@@ -66,10 +65,10 @@ def mixed(short: Path, config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tested(mixed: Path, config: Path) -> Tested:
-    """test.py in a process of its own: three seeds, baselines, picture; its ending, results and picture."""
+    """test.py with three seeds, baselines and picture: its ending, results and picture."""
     out, panel = config.parent / "out/results.json", config.parent / "out/panel.png"
     arguments = ["--seeds", 0, 1, 2, "--episodes", 6, "--baselines", "--out", out, "--panel", panel]
-    result = succeeded(process("test.py", "--config", config, "--checkpoint", mixed, *arguments))
+    result = succeeded(call(test_command, "--config", config, "--checkpoint", mixed, *arguments))
     return result, json.loads(out.read_text()), panel
 
 
@@ -152,7 +151,7 @@ def test_results_tell_what_was_evaluated(tested: Tested, config: Path, mixed: Pa
     expected = {"dataset": "Synthetic-5i", "fold": 0, "folds": 4, "shots": 1, "episodes": 6, "seeds": [0, 1, 2]}
     assert {key: results[key] for key in expected} == expected
     assert results["backbone"] == "efficientnet_lite0"
-    assert results["config"] == load_config(config, ["eval.episodes=6"]).model_dump()
+    assert results["config"] == load_config(config, ["eval.episodes=6", "train.epochs=1"]).model_dump()
     assert results["checkpoint_sha256"] == sha256(mixed)
     assert results["list_sha256"] == sha256(tiny / "lists/val.txt")
     assert 0 < results["seconds"] < 300
