@@ -397,7 +397,6 @@ TEXT: dict[str, tuple[str, Damage]] = {
     "has a NUL in it": ("refused", edited(lambda data: data[:20] + b"\0" + data[20:])),
 }
 YAML: dict[str, tuple[str, Damage]] = {
-    "has an alias": ("refused", added("x: &x 1\ny: *x\n")),
     "nests lists a hundred thousand deep": ("refused", added("x: " + "[" * 100_000)),
     "makes an object": ("refused", added("x: !!python/object/apply:os.mkdir [exploded]\n")),
     "has an empty !!int": ("refused", added("x: !!int ''\n")),

@@ -115,7 +115,7 @@ class ImageBatch(NamedTuple):
     """the masks at their own size, (H, W), uint8"""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Hand the masks over as bytes: they are kept for a round, and each in shared memory has a file descriptor."""
+        """Hand masks over as bytes: they are kept for a round, and each in shared memory holds a file descriptor."""
         return _image_batch, (self.places, self.images, self.masks, [mask.numpy() for mask in self.ground_truths])
 
     def pin_memory(self) -> "ImageBatch":
