@@ -106,7 +106,7 @@ class ImageBatch(NamedTuple):
     """N images of an evaluation, each with its mask of one class."""
 
     places: list[int]
-    """in the list"""
+    """the images' places in the list"""
     images: Tensor
     """(N, 3, S, S), uint8 RGB; one image has no N"""
     masks: Tensor
