@@ -348,7 +348,7 @@ def _layers(path: Path, variants: Sequence[Path], overrides: Sequence[str]) -> I
         if not equals:
             raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
         try:
-            value = yaml.load(text, _Loader)
+            value = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
         except Exception as error:  # see read_yaml
             raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
         for part in reversed(key.split(".", 3)):  # no key has more parts
@@ -430,7 +430,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"config {path} cannot be read: {error}") from error
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from error
