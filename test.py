@@ -52,6 +52,8 @@ from util.segment.segmenter import TrainingFreeSegmenter
 from util.segment.visualize import draw_rows, episode_rows, save_picture
 
 PANEL_ROWS = 4
+MOST_CLASSES, ENDS = 40, 10
+"""with more novel classes, as FSS-1000 has, so many of the worst and of the best are shown"""
 TITLES = {
     "all_foreground": "all foreground",
     "prior": "prior at 0.5",
@@ -308,7 +310,7 @@ def table(results: dict[str, Any]) -> str:
     )
     rows: list[list[str]] = []
     if "miou" in results:
-        rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
+        rows += class_rows(results["per_class"])
         rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
         rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
     if (other := results.get("calibrated")) is not None:
@@ -320,6 +322,15 @@ def table(results: dict[str, Any]) -> str:
         rows.append(["time", f"{results['seconds']:.0f} s"])
         rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
     return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
+
+
+def class_rows(per_class: dict[str, float]) -> list[list[str]]:
+    """A row a class; of many classes the worst and the best, which --out has all."""
+    if len(per_class) <= MOST_CLASSES:
+        return [[name, f"{iou:.1f}"] for name, iou in per_class.items()]
+    ordered = [[name, f"{per_class[name]:.1f}"] for name in sorted(per_class, key=lambda name: per_class[name])]
+    between = f"{len(ordered) - 2 * ENDS} classes between these are in the file of --out"
+    return [*ordered[:ENDS], ["...", "", between], *ordered[-ENDS:]]
 
 
 if __name__ == "__main__":

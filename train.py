@@ -61,7 +61,7 @@ SHORT, USUAL = 300, 600
 PANELS = 4
 """episodes shown in TensorBoard after each evaluation"""
 SELECTION = {
-    "miou": "the checkpoint with the highest novel-fold mIoU, as in the lineage",
+    "miou": "the checkpoint with the highest novel-fold mIoU, as in PFENet's code",
     "last": "the last checkpoint",
 }
 

@@ -136,7 +136,7 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
 
 
 def build(config: Config, hardware: Hardware, *, plain: bool) -> NTRENet:
-    """Random weights, the same for both; plain as the lineage has it: batch norm on its own, channels first."""
+    """Random weights, the same for both; plain as in PFENet's code: batch norm on its own, channels first."""
     torch.manual_seed(0)
     model = build_model(config, "random", fold=not plain)[0].to(hardware.device)
     return model.to(memory_format=torch.contiguous_format) if plain else model  # type: ignore[call-overload]

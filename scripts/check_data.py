@@ -88,7 +88,7 @@ class Split:
     """What was found in a list."""
 
     index: ClassIndex
-    """of the lines that are sound"""
+    """holds the lines that are sound"""
     lines: int = 0
     problems: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -126,7 +126,7 @@ class Checked(NamedTuple):
     """What was found of an image and its mask."""
 
     counts: Counts | None
-    """of :func:`count_pixels`"""
+    """what :func:`count_pixels` gives; None where a file is wrong"""
     problem: str | None
     turned: bool = False
     """viewers turn the image by its EXIF orientation, and the mask's size does not tell whether it was turned too"""

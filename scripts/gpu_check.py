@@ -52,14 +52,14 @@ class Sizes(NamedTuple):
     """How much is run."""
 
     side: int
-    """of the network's input where speed is measured"""
+    """pixels of the network's square input where speed is measured"""
     batch: int
     repeats: int
     images: int
-    """of the training that is compared"""
+    """pictures that the training that is compared reads"""
     epochs: int
     overrides: list[str]
-    """of that training"""
+    """what that training changes in the config"""
     shots: tuple[int, ...]
     pictures: int
     """that speed is measured on"""

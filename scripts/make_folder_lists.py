@@ -30,7 +30,7 @@ from util.errors import UserError, first_of
 from util.files import require_writable, write_text
 
 SHARE = 0.24
-"""of the classes that test, and that validate"""
+"""share of the classes that test, and share of those that validate"""
 PHOTOS = tuple(suffix for kind, suffixes in FORMATS.items() if kind != "PNG" for suffix in suffixes)
 
 

@@ -43,9 +43,9 @@ EPISODE = 2
 STEPS, BATCH_SIZE = 600, 8
 """steps after which something is learned, however few pictures there are; train.batch_size of configs/custom.yaml"""
 VALIDATIONS = 4
-"""in a training: with the 200 episodes of configs/custom.yaml, a small part of its time"""
+"""how often a training validates: with the 200 episodes of configs/custom.yaml, a small part of its time"""
 MIN_SHARE = 0.005
-"""of a picture that a class needs to be an example of it"""
+"""share of a picture that a class needs to be an example of it"""
 MOST_FOLDS = 4
 
 

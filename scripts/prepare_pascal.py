@@ -44,7 +44,7 @@ from util.files import write_bytes
 from util.progress import progress
 
 LARGEST = 64 * 2**20
-"""bytes that a photo or a mask may have; theirs have less than a hundredth of it"""
+"""a photo or mask of more bytes is refused; the official ones have less than a hundredth of it"""
 DOWNLOADS = {
     "voc": (
         "VOCtrainval_11-May-2012.tar",
@@ -70,9 +70,9 @@ class Source:
 
     path: Path
     prefix: str
-    """of the names in the archive; a ready-made folder has none"""
+    """what the names in the archive begin with; a ready-made folder has none"""
     folder: Path | None
-    """where an unpacked one has its root; None for an archive"""
+    """the root of an unpacked one; None for an archive"""
 
     @classmethod
     def open(cls, path: Path, prefix: str, marker: str) -> "Source":
@@ -133,7 +133,7 @@ class Source:
 
 
 Sources = dict[str, list[tuple[Source, str]]]
-"""where an image and a mask may lie, best first: in which source, under which name for an id"""
+"""the places where an image and a mask may lie, best first: a source, and the name there for an id"""
 
 
 class File(NamedTuple):
@@ -264,7 +264,7 @@ class RawMask(NamedTuple):
     data: bytes
     target: Path
     origin: str
-    """where it comes from, for messages"""
+    """names the source in messages"""
 
 
 def build(files: list[File]) -> int:

@@ -7,4 +7,4 @@ export OMP_NUM_THREADS=1  # two threads beside a busy neighbour are slower than 
 ruff check .
 ruff format --check .
 mypy
-python -m pytest --numprocesses auto --dist loadgroup "$@"
+python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

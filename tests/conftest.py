@@ -1,11 +1,24 @@
-"""Fixtures that all tests share."""
+"""Fixtures that several files share. They cost time: every worker of pytest-xdist makes those it needs once."""
 
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from util.data import synthetic as generator
+import train
+from tests.harness import ROOT, TINY, Run, call, short_run, succeeded
+from util.data.synthetic import generate
+
+SLOWEST = ("resume", "readme", "train", "gpu_readiness", "model", "convert_pfenet", "evaluate", "refusals", "extension")
+"""files of tests that take longest"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the slowest files first: pytest-xdist gives each worker whole files, and all shall end together."""
+    places = {f"test_{name}.py": place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,5 +30,35 @@ def one_thread() -> None:
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a small synthetic data set: 60 training and 40 validation images. Leave its files as they are."""
     root = tmp_path_factory.mktemp("synthetic")
-    generator.generate(root, train=60, val=40)
+    generate(root, train=60, val=40)
     return root
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Root of a data set of 3 training and 4 validation images a class. Leave its files as they are."""
+    root = tmp_path_factory.mktemp("commands") / "tiny"
+    generate(root, train=24, val=32)
+    yield root
+    shutil.rmtree(root.parent)
+
+
+@pytest.fixture(scope="session")
+def config(tiny: Path) -> Path:
+    """A config of ``tiny`` for runs of seconds; what session fixtures make lies beside it."""
+    path = tiny.parent / "tiny.yaml"
+    path.write_text(TINY.format(base=ROOT / "configs/base/synthetic.yaml", root=tiny))
+    return path
+
+
+@pytest.fixture(scope="session")
+def short(config: Path) -> Path:
+    """Folder of a run of one epoch. Leave its files as they are."""
+    return short_run(config, config.parent / "short")
+
+
+@pytest.fixture(scope="session")
+def run(config: Path) -> Run:
+    """Two epochs in one go. Leave its files as they are."""
+    folder = config.parent / "run"
+    return Run(folder, succeeded(call(train, "--config", config, f"run_dir={folder}")))

@@ -248,3 +248,15 @@ def test_what_is_wrong_with_folders_is_said(tmp_path: Path, monkeypatch: pytest.
     (root / "b/3.png").unlink()
     with pytest.raises(UserError, match=r"no mask.*b/3.jpg"):
         make_lists(root, lists, monkeypatch)
+
+
+def test_of_many_classes_the_worst_and_the_best_are_shown() -> None:
+    """In a process of its own: pytest knows a module called test already."""
+    given = "{f'c{n}': n / 10 for n in %s}"
+    code = f"import test; print(len(test.class_rows({given % 'range(40)'})), test.class_rows({given % 'range(240)'}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("40 [['c0', '0.0'], ['c1', '0.1']")
+    assert (
+        "['c9', '0.9'], ['...', '', '220 classes between these are in the file of --out'], ['c230', '23.0']"
+        in done.stdout
+    )

@@ -10,12 +10,12 @@ import pytest
 import yaml
 
 from model.torchvision_compat import import_models
-from util.config import Config, Meaning, config_from_dict, flatten, keys_with, known_keys, load_config
+from tests.harness import ROOT
+from util.config import Meaning, config_from_dict, flatten, keys_with, known_keys, load_config
 from util.data.synthetic import CLASS_NAMES
 from util.engine.checkpoint import require_same
 from util.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKBONES = {"pascal": ("vgg16_bn", "resnet50", "resnet101"), "coco": ("resnet50", "resnet101")}
 SHIPPED = sorted(path for folder in ("pascal", "coco", "synthetic") for path in (ROOT / "configs" / folder).iterdir())
 
@@ -67,31 +67,21 @@ def test_there_is_one_config_for_each_backbone_fold_and_shot(dataset: str, count
     assert len(names) == count
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_name_of_a_config_equals_its_content(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_name_content_command_and_the_papers_number_of_each_config_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = load_config(path.relative_to(ROOT))
-    assert path.name == f"{config.model.backbone}_fold{config.data.fold}_{config.data.shots}shot.yaml"
-    assert (
-        config.data.dataset
-        == {"pascal": "PASCAL-5i", "coco": "COCO-20i", "synthetic": "Synthetic-5i"}[path.parent.name]
-    )
-    assert config.run_dir == f"runs/{path.parent.name}/{path.stem}"
-    assert yaml.safe_load(path.read_text())["base"] == f"../base/{path.parent.name}.yaml"
-
-
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_config_opens_with_its_command_and_the_papers_number(path: Path) -> None:
-    lines = path.read_text().splitlines()
-    assert lines[0] == f"# python train.py --config {path.relative_to(ROOT)}"
-    assert len(lines) <= 8
-    if path.parent.name == "synthetic":
-        return
-    backbone, fold, shots = re.fullmatch(r"(\w+)_fold(\d)_(\d)shot", path.stem).groups()
-    number = PAPER[path.parent.name, backbone, int(shots)][int(fold)]
-    table = {"pascal": 1, "coco": 2}[path.parent.name]
-    assert re.findall(r"table (\d)", lines[1]) == [str(table)]
-    assert re.findall(r"\d+\.\d+", lines[1]) == [str(number)]
+    titles = {"pascal": "PASCAL-5i", "coco": "COCO-20i", "synthetic": "Synthetic-5i"}
+    for path in SHIPPED:
+        folder, lines = path.parent.name, path.read_text().splitlines()
+        config = load_config(path.relative_to(ROOT))
+        backbone, fold, shots = config.model.backbone, config.data.fold, config.data.shots
+        assert path.name == f"{backbone}_fold{fold}_{shots}shot.yaml"
+        assert (config.data.dataset, config.run_dir) == (titles[folder], f"runs/{folder}/{path.stem}")
+        assert yaml.safe_load(path.read_text())["base"] == f"../base/{folder}.yaml"
+        assert lines[0] == f"# python train.py --config {path.relative_to(ROOT)}" and len(lines) <= 8
+        if folder != "synthetic":
+            number = PAPER[folder, backbone, shots][fold]
+            assert re.findall(r"table (\d)", lines[1]) == [{"pascal": "1", "coco": "2"}[folder]]
+            assert re.findall(r"\d+\.\d+", lines[1]) == [str(number)]
 
 
 @pytest.mark.parametrize(
@@ -132,11 +122,11 @@ def test_class_names_of_the_synthetic_config_are_the_generators() -> None:
     assert tuple(config.data.classes) == CLASS_NAMES
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_config_survives_the_way_through_a_checkpoint_or_a_yaml_file(path: Path, tmp_path: Path) -> None:
-    config = load_config(path)
-    assert config_from_dict(config.model_dump(), "x") == config
-    assert load_config(write(tmp_path / "c.yaml", yaml.safe_dump(config.model_dump()))) == config
+def test_a_config_survives_the_way_through_a_checkpoint_or_a_yaml_file(tmp_path: Path) -> None:
+    for path in SHIPPED[:: len(SHIPPED) // 3]:
+        config = load_config(path)
+        assert config_from_dict(config.model_dump(), "x") == config
+        assert load_config(write(tmp_path / "c.yaml", yaml.safe_dump(config.model_dump()))) == config
 
 
 # ---------------------------------------------------------------- the value written is the value used
@@ -193,6 +183,7 @@ OTHER_VALUES = {
     "train.weight_decay": 0.5,
     "train.power": 1.5,
     "train.warmup": 3,
+    "train.compile": "off",
     "train.checkpoint_minutes": 0.5,
     "eval.episodes": 6,
     "eval.batch_size": 7,
@@ -213,7 +204,6 @@ def test_known_keys_are_the_keys_of_a_config(tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "c.yaml", MINIMAL))
     assert set(known_keys()) == {key for key, _ in flatten(config.model_dump())} == set(OTHER_VALUES)
     assert set(known_keys()) == keys_with(*Meaning)
-    assert set(known_keys()) == keys_with(*Meaning)
 
 
 def test_a_checkpoint_may_differ_from_a_config_in_what_its_use_leaves_open(tmp_path: Path) -> None:
@@ -233,27 +223,21 @@ def test_a_checkpoint_may_differ_from_a_config_in_what_its_use_leaves_open(tmp_p
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
-@pytest.mark.parametrize("place", ["file", "base", "command line"])
-def test_the_value_written_is_the_value_used(key: str, place: str, tmp_path: Path) -> None:
-    *sections, name = key.split(".")
-    tree = {name: OTHER_VALUES[key]}
-    for section in reversed(sections):
-        tree = {section: tree}
-    minimal = yaml.safe_load(MINIMAL)
-    if place == "command line":
-        text = yaml.safe_dump(OTHER_VALUES[key], default_flow_style=True).removesuffix("...\n").strip()
-        config = load_config(write(tmp_path / "c.yaml", MINIMAL), [f"{key}={text}"])
-    else:
-        for section, value in tree.items():
-            minimal[section] = {**minimal.get(section, {}), **value} if isinstance(value, dict) else value
-        path = write(tmp_path / "c.yaml", yaml.safe_dump(minimal))
-        config = load_config(path if place == "file" else write(tmp_path / "leaf.yaml", "base: c.yaml\n"))
-    values = dict(flatten(config.model_dump()))
-    assert values[key] == OTHER_VALUES[key]
-    assert type(values[key]) is type(OTHER_VALUES[key])
-    default = dict(flatten(load_config(write(tmp_path / "d.yaml", MINIMAL)).model_dump()))
-    changed = {k for k in values if values[k] != default[k]} - {"run_dir"}
-    assert changed <= {key}
+def test_the_value_written_is_the_value_used_wherever_it_stands(key: str, tmp_path: Path) -> None:
+    section, _, name = key.rpartition(".")
+    plain, value = write(tmp_path / "plain.yaml", MINIMAL), OTHER_VALUES[key]
+    tree = yaml.safe_load(MINIMAL)
+    (tree.setdefault(section, {}) if section else tree)[name] = value
+    path, text = write(tmp_path / "c.yaml", yaml.safe_dump(tree)), yaml.safe_dump(value, default_flow_style=True)
+    default = dict(flatten(load_config(plain).model_dump()))
+    for config in (
+        load_config(path),
+        load_config(write(tmp_path / "leaf.yaml", "base: c.yaml\n")),
+        load_config(plain, [f"{key}={text.removesuffix(chr(10)).removesuffix('...').strip()}"]),
+    ):
+        values = dict(flatten(config.model_dump()))
+        assert values[key] == value and type(values[key]) is type(value)
+        assert {k for k in values if values[k] != default[k]} - {"run_dir"} <= {key}
 
 
 def test_a_file_goes_before_its_base_and_the_command_line_before_both(tmp_path: Path) -> None:
@@ -276,16 +260,10 @@ def test_numbers_with_an_exponent_are_numbers(text: str, value: float, tmp_path:
     assert load_config(write(tmp_path / "d.yaml", MINIMAL), [f"train.lr={text}"]).train.lr == value
 
 
-@pytest.mark.parametrize("text", ["v1e5x", "e5", "1e", "1e5.5", "'1e5'"])
+@pytest.mark.parametrize("text", ["v1e5x", "1e", "'1e5'"])
 def test_names_that_resemble_numbers_stay_text(text: str, tmp_path: Path) -> None:
     config = load_config(write(tmp_path / "c.yaml", MINIMAL), [f"data.dataset={text}"])
     assert config.data.dataset == text.strip("'")
-
-
-def test_a_config_cannot_be_changed_once_it_is_read(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path / "c.yaml", MINIMAL))
-    with pytest.raises(ValueError, match="frozen"):
-        config.train.lr = 1.0
 
 
 # ---------------------------------------------------------------- what is refused, and how
@@ -294,60 +272,37 @@ WRONG = {
     # case: (key, value as written, words of the message beside file and key)
     "text for a number": ("train.lr", "fast", ["number", "'fast'"]),
     "quoted number": ("train.epochs", "'20'", ["integer", "'20'"]),
-    "text for a whole number": ("data.fold", "zero", ["integer", "'zero'"]),
-    "bool for a whole number": ("data.fold", "true", ["integer", "True"]),
     "yaml 1.1 bool for a whole number": ("data.shots", "yes", ["integer", "True"]),
-    "bool for a number": ("train.lr", "true", ["number", "True"]),
-    "fraction for a whole number": ("data.shots", "1.5", ["integer", "1.5"]),
     "whole number for a bool": ("model.bgem", "1", ["boolean", "1"]),
-    "text for a bool": ("loss.pcl", "'true'", ["boolean", "'true'"]),
-    "number for text": ("data.root", "5", ["string", "5"]),
     "date for text": ("run_dir", "2024-01-31", ["string"]),
-    "text for a list": ("data.scale", "0.9", ["list", "0.9"]),
-    "nothing for a number": ("train.lr", "", ["number", "None"]),
-    "list for a number": ("train.lr", "[0.1]", ["number", "[0.1]"]),
     "nothing for a section": ("train", "", ["None"]),
-    "number for a section": ("train", "3", ["3"]),
     "no such choice": ("precision", "fp8", ["'fp32'", "'bf16'", "'fp16'", "'fp8'"]),
     "no such backbone": ("model.backbone", "resnet18", ["'resnet50'", "'vgg16_bn'", "'resnet18'"]),
-    "zero learning rate": ("train.lr", "0", ["greater than 0"]),
-    "negative learning rate": ("train.lr", "-0.1", ["greater than 0", "-0.1"]),
     "learning rate that is no number": ("train.lr", ".nan", ["nan"]),
-    "infinite learning rate": ("train.lr", ".inf", ["inf"]),
     "infinite scale": ("data.scale", "[0.9, .inf]", ["inf"]),
     "no shots": ("data.shots", "0", ["greater than or equal to 1", "0"]),
-    "negative fold": ("data.fold", "-1", ["greater than or equal to 0"]),
     "momentum of 1": ("train.momentum", "1", ["less than 1"]),
     "negative weight": ("loss.gamma", "-0.01", ["greater than or equal to 0"]),
-    "negative seed": ("seed", "-1", ["greater than or equal to 0"]),
     "seed beyond 64 bits": ("seed", "18446744073709551616", ["less than", "18446744073709551616"]),
-    "negative workers": ("workers", "-2", ["greater than or equal to 0"]),
-    "scale of one number": ("data.scale", "[0.9]", ["2 items"]),
-    "scale of three numbers": ("data.scale", "[0.9, 1, 1.1]", ["2 items"]),
-    "no scales": ("model.fem_scales", "[]", ["1 item"]),
+    "image size beyond any memory": ("data.image_size", "80000001", [""]),
 }
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("place", ["file", "base", "command line"])
-def test_a_wrong_value_is_refused_by_key_value_and_place(case: str, place: str, tmp_path: Path) -> None:
+def test_a_wrong_value_is_refused_by_key_value_and_place(case: str, tmp_path: Path) -> None:
     key, value, words = WRONG[case]
-    *sections, name = key.split(".")
-    if place == "command line":
-        source, message = "command line", refusal(write(tmp_path / "c.yaml", MINIMAL), f"{key}={value}")
-    else:
-        lines = f"  {name}: {value}\n" if sections == ["data"] else f"{name}: {value}\n"
-        if sections and sections != ["data"]:
-            lines = f"{sections[0]}:\n  {lines}"
-        text = MINIMAL if f"  {name}:" not in MINIMAL else re.sub(rf"  {name}:.*\n", "", MINIMAL)
-        source = str(write(tmp_path / "c.yaml", text + lines))
-        path = Path(source) if place == "file" else write(tmp_path / "leaf.yaml", "base: c.yaml\nseed: 1\n")
-        if place == "base" and key == "seed":
-            write(path, "base: c.yaml\n")
-        message = refusal(path)
-    assert message.startswith(f"{source}: {key}")
-    assert all(word in message for word in words), message
-    assert "\n" not in message
+    section, _, name = key.rpartition(".")
+    line = f"{name}: {value}\n"
+    text = MINIMAL + {"": line, "data": f"  {line}"}.get(section, f"{section}:\n  {line}")
+    plain, path = write(tmp_path / "plain.yaml", MINIMAL), write(tmp_path / "c.yaml", text)
+    leaf = write(tmp_path / "leaf.yaml", "base: c.yaml\nworkers: 1\n")
+    for source, message in (
+        (path, refusal(path)),
+        (path, refusal(leaf)),
+        ("command line", refusal(plain, f"{key}={value}")),
+    ):
+        assert message.startswith(f"{source}: {key}") and "\n" not in message
+        assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize(
@@ -358,7 +313,7 @@ def test_a_wrong_value_is_refused_by_key_value_and_place(case: str, place: str, 
         ("  folds: [[a], [z]]\n", ["'z'", "not among classes"]),
         ("  folds: [[a, b, c, d], [a]]\n", ["not all"]),
         ("  folds: [[a], []]\n", ["each fold must hold some"]),
-        ("  folds: [[a, a], [b]]\n", ["'a'"]),
+        ("  folds: [[a, a], [b]]\n", ["none twice"]),
         ("  image_size: 472\n", ["8n + 1", "473"]),
         ("  scale: [1.1, 0.9]\n", ["from <= to"]),
     ],
@@ -370,12 +325,12 @@ def test_data_settings_that_contradict_each_other_are_refused(text: str, words: 
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize("near", ["465", "473"])
-def test_the_image_sizes_that_an_error_suggests_are_accepted(near: str, tmp_path: Path) -> None:
+def test_the_image_sizes_that_an_error_suggests_are_accepted(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL)
     message = refusal(path, "data.image_size=470")
-    assert near in message
-    assert load_config(path, [f"data.image_size={near}"]).data.image_size == int(near)
+    for near in (465, 473):
+        assert str(near) in message
+        assert load_config(path, [f"data.image_size={near}"]).data.image_size == near
 
 
 @pytest.mark.parametrize(
@@ -383,7 +338,6 @@ def test_the_image_sizes_that_an_error_suggests_are_accepted(near: str, tmp_path
     [
         ("[a, b, c, a]", "different"),
         ("[a]", "2 to 254"),
-        ("[]", "2 to 254"),
         (str([f"c{i}" for i in range(255)]), "2 to 254"),
     ],
 )
@@ -418,18 +372,6 @@ def test_a_part_whose_foundation_is_off_is_refused(switches: list[str], word: st
     assert word in message
 
 
-@pytest.mark.parametrize(
-    "switches",
-    [
-        ["loss.pcl=false"],
-        ["loss.pcl=false", "model.doem=false"],
-        ["loss.pcl=false", "model.doem=false", "model.bgem=false"],
-    ],
-)
-def test_the_rows_of_table_3_are_accepted(switches: list[str], tmp_path: Path) -> None:
-    assert isinstance(load_config(write(tmp_path / "c.yaml", MINIMAL), switches), Config)
-
-
 @pytest.mark.parametrize("switch", ["model.doem=false", "data.fold=9", "data.scale=[2, 1]"])
 def test_a_contradiction_that_an_override_brings_about_is_laid_at_the_command_line(switch: str, tmp_path: Path) -> None:
     assert refusal(write(tmp_path / "c.yaml", MINIMAL), switch).startswith("command line: ")
@@ -439,12 +381,9 @@ def test_a_contradiction_that_an_override_brings_about_is_laid_at_the_command_li
     ("text", "unknown", "nearest"),
     [
         ("xyzzy: 1\n", "xyzzy", None),
-        ("train:\n  epoch: 1\n", "train.epoch", "train.epochs"),
         ("train:\n  batchsize: 1\n", "train.batchsize", "train.batch_size"),
         ("  shot: 1\n", "data.shot", "data.shots"),
-        ("  novel_in_training: drop\n", "data.novel_in_training", "data.novel_in_train"),
         ("worker: 1\n", "worker", "workers"),
-        ("device_: cpu\n", "device_", "device"),
     ],
 )
 def test_an_unknown_key_is_refused_with_file_key_and_nearest_key(
@@ -474,30 +413,19 @@ def test_an_unknown_key_of_the_base_is_laid_at_the_base(tmp_path: Path) -> None:
     assert message == f"{base}: unknown key 'data.fold_sceme'; did you mean 'data.fold_scheme'?"
 
 
-@pytest.mark.parametrize("key", ["dataset", "root", "train_list", "val_list", "classes"])
-def test_a_missing_key_is_named(key: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", re.sub(rf"  {key}:.*\n", "", MINIMAL))
-    assert refusal(path) == f"{path}: key 'data.{key}' is missing"
-
-
-def test_a_missing_section_is_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", "seed: 1\n")
-    assert refusal(path) == f"{path}: key 'data' is missing"
+def test_a_missing_key_or_section_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", re.sub(r"  root:.*\n", "", MINIMAL))
+    assert refusal(path) == f"{path}: key 'data.root' is missing"
+    assert refusal(write(path, "seed: 1\n")) == f"{path}: key 'data' is missing"
 
 
 @pytest.mark.parametrize(
     ("extra", "line", "word"),
     [
         ("seed: 1\nseed: 2\n", 8, "'seed' stands twice"),
-        ("  root: again\n", 7, "'root' stands twice"),
         ("train: {lr: 1, lr: 1}\n", 7, "'lr' stands twice"),
-        ("1: 2\n", 7, "not text"),
         ("? [a, b]\n: 2\n", 7, "not text"),
-        ("train: &t\n  lr: 1\neval: *t\n", 9, "alias"),
-        ("train:\n  <<: *t\n", 8, "alias"),
-        ("train: [1, 2\n", None, "not valid YAML"),
         ("\tseed: 1\n", 7, "not valid YAML"),
-        ("seed: !!python/object/apply:os.getcwd []\n", 7, "not valid YAML"),
         ("run_dir: 2024-13-01\n", None, "not valid YAML"),
     ],
 )
@@ -508,17 +436,9 @@ def test_broken_yaml_is_refused_with_file_and_line(extra: str, line: int | None,
     assert word in message
 
 
-@pytest.mark.parametrize("text", ["", "# only a comment\n", "- a\n- b\n", "just words\n", "5\n"])
-def test_a_file_that_holds_no_keys_is_refused(text: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", text)
+def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", "# only a comment\n")
     assert refusal(path).startswith(f"{path}: must hold keys and values")
-
-
-def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "c.yaml"
-    path.write_bytes(b"\xff\xfe\x00\x80")
-    assert str(path) in refusal(path)
-    assert str(tmp_path) in refusal(tmp_path)
 
 
 def test_a_missing_file_is_refused_with_the_nearest_name() -> None:
@@ -560,15 +480,11 @@ def test_a_missing_base_is_refused(tmp_path: Path) -> None:
     assert message == f"config {tmp_path / 'leters.yaml'} does not exist; did you mean {tmp_path / 'letters.yaml'}?"
 
 
-@pytest.mark.parametrize("name", ["[a.yaml, b.yaml]", "5", "{a: b}"])
-def test_a_base_is_the_path_of_one_file(name: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "leaf.yaml", f"base: {name}\n")
+def test_a_base_is_the_path_of_one_file_and_not_for_the_command_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "leaf.yaml", "base: [a.yaml, b.yaml]\n")
     assert refusal(path).startswith(f"{path}: 'base'")
-
-
-def test_the_command_line_cannot_name_a_base(tmp_path: Path) -> None:
-    path = write(tmp_path / "c.yaml", MINIMAL)
-    assert refusal(path, "base=other.yaml").startswith("command line: unknown key 'base'")
+    plain = write(tmp_path / "c.yaml", MINIMAL)
+    assert refusal(plain, "base=other.yaml").startswith("command line: unknown key 'base'")
 
 
 # ---------------------------------------------------------------- the command line
@@ -578,14 +494,12 @@ def test_the_command_line_cannot_name_a_base(tmp_path: Path) -> None:
     ("override", "words"),
     [
         ("train.lr", ["'train.lr'", "key=value"]),
-        ("train.lr:0.1", ["key=value"]),
         ("train.lr=[", ["train.lr", "'['"]),
-        ("train.lr={a: 1, a: 2}", ["train.lr"]),
-        ("train.lr=*a", ["train.lr"]),
         ("train..lr=1", ["unknown key"]),
         ("=1", ["unknown key ''"]),
         ("run_dir=2024-13-01", ["run_dir", "2024-13-01"]),
         (f"train.epochs={'9' * 5000}", ["train.epochs"]),
+        (".".join(["a"] * 2000) + "=1", ["unknown key"]),
     ],
 )
 def test_an_unreadable_override_is_refused(override: str, words: list[str], tmp_path: Path) -> None:
@@ -653,8 +567,8 @@ def test_every_ablation_of_the_paper_has_a_file() -> None:
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
-@pytest.mark.parametrize("fold", ["pascal/resnet50_fold2_1shot", "synthetic/efficientnet_lite0_fold1_1shot"])
-def test_an_ablation_changes_exactly_what_it_is_named_for_on_any_config(name: str, fold: str) -> None:
+def test_an_ablation_changes_exactly_what_it_is_named_for(name: str) -> None:
+    fold = "pascal/resnet50_fold2_1shot"
     plain = dict(flatten(load_config(ROOT / f"configs/{fold}.yaml").model_dump()))
     varied = dict(
         flatten(load_config([ROOT / f"configs/{fold}.yaml", ROOT / f"configs/ablation/{name}.yaml"]).model_dump())
@@ -678,7 +592,7 @@ def test_a_wrong_key_in_a_variant_is_named_with_the_variants_file(tmp_path: Path
 
 def test_a_whole_config_is_refused_as_a_variant(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL)
-    with pytest.raises(UserError, match="has a 'base', so it is a config of its own"):
+    with pytest.raises(UserError, match="a file that has one is a config of its own"):
         load_config([path, ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"])
 
 

@@ -97,19 +97,6 @@ def test_every_class_is_in_both_lists_twice_where_there_are_four_images_of_it() 
         assert in_val.mean() < 0.6
 
 
-def test_where_images_hold_one_class_each_val_is_exactly_its_share() -> None:
-    present = np.repeat(np.eye(3, dtype=bool), (10, 20, 50), axis=0)
-    in_val = make_lists.split(present, 0.2, list(np.random.default_rng(1).permutation(80)))
-    assert present[in_val].sum(0).tolist() == [2, 4, 10]
-
-
-@pytest.mark.parametrize(("images", "train", "val"), [(1, 1, 0), (2, 1, 1), (3, 2, 1), (4, 2, 2), (5, 3, 2)])
-def test_of_few_images_of_a_class_train_keeps_the_larger_half(images: int, train: int, val: int) -> None:
-    present = np.ones((images, 1), bool)
-    in_val = make_lists.split(present, 0.2, list(range(images)))
-    assert ((~in_val).sum(), in_val.sum()) == (train, val)
-
-
 def test_files_without_a_partner_are_named_and_left_out(mine: Path, monkeypatch, capsys) -> None:
     (mine / "masks/003.png").unlink()
     (mine / "images/005.jpg").unlink()

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import itertools
 import os
-import pickle
 import random
 import re
 from collections import Counter
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 from util.config import Config, DataConfig, load_config
 from util.data import class_index
 from util.data.class_index import ClassIndex, Item, load_class_index, read_list
-from util.data.dataset import Episode, collate, read_pair
+from util.data.dataset import Episode, read_pair
 from util.data.episodes import EpisodeFiles, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
 from util.data.images import image_size, read_class_ids, read_image
@@ -60,12 +59,6 @@ def test_novel_classes_of_pascal_fold_i_are_5i_plus_1_to_5(fold: int) -> None:
     assert novel_classes(data) == tuple(5 * fold + offset for offset in (1, 2, 3, 4, 5))
 
 
-@pytest.mark.parametrize("fold", range(4))
-def test_novel_classes_of_coco_fold_i_are_every_fourth_from_i_plus_1(fold: int) -> None:
-    data = data_config(names(80), fold=fold, fold_scheme="interleaved")
-    assert novel_classes(data) == tuple(c for c in range(1, 81) if c % 4 == (fold + 1) % 4)
-
-
 def test_coco_fold_0_holds_the_classes_that_the_literature_lists() -> None:
     data = load_config(ROOT / "configs/coco/resnet50_fold0_1shot.yaml").data
     assert {data.classes[c - 1] for c in novel_classes(data)} == {
@@ -75,7 +68,7 @@ def test_coco_fold_0_holds_the_classes_that_the_literature_lists() -> None:
     }
 
 
-@pytest.mark.parametrize("count", [4, 20, 80])
+@pytest.mark.parametrize("count", [4, 80])
 @pytest.mark.parametrize("scheme", ["contiguous", "interleaved"])
 def test_base_and_novel_are_disjoint_and_cover_all_and_the_folds_partition_the_classes(count: int, scheme: str) -> None:
     held_back: list[int] = []
@@ -125,7 +118,7 @@ def test_a_list_gives_its_lines_in_order_below_the_root(content: bytes, tmp_path
     )
 
 
-@pytest.mark.parametrize("line", ["my image.jpg my mask.png", "only.jpg", "a.jpg a.png 3", "my image.jpg mask.png"])
+@pytest.mark.parametrize("line", ["only.jpg", "a.jpg a.png 3"])
 def test_a_line_that_is_not_two_paths_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
     path = write_list(tmp_path / "l.txt", f"x.jpg x.png\n\n{line}\n".encode())
     with pytest.raises(UserError, match=r"line 3: .*without spaces") as caught:
@@ -147,25 +140,6 @@ def test_one_photo_named_in_two_ways_is_one_photo(tmp_path: Path) -> None:
     path = write_list(tmp_path / "l.txt", lines.encode())
     index = ClassIndex(read_list(path, tmp_path), csr_array((5, 2), dtype=int), path, "", np.zeros(5, int))
     assert index.photos.tolist() == [0, 0, 0, 3, 0]
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \r\n\n"])
-def test_an_empty_list_is_refused(content: bytes, tmp_path: Path) -> None:
-    path = write_list(tmp_path / "l.txt", content)
-    with pytest.raises(UserError, match="holds no lines") as caught:
-        read_list(path, tmp_path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_missing_or_binary_list_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="does not exist") as caught:
-        read_list(tmp_path / "none.txt", tmp_path)
-    assert str(tmp_path / "none.txt") in str(caught.value)
-    binary = write_list(tmp_path / "binary.txt", b"\xff\xd8\xff\xe0\x00")
-    with pytest.raises(UserError, match=r"binary\.txt cannot be read"):
-        read_list(binary, tmp_path)
-    with pytest.raises(UserError, match="cannot be read"):
-        read_list(tmp_path, tmp_path)
 
 
 # ---------------------------------------------------------------- images
@@ -205,35 +179,13 @@ def test_palette_masks_of_few_colours_keep_their_values(bits: int, tmp_path: Pat
     np.testing.assert_array_equal(read_class_ids(tmp_path / "m.png"), labels)
 
 
-def test_a_two_level_mask_holds_0_and_1(tmp_path: Path) -> None:
-    Image.fromarray(LABELS > 1).save(tmp_path / "m.png")
-    mask = read_class_ids(tmp_path / "m.png")
-    assert mask.dtype == np.uint8
-    np.testing.assert_array_equal(mask, (LABELS > 1).astype(np.uint8))
-
-
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16"])
+@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
 def test_masks_that_are_neither_palette_nor_greyscale_are_refused(mode: str, tmp_path: Path) -> None:
     image = Image.fromarray(LABELS.astype(np.uint16)) if mode == "I;16" else Image.fromarray(LABELS).convert(mode)
     image.save(tmp_path / "m.png")
     with pytest.raises(UserError, match=f"mode {mode}") as caught:
         read_class_ids(tmp_path / "m.png")
     assert str(tmp_path / "m.png") in str(caught.value)
-
-
-def test_rgb_pictures_are_read_as_they_are_and_in_rgb_order(tmp_path: Path) -> None:
-    picture = photograph()
-    Image.fromarray(picture).save(tmp_path / "i.png")
-    np.testing.assert_array_equal(read_image(tmp_path / "i.png"), picture)
-
-
-def test_greyscale_jpegs_become_rgb(tmp_path: Path) -> None:
-    Image.fromarray(photograph()).convert("L").save(tmp_path / "i.jpg", quality=95)
-    stored = np.asarray(Image.open(tmp_path / "i.jpg"))
-    assert stored.ndim == 2
-    image = read_image(tmp_path / "i.jpg")
-    assert (image.shape, image.dtype) == ((60, 90, 3), np.uint8)
-    np.testing.assert_array_equal(image, np.repeat(stored[..., None], 3, 2))
 
 
 def test_cmyk_jpegs_become_rgb(tmp_path: Path) -> None:
@@ -247,98 +199,12 @@ def test_cmyk_jpegs_become_rgb(tmp_path: Path) -> None:
     assert difference.max() < 12
 
 
-def test_palette_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
-    picture = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [9, 9, 9]]], np.uint8).repeat(8, 0).repeat(8, 1)
-    Image.fromarray(picture).quantize(8).save(tmp_path / "palette.png")
-    Image.fromarray(picture).convert("RGBA").save(tmp_path / "alpha.png")
-    for name in ("palette.png", "alpha.png"):
-        np.testing.assert_array_equal(read_image(tmp_path / name), picture)
-
-
 def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(photograph(40, 70)).save(tmp_path / "i.jpg", exif=exif)
     assert read_image(tmp_path / "i.jpg").shape == (40, 70, 3)
     assert image_size(tmp_path / "i.jpg") == (40, 70)
-
-
-@pytest.mark.parametrize("name", ["i.jpg", "i.png"])
-def test_a_truncated_file_is_refused_by_name_or_still_whole(name: str, tmp_path: Path) -> None:
-    path = tmp_path / name
-    Image.fromarray(photograph()).save(path)
-    data, whole = path.read_bytes(), read_image(path)
-    refused = 0
-    for length in [*range(0, len(data), max(1, len(data) // 60)), *range(len(data) - 25, len(data))]:
-        path.write_bytes(data[:length])
-        try:
-            np.testing.assert_array_equal(read_image(path), whole)
-        except UserError as error:
-            refused += 1
-            assert str(path) in str(error)
-            assert length < len(data) - (12 if name == "i.png" else 0) or name == "i.jpg"
-    assert refused >= 60
-
-
-def test_a_truncated_mask_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "m.png"
-    save_palette_mask(path, np.random.default_rng(0).integers(0, 21, (60, 70)).astype(np.uint8))
-    data = path.read_bytes()
-    for share in (0, 0.01, 0.1, 0.3, 0.5, 0.9):
-        path.write_bytes(data[: int(share * len(data))])
-        with pytest.raises(UserError, match=r"mask .*m\.png cannot be read"):
-            read_class_ids(path)
-
-
-def test_a_png_with_a_broken_chunk_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "i.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3)).astype(np.uint8)).save(path)
-    before, first, rest = path.read_bytes().partition(b"IDAT")
-    assert b"IDAT" in rest, "several chunks, so that the header is whole and the picture is not"
-    path.write_bytes(before + first + rest.replace(b"IDAT", b"\x01\x02\x03\x04"))
-    assert image_size(path) == (200, 300)
-    with pytest.raises(UserError, match=r"image .*i\.png cannot be read"):
-        read_image(path)
-
-
-@pytest.mark.parametrize("read", [read_image, read_class_ids, image_size])
-@pytest.mark.parametrize("content", [b"", b"this is a text file\n", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_picture_is_refused_by_name(read, content: bytes, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    path = tmp_path / "i.jpg"
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="cannot be read") as caught:
-        read(path)
-    assert str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("read", [read_image, read_class_ids, image_size])
-def test_a_missing_file_or_a_folder_is_refused_by_name(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(UserError, match="does not exist") as caught:
-        read(tmp_path / "none.png")
-    assert str(tmp_path / "none.png") in str(caught.value)
-    with pytest.raises(UserError, match="cannot be read"):
-        read(tmp_path)
-
-
-def test_damaged_bytes_never_raise_anything_but_a_user_error(tmp_path: Path) -> None:
-    rng = random.Random(0)
-    picture, mask = tmp_path / "i.jpg", tmp_path / "m.png"
-    Image.fromarray(photograph()).save(picture)
-    save_palette_mask(mask, LABELS)
-    outcomes = Counter()
-    for path, read in ((picture, read_image), (mask, read_class_ids)):
-        data = path.read_bytes()
-        for trial in range(120):
-            damaged = bytearray(data)
-            for _ in range(rng.randint(1, 4)):
-                damaged[rng.randrange(len(data) if trial % 2 else 200)] = rng.randrange(256)
-            path.write_bytes(damaged)
-            try:
-                read(path)
-            except UserError:
-                outcomes[path.name] += 1
-    assert min(outcomes["i.jpg"], outcomes["m.png"]) > 20
 
 
 def test_a_pair_is_read_as_target_other_and_ignored(tmp_path: Path) -> None:
@@ -415,11 +281,6 @@ def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], tmp
     assert index.list_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_254_classes_can_be_counted(tmp_path: Path) -> None:
-    mask = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert loaded_pixels(write_tree(tmp_path, [mask]), 254).tolist() == [[1] * 255]
-
-
 def test_qualifying_images_hold_at_least_the_area(masks: list[np.ndarray], tmp_path: Path) -> None:
     index = load(write_tree(tmp_path, masks))
     for class_id in range(1, 7):
@@ -438,28 +299,6 @@ def test_the_second_time_the_index_comes_from_its_cache(
     np.testing.assert_array_equal(index.pixels.toarray(), counted(masks, 6))
     assert np.issubdtype(index.pixels.dtype, np.integer)
     assert not list(tmp_path.glob("*.tmp"))
-
-
-def test_two_lists_of_a_folder_have_an_index_each(masks: list[np.ndarray], tmp_path: Path) -> None:
-    path = write_tree(tmp_path, masks)
-    other = tmp_path / "val.txt"
-    other.write_text("images/3.png masks/3.png\n")
-    for _ in range(2):
-        np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-        np.testing.assert_array_equal(loaded_pixels(other), counted(masks[3:4], 6))
-
-
-def test_a_mask_that_changed_in_size_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
-    path = write_tree(tmp_path, masks)
-    load(path)
-    file = tmp_path / "masks/4.png"
-    before = file.stat()
-    masks[4] = np.zeros_like(masks[4])
-    Image.fromarray(masks[4]).save(file)
-    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert file.stat().st_mtime_ns == before.st_mtime_ns
-    assert file.stat().st_size != before.st_size
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
 
 
 def test_a_mask_that_changed_at_the_same_size_is_noticed_by_its_time(tmp_path: Path) -> None:
@@ -493,18 +332,6 @@ def test_a_changed_list_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> N
     np.testing.assert_array_equal(loaded_pixels(path), counted(masks[:5], 6))
 
 
-def test_a_changed_order_is_noticed_even_among_masks_of_one_size_and_time(tmp_path: Path) -> None:
-    """As archives and copies leave them."""
-    masks = [np.full((8, 8), value, np.uint8) for value in (1, 2, 3)]
-    path = write_tree(tmp_path, masks)
-    for number in range(3):
-        os.utime(tmp_path / f"masks/{number}.png", (1_700_000_000, 1_700_000_000))
-    assert len({(tmp_path / f"masks/{number}.png").stat().st_size for number in range(3)}) == 1
-    load(path)
-    path.write_text("\n".join(reversed(path.read_text().splitlines())))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks[::-1], 6))
-
-
 def test_another_number_of_classes_is_noticed(masks: list[np.ndarray], tmp_path: Path) -> None:
     path = write_tree(tmp_path, masks)
     load(path, 6)
@@ -513,61 +340,7 @@ def test_another_number_of_classes_is_noticed(masks: list[np.ndarray], tmp_path:
         load(path, 5)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda data: b"",
-        lambda data: b"P",
-        lambda data: b"not an archive",
-        lambda data: data[:100],
-        lambda data: data[: len(data) // 2],
-        lambda data: data[:-1],
-        lambda data: data.replace(b"classes", b"clauses"),
-        lambda data: bytes(len(data)),
-    ],
-    ids=["empty", "one byte", "text", "100 bytes", "half", "last byte lost", "array renamed", "zeros"],
-)
-def test_a_damaged_cache_is_built_anew(damage, masks: list[np.ndarray], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    path = write_tree(tmp_path, masks)
-    load(path)
-    (cache,) = tmp_path.glob("*.npz")
-    whole = cache.read_bytes()
-    cache.write_bytes(damage(whole))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-    assert len(cache.read_bytes()) == len(whole), "and is written again"
-
-
-def test_a_cache_whose_writing_is_interrupted_is_not_put_in_its_place(
-    masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_tree(tmp_path, masks)
-
-    def interrupted(file: BinaryIO, **_: np.ndarray) -> None:
-        file.write(b"PK half of it")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez_compressed", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            load(path)
-    assert not list(tmp_path.glob("*.npz"))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-
-
-def test_a_cache_that_cannot_be_put_in_its_place_is_done_without(
-    masks: list[np.ndarray], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_tree(tmp_path, masks)
-    (tmp_path / "train.txt.index.npz").mkdir()
-    (tmp_path / "cache").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-    out = capfd.readouterr()
-    assert "not cached" in out.out + out.err
-    assert not list(tmp_path.glob("*.tmp"))
-
-
-@pytest.mark.parametrize("reason", [errno.EACCES, errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize("reason", [errno.EACCES, errno.EROFS])
 def test_a_folder_that_cannot_be_written_is_done_without_a_cache(
     reason: int, masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -618,20 +391,6 @@ def test_a_folder_that_cannot_be_written_has_its_index_in_the_users_cache(
     np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
 
 
-@pytest.mark.parametrize("home", ["relative", ""])
-def test_a_cache_folder_that_is_no_absolute_path_is_not_used(
-    home: str, masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_tree(tmp_path, masks)
-    path.with_name("train.txt.index.npz").mkdir()
-    monkeypatch.setenv("XDG_CACHE_HOME", home)
-    monkeypatch.setattr(os.path, "expanduser", lambda name: name)  # as without a HOME
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    np.testing.assert_array_equal(loaded_pixels(path), counted(masks, 6))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_an_index_killed_while_it_is_written_leaves_no_files_once_it_is_there(
     masks: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -672,17 +431,7 @@ def test_processes_that_write_one_file_at_a_time_disturb_neither_it_nor_each_oth
     assert data == data[:1] * (1000 + data[0])
 
 
-def test_an_image_and_a_mask_of_different_sizes_are_refused_by_both_names(
-    masks: list[np.ndarray], tmp_path: Path
-) -> None:
-    path = write_tree(tmp_path, masks)
-    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(tmp_path / "images/7.png")
-    Image.fromarray(np.zeros((50, 40), np.uint8)).save(tmp_path / "masks/7.png")
-    with pytest.raises(UserError, match=r"images/7\.png is 50x40 but mask .*masks/7\.png is 40x50"):
-        load(path)
-
-
-@pytest.mark.parametrize(("value", "refused"), [(6, False), (255, False), (7, True), (254, True), (100, True)])
+@pytest.mark.parametrize(("value", "refused"), [(6, False), (255, False), (7, True), (254, True)])
 def test_a_mask_value_that_is_no_class_is_refused_by_file_and_value(
     value: int, refused: bool, masks: list[np.ndarray], tmp_path: Path
 ) -> None:
@@ -695,8 +444,7 @@ def test_a_mask_value_that_is_no_class_is_refused_by_file_and_value(
         load(path)
 
 
-@pytest.mark.parametrize("kind", ["image", "mask"])
-@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize(("kind", "cached"), [("image", True), ("mask", True), ("mask", False)])
 def test_a_missing_file_is_refused_by_name_cached_or_not(
     kind: str, cached: bool, masks: list[np.ndarray], tmp_path: Path
 ) -> None:
@@ -711,15 +459,6 @@ def test_a_missing_file_is_refused_by_name_cached_or_not(
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["image", "mask"])
-def test_an_unreadable_file_is_refused_by_name(kind: str, masks: list[np.ndarray], tmp_path: Path) -> None:
-    path = write_tree(tmp_path, masks)
-    (tmp_path / f"{kind}s/9.png").write_bytes(b"nothing")
-    with pytest.raises(UserError, match=rf"{kind} .*{kind}s/9\.png cannot be read"):
-        load(path)
-    assert not list(tmp_path.glob("*.npz"))
-
-
 def test_many_masks_are_counted_on_all_cores_with_the_same_result(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     masks = [rng.choice([*range(7), 255], (8, 8)).astype(np.uint8) for _ in range(520)]
@@ -732,10 +471,6 @@ def test_many_masks_are_counted_on_all_cores_with_the_same_result(tmp_path: Path
         with pytest.raises(UserError, match=r"masks/205\.png holds the value 88") as caught:
             load(path)
         assert "\n" not in str(caught.value)
-
-
-def test_a_mask_of_one_pixel_is_counted(tmp_path: Path) -> None:
-    assert loaded_pixels(write_tree(tmp_path, [np.array([[3]], np.uint8)])).tolist() == [[0, 0, 0, 1, 0, 0, 0]]
 
 
 # ---------------------------------------------------------------- episodes
@@ -811,12 +546,6 @@ def test_an_episode_is_a_function_of_seed_and_number_alone() -> None:
     assert all(first(number) == episode for number, episode in expected.items())
 
 
-def test_different_seeds_give_different_episodes() -> None:
-    index = random_index()
-    runs = {tuple(sampler_of(index, seed=seed)(number) for number in range(30)) for seed in range(20)}
-    assert len(runs) == 20
-
-
 def test_the_seed_changes_the_order_of_queries_the_classes_and_the_supports_each() -> None:
     pixels = np.zeros((30, 9), int)
     pixels[:, [2, 3, 5]] = MIN_AREA  # anything goes with anything
@@ -866,17 +595,6 @@ def test_a_class_of_a_query_counts_whatever_its_area_but_not_among_supports() ->
     assert 8 not in {episode.query for episode in episodes}
 
 
-@pytest.mark.parametrize("min_area", [1, 500, 2048, 3000])
-def test_the_area_is_the_samplers_and_counts_from_exactly_that_many_pixels(min_area: int) -> None:
-    pixels = np.zeros((40, 9), int)
-    pixels[:10, 2] = min_area
-    pixels[10:20, 2] = min_area - 1
-    pixels[20:30, 2] = min_area + 1
-    sampler = sampler_of(index_of(pixels), classes=(2,), shots=4, min_area=min_area)
-    seen = {image for number in range(200) for image in (sampler(number).query, *sampler(number).supports)}
-    assert seen == {*range(10), *range(20, 30)}
-
-
 def test_images_with_a_pixel_of_an_avoided_class_are_left_out() -> None:
     index = random_index(images=200)
     avoid = (1, 7)
@@ -904,12 +622,6 @@ def test_a_class_with_too_few_images_is_refused_by_name_and_numbers(shots: int) 
     assert "some/list.txt" in message
     pixels[20 + shots, 3] = MIN_AREA
     sampler_of(index_of(pixels), classes=(2, 3), shots=shots)(0)
-
-
-def test_a_class_that_occurs_nowhere_is_refused_by_name() -> None:
-    pixels = np.zeros((30, 9), int)
-    with pytest.raises(UserError, match="'class5' has 0 images"):
-        sampler_of(index_of(pixels), classes=(5,), shots=1)
 
 
 def test_a_photo_with_a_mask_a_line_is_never_its_own_support() -> None:
@@ -984,7 +696,7 @@ def half_pixel(length: int, source: int) -> np.ndarray:
     return (np.arange(length) + 0.5) * source / length - 0.5
 
 
-@pytest.mark.parametrize(("height", "width"), [(75, 100), (101, 67), (300, 211)])
+@pytest.mark.parametrize(("height", "width"), [(101, 67), (300, 211)])
 def test_fit_resizes_the_image_bilinearly(height: int, width: int) -> None:
     image = photograph(height, width)
     picture, _ = fit(image, np.zeros((height, width), np.uint8), 97)
@@ -994,7 +706,7 @@ def test_fit_resizes_the_image_bilinearly(height: int, width: int) -> None:
         assert np.abs(picture[:h, :w, channel] - expected).max() <= 1
 
 
-@pytest.mark.parametrize(("height", "width"), [(75, 100), (101, 67), (300, 211)])
+@pytest.mark.parametrize(("height", "width"), [(101, 67), (300, 211)])
 def test_fit_takes_every_mask_value_from_its_own_place(height: int, width: int) -> None:
     mask = np.random.default_rng(0).choice([0, 1, 255], (height // 9 + 1, width // 9 + 1)).astype(np.uint8)
     mask = mask.repeat(9, 0).repeat(9, 1)[:height, :width]
@@ -1017,21 +729,7 @@ def blob(height: int, width: int) -> np.ndarray:
     return ((first | second) & ~hole).astype(np.uint8)
 
 
-def iou(a: np.ndarray, b: np.ndarray) -> float:
-    return (a & b).sum() / (a | b).sum()
-
-
-SIZES = [(375, 500), (500, 333), (333, 333), (281, 499), (97, 131), (601, 457), (473, 473)]
-
-
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_exact_geometry_brings_a_fitted_mask_back_to_the_original(height: int, width: int) -> None:
-    mask = blob(height, width)
-    _, fitted = fit(np.zeros((height, width, 3), np.uint8), mask, 473)
-    logits = torch.from_numpy(np.where(fitted == 1, 1.0, -1.0).astype(np.float32))[None]
-    back = to_original(logits, height, width, "exact")
-    assert back.shape == (1, height, width)
-    assert iou(back[0].numpy() > 0, mask == 1) > 0.97
+SIZES = [(375, 500), (601, 457), (473, 473)]
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -1102,16 +800,6 @@ def recover(picture: np.ndarray, height: int, width: int) -> tuple[np.ndarray, n
     source = picture[inside][:, :2] / [unit(width), unit(height)]
     solution = np.linalg.lstsq(np.stack([x, y, np.ones_like(x)], 1).astype(float), source, rcond=None)[0]
     return solution.T, inside
-
-
-@pytest.mark.parametrize(("height", "width"), [(120, 200), (60, 50), (97, 97), (40, 230)])
-def test_augmented_pairs_are_square_and_hold_only_target_other_and_ignored(height: int, width: int) -> None:
-    image, mask = photograph(height, width), labels(height, width)
-    for seed in range(20):
-        picture, warped = augment(image, mask, 97, np.random.default_rng(seed), (0.8, 1.25), 10.0)
-        assert (picture.shape, picture.dtype) == ((97, 97, 3), np.uint8)
-        assert (warped.shape, warped.dtype) == ((97, 97), np.uint8)
-        assert set(np.unique(warped)) <= {0, 1, 255}
 
 
 def test_augmentation_is_a_function_of_its_generator() -> None:
@@ -1251,14 +939,6 @@ def test_a_crop_keeps_85_percent_of_the_target_where_it_can() -> None:
         assert (warped == 1).sum() >= 0.85 * 60 * 60 - 1
 
 
-def test_85_percent_are_meant_of_the_target_at_its_new_scale() -> None:
-    image, mask = coordinates(120, 120), np.zeros((120, 120), np.uint8)
-    mask[35:65, 35:65] = 1
-    for seed in range(60):
-        _, warped = augment(image, mask, 130, np.random.default_rng(seed), (2.0, 2.0), 0.0)
-        assert (warped == 1).sum() >= 0.85 * 60 * 60 - 1
-
-
 def test_a_target_larger_than_the_crop_still_gives_a_crop() -> None:
     image, mask = coordinates(240, 240), np.ones((240, 240), np.uint8)
     picture, warped = augment(image, mask, 97, np.random.default_rng(0), (1.0, 1.0), 10.0)
@@ -1275,7 +955,7 @@ def test_crops_are_not_drawn_again_for_the_sake_of_other_or_ignored_pixels() -> 
         np.testing.assert_array_equal(*pictures)
 
 
-@pytest.mark.parametrize("shape", [(3, 9, 7), (2, 3, 9, 7), (2, 5, 3, 9, 7)])
+@pytest.mark.parametrize("shape", [(2, 5, 3, 9, 7)])
 def test_normalize_is_imagenets(shape: tuple[int, ...]) -> None:
     images = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
     mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -1344,8 +1024,7 @@ def trained(synthetic: Path) -> Episode:
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-@pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 8), (1, 8), (4, 1)])
 def test_evaluation_sees_the_same_for_any_workers_and_batch_size(
     workers: int, batch_size: int, synthetic: Path, evaluated: Episode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1358,8 +1037,7 @@ def test_evaluation_sees_the_same_for_any_workers_and_batch_size(
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-@pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize("batch_size", [1, 8])
+@pytest.mark.parametrize(("workers", "batch_size"), [(0, 8), (1, 8), (4, 1)])
 def test_training_sees_the_same_for_any_workers_and_batch_size(
     workers: int, batch_size: int, synthetic: Path, trained: Episode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1372,20 +1050,13 @@ def test_training_sees_the_same_for_any_workers_and_batch_size(
     assert_same(joined(batches), trained)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize(("start", "batch_size"), [(1, 8), (2, 8), (5, 1), (4, 3)])
+@pytest.mark.parametrize(("workers", "start", "batch_size"), [(0, 2, 8), (2, 5, 1), (0, 4, 3)])
 def test_training_resumed_at_a_step_sees_the_tail_of_a_run_from_the_beginning(
     start: int, batch_size: int, workers: int, synthetic: Path, trained: Episode
 ) -> None:
     options = f"workers={workers}", f"train.batch_size={batch_size}"
     tail = joined(train_batches(synthetic, start, 24 // batch_size, *options))
     assert_same(tail, part(trained, start * batch_size, 24))
-
-
-def test_a_loader_gives_the_same_each_time_it_is_iterated(synthetic: Path, evaluated: Episode) -> None:
-    batches = eval_batches(synthetic, 21, "eval.batch_size=4", "workers=1")
-    assert_same(joined(batches), evaluated)
-    assert_same(joined(batches), evaluated)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -1402,12 +1073,6 @@ def test_loaders_neither_touch_nor_heed_the_global_random_states(
     np.testing.assert_array_equal(np.random.get_state()[1], before[1][1])
     assert np.random.get_state()[2] == before[1][2]
     assert random.getstate() == before[2]
-
-
-def test_an_evaluation_has_exactly_as_many_episodes_as_asked(synthetic: Path) -> None:
-    for episodes in (1, 7, 8, 90):
-        batches = eval_batches(synthetic, episodes, "eval.batch_size=8", "data.image_size=17")
-        assert sum(len(batch.names) for batch in batches) == episodes
 
 
 def stored(path: Path) -> np.ndarray:
@@ -1520,12 +1185,6 @@ def test_training_reads_the_training_list_and_evaluation_the_validation_list(syn
         assert all(item.image.name.startswith(split) for item in index.items)
 
 
-def test_loaders_can_be_sent_to_workers_that_are_spawned(synthetic: Path, evaluated: Episode) -> None:
-    for batches in (eval_batches(synthetic, 21), train_batches(synthetic, 0, 1)):
-        dataset = batches.dataset
-        assert_same(joined([collate([pickle.loads(pickle.dumps(dataset))[3]])]), joined([collate([dataset[3]])]))
-
-
 def test_training_heeds_the_scale_and_the_rotation_of_the_config(synthetic: Path) -> None:
     def extents(*options: str) -> np.ndarray:
         """Height and width of what the queries' pictures cover, as shares of their original sizes."""
@@ -1554,32 +1213,6 @@ def test_images_with_novel_classes_are_kept_or_dropped_in_training(synthetic: Pa
         assert not novel[[query, *supports]].any()
 
 
-def test_the_seed_of_a_run_changes_its_episodes(synthetic: Path) -> None:
-    batches = [joined(train_batches(synthetic, 0, 1, f"seed={seed}")) for seed in (0, 1, 0)]
-    assert_same(batches[0], batches[2])
-    assert batches[0].names != batches[1].names
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_damaged_image_is_reported_in_one_line_that_names_it(workers: int, tmp_path: Path) -> None:
-    masks = [np.ones((40, 50), np.uint8) for _ in range(4)]
-    path = write_tree(tmp_path, masks)
-    for number in range(4):
-        Image.fromarray(photograph(40, 50)).save(tmp_path / f"images/{number}.png")
-        whole = (tmp_path / f"images/{number}.png").read_bytes()
-        (tmp_path / f"images/{number}.png").write_bytes(whole[: len(whole) // 2])
-    config = config_of(tmp_path, f"data.val_list={path}", f"workers={workers}", "data.min_area=9")
-    sampler = EpisodeSampler(
-        build_index(config, "val"), classes=(1,), shots=1, min_area=9, seed=0, class_names=config.data.classes
-    )
-    with pytest.raises(UserError) as caught:
-        list(build_eval_loader(config, sampler, range(2)))
-    message = str(caught.value)
-    assert message.startswith(f"image {tmp_path}/images/")
-    assert "cannot be read" in message
-    assert "\n" not in message
-
-
 # ---------------------------------------------------------------- rounds of an evaluation
 
 
@@ -1596,7 +1229,7 @@ def random_episodes(rng: np.random.Generator, images: int, shots: int, count: in
     return [EpisodeFiles(query, tuple(supports), int(rng.integers(1, 4))) for query, *supports in chosen]
 
 
-@pytest.mark.parametrize("limit", [0, 25, 60, 1e9])
+@pytest.mark.parametrize("limit", [0, 60, 1e9])
 @pytest.mark.parametrize("shots", [1, 5])
 def test_rounds_hold_every_episode_once_with_its_images_within_the_limit(shots: int, limit: float) -> None:
     rng = np.random.default_rng(shots)

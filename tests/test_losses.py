@@ -115,19 +115,12 @@ def test_target_loss_equals_a_loop_over_pixels(size):
     assert target_loss(logits, masks).item() == pytest.approx(naive_target_loss(logits, masks), rel=1e-5)
 
 
-def test_target_loss_by_hand():
-    # log 2 wherever the logit is 0; log(1 + 1/3) where a target has logit log 3
-    logits = torch.tensor([[[[0.0, math.log(3)]]]])
-    expected = (math.log(2) + math.log(4 / 3)) / 2
-    assert target_loss(logits, torch.tensor([[[0, 1]]])).item() == pytest.approx(expected, rel=1e-6)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # background_mining_loss, eq. 3
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
 @pytest.mark.parametrize("size", [(7, 6), (3, 4)])
 def test_background_mining_loss_equals_a_loop_over_pixels(size, alpha):
     logits, masks = 2 * torch.randn(3, 1, 3, 4), random_masks(3, *size)
@@ -142,11 +135,6 @@ def test_background_mining_loss_by_hand():
     logits = torch.tensor([[[[0.0, math.log(3), -math.log(3)]]]])
     expected = (math.log(2) + math.log(4)) / 2 + 0.5 * (math.log(2) + math.log(4 / 3) + math.log(4)) / 3
     assert background_mining_loss(logits, torch.tensor([[[1, 1, 0]]]), 0.5).item() == pytest.approx(expected, rel=1e-6)
-
-
-def test_background_mining_loss_of_no_target_is_the_second_term():
-    logits, masks = torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, 3, dtype=torch.long)
-    assert background_mining_loss(logits, masks, 0.5).item() == pytest.approx(0.5 * math.log(2), rel=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,14 +222,6 @@ def test_contrastive_loss_by_hand():
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-1)) - 1 / math.sqrt(2), rel=1e-6)
 
 
-def test_contrastive_loss_has_the_gradient_of_finite_differences():
-    query, support, negatives, stored = contrastive_batch(torch.double)
-    query, support = query[:2].requires_grad_(), support[:2].requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda q, s: prototypical_contrastive_loss(q, s, negatives[:2], stored[:2]), (query, support)
-    )
-
-
 def test_an_episode_with_an_empty_bank_adds_nothing_and_no_gradient():
     query, support, negatives, stored = contrastive_batch()
     stored[3] = False
@@ -256,17 +236,6 @@ def test_an_episode_with_an_empty_bank_adds_nothing_and_no_gradient():
     nothing = prototypical_contrastive_loss(query[2:], support[2:], negatives[2:], stored[2:])
     nothing.backward()
     assert nothing.item() == 0
-
-
-def test_an_empty_support_prototype_is_finite():
-    query, support, negatives, stored = contrastive_batch()
-    support[0] = 0
-    query.requires_grad_(), support.requires_grad_()
-    loss = prototypical_contrastive_loss(query, support, negatives, stored)
-    loss.backward()
-    assert loss.isfinite()
-    assert query.grad.isfinite().all()
-    assert support.grad.isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -344,12 +313,6 @@ def test_negative_prototypes_equal_a_loop_over_positions(kind, image):
     assert np.abs(array(got) - expected).max() < 1e-5
     assert np.abs(expected).sum(2).astype(bool).mean() > 0.8  # most regions are not empty
     assert not got.requires_grad
-
-
-def test_the_three_kinds_of_negatives_are_three_regions():
-    output, _, support_masks = random_output()
-    kinds = [negative_prototypes(output, support_masks, kind) for kind in ("do", "bg", "non_target")]
-    assert all(not torch.allclose(kinds[a], kinds[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
 
 
 def test_an_ignored_support_has_no_negative_prototype():
@@ -449,13 +412,6 @@ def test_drawing_keeps_a_random_part_of_what_is_stored():
     assert (share - share.mean()).abs().max() < 0.15  # no slot is preferred
 
 
-def test_weights_are_the_documented_ones_unless_given():
-    output, query_masks, support_masks = random_output()
-    terms = NTRELoss(bank=make_bank())(output, query_masks, support_masks, torch.tensor([1, 2, 3]))
-    total = terms["initial"] + terms["final"] + 0.4 * terms["fem_aux"] + terms["bg"] + 0.01 * terms["pcl"]
-    assert terms["total"].item() == pytest.approx(total.item(), rel=1e-6)
-
-
 def test_terms_of_what_is_switched_off_are_zero():
     output, query_masks, support_masks = random_output()
     class_ids = torch.tensor([1, 2, 3])
@@ -490,13 +446,6 @@ def test_contrast_sends_gradient_to_the_query_and_support_prototypes_only():
     others = output.fem.logits, output.query_bg_logits, output.support_bg_logits, output.support_features
     assert all(x.grad is None for x in (*others, output.eliminated[0].initial_logits))
     assert not bank.prototypes.requires_grad
-
-
-def test_two_steps_do_not_share_a_graph():
-    loss, class_ids = NTRELoss(bank=make_bank()), torch.tensor([1, 1, 1])
-    for _ in range(2):
-        output, query_masks, support_masks = random_output()
-        loss(output, query_masks, support_masks, class_ids)["total"].backward()
 
 
 def test_only_the_bank_of_the_episodes_class_counts():
@@ -578,9 +527,9 @@ def compare_bank_with_deques(capacity, trial, device):
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 7])
-@pytest.mark.parametrize("trial", range(4))
-def test_bank_keeps_what_a_deque_of_each_class_keeps(capacity, trial):
-    compare_bank_with_deques(capacity, trial, "cpu")
+def test_bank_keeps_what_a_deque_of_each_class_keeps(capacity):
+    for trial in range(4):
+        compare_bank_with_deques(capacity, trial, "cpu")
 
 
 @pytest.mark.gpu
@@ -588,13 +537,6 @@ def test_bank_keeps_what_a_deque_of_each_class_keeps(capacity, trial):
 def test_bank_on_a_gpu_writes_no_slot_twice():
     for trial in range(20):  # a GPU writes in no fixed order
         compare_bank_with_deques(3, trial, "cuda")
-
-
-def test_one_call_that_exceeds_the_capacity_keeps_the_latest():
-    bank = PrototypeBank(class_ids=range(1, 3), channels=2, capacity=3)
-    bank.store(numbered(1, 11), torch.tensor([1, 2, 1, 1, 1, 1, 2, 1, 1, 1, 1]))
-    assert [n for n, _ in bank_content(bank, 1)] == [9, 10, 11]
-    assert [n for n, _ in bank_content(bank, 2)] == [2, 7]
 
 
 def test_empty_prototypes_are_never_stored():
@@ -605,15 +547,6 @@ def test_empty_prototypes_are_never_stored():
     assert not filled.any()
     bank.store(torch.tensor([[0.0, -1.0]]), torch.tensor([2]))  # a single component that is not zero is enough
     assert bank_content(bank, 2) == [(0.0, -1.0)]
-
-
-def test_bank_answers_in_the_order_of_the_classes_asked():
-    bank = PrototypeBank(class_ids=range(1, 4), channels=2, capacity=2)
-    bank.store(numbered(1, 3), torch.tensor([3, 1, 3]))
-    prototypes, filled = bank.of_classes(torch.tensor([1, 3, 2, 1]))
-    assert prototypes.shape == (4, 2, 2)
-    assert filled.tolist() == [[True, False], [True, True], [False, False], [True, False]]
-    assert prototypes[0, 0].tolist() == prototypes[3, 0].tolist() == [2.0, -1.0]
 
 
 def test_an_unknown_class_is_refused():
@@ -664,23 +597,9 @@ def test_stored_prototypes_are_detached_copies():
     assert bank_content(bank, 1) == [(1.0, -0.5), (1.0, -0.5)]
 
 
-def test_half_precision_prototypes_are_stored_in_single_precision():
-    bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2)
-    bank.store(numbered(1, 1).half(), torch.tensor([1]))
-    assert bank.prototypes.dtype == torch.float32
-    assert bank_content(bank, 1) == [(1.0, -0.5)]
-
-
 def test_bank_moves_with_the_loss_and_is_saved_with_it():
     loss = NTRELoss(bank=make_bank())
     assert set(loss.state_dict()) == {"bank.prototypes", "bank.stored"}
     assert list(loss.parameters()) == []
     moved = nn.ModuleList([loss]).to("meta")
     assert {buffer.device.type for buffer in moved.buffers()} == {"meta"}
-
-
-@pytest.mark.parametrize("dtype", [torch.double, torch.half])
-def test_bank_of_another_dtype_can_store(dtype):
-    bank = PrototypeBank(class_ids=range(1, 2), channels=2, capacity=2).to(dtype)
-    bank.store(numbered(1, 1), torch.tensor([1]))
-    assert bank_content(bank, 1) == [(1.0, -0.5)]

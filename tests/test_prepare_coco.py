@@ -253,18 +253,10 @@ def test_categories_by_name(coco: Path, run: Run) -> None:
     assert "missing: hair drier; unknown: hair dryer" in run()[2]
 
 
-BAD_SHAPES = [
-    ({"size": [WIDTH, HEIGHT], "counts": [5, 1195]}, "its size is"),
-    ({"size": [HEIGHT, WIDTH], "counts": [5, 1194]}, "do not add up"),
-    ({"size": [HEIGHT, WIDTH], "counts": [5, 1196]}, "do not add up"),
-    ({"size": [HEIGHT, WIDTH], "counts": [5, -5]}, ""),
-    ({"size": [HEIGHT, WIDTH], "counts": "zz"}, ""),
-    ({"size": [HEIGHT, WIDTH], "counts": None}, ""),
-    *(([part], "") for part in ([1, 1, 5, float("nan"), 5, 5], [1, 1, 5, 1e12, 5, 5], [1, 1, 5, 1, 5, 5, 9], ["x"], 1)),
-    (None, ""),
-]
-BAD = [({"segmentation": shape}, f"annotation 31 .*cannot be drawn.*{reason}") for shape, reason in BAD_SHAPES]
+BAD_SHAPES = [{"size": [HEIGHT, WIDTH], "counts": None}, {"size": [HEIGHT + 1, WIDTH], "counts": "zz"}]
+BAD = [({"segmentation": shape}, "annotation 31 .*cannot be drawn") for shape in BAD_SHAPES]
 BAD += [({"category_id": 12}, "annotation 31 .*category 12,"), ({"image_id": 1}, "annotation 31 .*image 1 ")]
+BAD += [({"segmentation": ["x"]}, "is damaged")]
 
 
 @pytest.mark.parametrize(("change", "reason"), BAD)
@@ -273,7 +265,7 @@ def test_bad_annotations_end_in_one_line(coco: Path, run: Run, change: dict[str,
     code, _, err = run()
     last = err.splitlines()[-1]  # the progress bar's line is before it
     assert code == 2 and "Traceback" not in err and err.count("error: ") == 1
-    assert re.match(f"error: COCO2014/annotations/instances_train2014.json: {reason}", last), err
+    assert re.match(f"error: COCO2014/annotations/instances_train2014.json:? {reason}", last), err
 
 
 def test_missing_damaged_and_unwritable_files_end_in_one_line(coco: Path, run: Run) -> None:

@@ -203,35 +203,12 @@ def test_a_preparation_in_the_midst_of_another_disturbs_neither(
     assert tree(run(*given, "second")) == complete
 
 
-def test_preparations_at_the_same_time_disturb_neither(run: Run, sources: Path) -> None:
-    complete = tree(run(".", ".", "first"))
-    for turn in range(3):
-        children = []
-        for _ in range(3):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    run(".", ".", f"together{turn}")
-                except BaseException:
-                    os._exit(1)
-                os._exit(0)
-            children.append(pid)
-        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
-        assert tree(sources / f"together{turn}") == complete
-
-
 def test_aug_has_a_list_of_its_own(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     out = run("voc.tar", "sbd.tgz", "out", "--train-list", "aug")
     assert {item.image.stem for item in read_list(out / "lists/train_aug.txt", out)} == AUG
     assert {item.image.stem for item in read_list(out / "lists/train.txt", out)} == TRAIN
     assert f"data.train_list={out}/lists/train_aug.txt" in capsys.readouterr().out
     assert all(item.image.exists() and item.mask.exists() for item in read_list(out / "lists/train_aug.txt", out))
-
-
-def test_the_sources_own_lists_are_not_asked(run: Run, sources: Path) -> None:
-    """Neither ImageSets/Main/val.txt nor train_noval.txt, which not everybody has, nor any other."""
-    assert not list((sources / VOC).glob("ImageSets")) and not list((sources / SBD).glob("*.txt"))
-    assert len(tree(run(".", "."))) == 2 * 7 + 2
 
 
 def ready_made(sources: Path, run: Run) -> None:

@@ -1,5 +1,6 @@
-"""Runs that are killed anywhere, and runs of several processes, equal one run in one go."""
+"""Runs that are stopped or killed anywhere, and runs of several processes, equal one run in one go."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -12,234 +13,280 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from util.data.synthetic import generate
+import train
+from tests.harness import (
+    ENVIRONMENT,
+    ROOT,
+    Run,
+    beside_progress_bars,
+    call,
+    contents,
+    copied,
+    differences,
+    finished,
+    json_lines,
+    load,
+    refused,
+    scalars,
+    sha256,
+    start,
+    succeeded,
+)
+from util.engine import loops
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-CONFIG = """\
-base: {base}
-data:
-  root: {root}
-  train_list: {root}/lists/train.txt
-  val_list: {root}/lists/val.txt
-  min_area: 64
-  image_size: 65
-train: {{epochs: 2, batch_size: 4, warmup: 20, checkpoint_minutes: 0}}
-eval: {{episodes: 8, every: 1, select: miou}}
-precision: fp32
-workers: 0
-"""
+EACH_STEP = "train.checkpoint_minutes=0"
+"""saves after every step"""
+LONG = "train.epochs=50"
+SMALLEST = ["train.epochs=1", "train.batch_size=4", "data.image_size=33", "eval.episodes=1"]
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("resume")
-    generate(folder / "data", 28, 24)
-    path = folder / "tiny.yaml"
-    path.write_text(CONFIG.format(base=ROOT / "configs/base/synthetic.yaml", root=folder / "data"))
-    yield path
-    shutil.rmtree(folder)
+def started(config: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}")
+    return start(*launcher[: 4 * (processes > 1)], "train.py", "--config", config, f"run_dir={run}", *overrides)
 
 
-def start(config: Path, run: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-    command = [sys.executable, *launcher, "train.py", "--config", str(config), f"run_dir={run}", *overrides]
-    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+def resume(config: Path, run: Path, *overrides: str) -> str:
+    """Continue a run in this process until its end; what it says."""
+    return succeeded(call(train, "--config", config, f"run_dir={run}", "resume=auto", *overrides)).out
 
 
-def launcher(count: int) -> tuple[str, ...]:
-    return ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
-
-
-@pytest.fixture(scope="module")
-def straight(config: Path) -> Path:
-    """The run in one go."""
-    run = config.parent / "straight"
-    child = start(config, run)
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-2000:]
-    return run
+def until_saved(child: subprocess.Popen[str], run: Path) -> None:
+    while child.poll() is None and not (run / "last.pt").exists():
+        time.sleep(0.005)
 
 
 def assert_same_run(run: Path, straight: Path) -> None:
-    """Checkpoints and metrics, bit for bit; not the clock."""
+    """Checkpoints, metrics and events, bit for bit; not the clock."""
     for name in ("last.pt", "best.pt"):
-        got, expected = (torch.load(folder / name, weights_only=True) for folder in (run, straight))
+        got, expected = (load(folder / name) for folder in (run, straight))
         for state in (got, expected):
             for key in ("seconds", "config"):  # the config names its run_dir
                 del state[key]
         assert differences(got, expected) == []
     assert (run / "metrics.jsonl").read_bytes() == (straight / "metrics.jsonl").read_bytes()
+    got, expected = scalars(run), scalars(straight)
+    assert got.keys() == expected.keys()
+    for name in expected.keys() - {"episodes_per_second", "peak_memory_mib"}:
+        assert got[name] == expected[name], name  # none is lost, none stands twice
 
 
-def differences(a: object, b: object, where: str = "") -> list[str]:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [where]
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{where}.{key}")]
-    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for n in range(len(a)) for d in differences(a[n], b[n], f"{where}[{n}]")]
-    return [] if a == b else [f"{where}: {a!r} {b!r}"]
+def copy_of(run: Run, folder: Path) -> Path:
+    """A run that may be changed, as if it had been trained there."""
+    shutil.copytree(run.folder, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace(str(run.folder), str(folder)))
+    return folder
 
 
-def kill_and_resume(config: Path, run: Path, kills: int, seed: int) -> int:
-    """Kill a run ``kills`` times, each at a random moment of its work, then let it finish; how often it was hit."""
+# ---------------------------------------------------------------- signals
+
+
+def test_ctrl_c_saves_first_and_the_run_goes_on_bit_for_bit(run: Run, config: Path, tmp_path: Path) -> None:
+    """Sent in the second epoch, as a terminal does it: to the loader's workers as well."""
+    end = load(run.folder / "last.pt")["step"]
+    for attempt in range(4):  # where this process sleeps too long, the run is over before the signal
+        folder = tmp_path / f"run{attempt}"
+        child = started(config, folder, "workers=2")
+        until_saved(child, folder)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGINT)
+        result = finished(child)
+        if result.code != 0:
+            break
+    assert result.code == 130 and beside_progress_bars(result.err) == []
+    step = load(folder / "last.pt")["step"]
+    assert end / 2 <= step < end
+    last = f"stopped by SIGINT after step {step}, in {folder / 'last.pt'}; resume=auto goes on"
+    assert result.out.splitlines()[-1] == last
+    assert f"resumed at step {step}" in resume(config, folder)
+    assert_same_run(folder, run.folder)
+    record = json.loads((folder / "run.json").read_text())
+    assert record["resumed_at_step"] == step and record["finished"]["steps"] == end
+    assert [begun["step"] for begun in record["starts"]] == [0, step]
+
+
+def test_sigterm_to_the_whole_group_saves_first_and_the_run_goes_on_exactly(
+    config: Path, run: Run, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    child = started(config, folder, "workers=2", EACH_STEP)
+    until_saved(child, folder)
+    for _ in range(3):  # as shells and launchers repeat it
+        os.killpg(child.pid, signal.SIGTERM)
+        time.sleep(0.1)
+    result = finished(child)
+    assert result.code == 128 + signal.SIGTERM and "Traceback" not in result.err, result.err[-2000:]
+    assert result.out.splitlines()[-1].startswith("stopped by SIGTERM after step ")
+    resume(config, folder)
+    assert_same_run(folder, run.folder)
+
+
+def test_sigterm_to_torchrun_saves_first(config: Path, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    child = started(config, folder, "workers=1", EACH_STEP, processes=2)
+    until_saved(child, folder)
+    os.killpg(child.pid, signal.SIGTERM)
+    _, out, err = finished(child)
+    (last,) = [line for line in out.splitlines() if line.startswith("stopped by SIGTERM after step ")]
+    assert "train.py" not in err, err[-3000:]  # torchrun's own traceback is all there is
+    step = int(last.split()[5].rstrip(","))
+    assert load(folder / "last.pt")["step"] == step < load(run.folder / "last.pt")["step"]
+
+
+def test_a_closed_terminal_saves_first_and_nohup_goes_on(config: Path, run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    pid, terminal = pty.fork()
+    if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        command = [sys.executable, "train.py", "--config", str(config), f"run_dir={folder}", EACH_STEP]
+        os.chdir(ROOT)
+        os.execvpe(sys.executable, command, ENVIRONMENT)
+    while not (folder / "last.pt").exists():
+        os.read(terminal, 4096)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert 0 < load(folder / "last.pt")["step"] < load(run.folder / "last.pt")["step"]
+    before = (folder / "last.pt").stat().st_mtime_ns
+    child = start(
+        *("train.py", "--config", config, f"run_dir={folder}", "resume=auto", EACH_STEP),
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # what nohup does
+    )
+    while child.poll() is None and (folder / "last.pt").stat().st_mtime_ns == before:
+        os.killpg(child.pid, signal.SIGHUP)
+        time.sleep(0.05)
+    succeeded(finished(child))
+    assert_same_run(folder, run.folder)
+
+
+@pytest.mark.parametrize("where", ["segment", "__del__"])
+def test_a_signal_in_an_evaluation_stops_it_and_saves(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Also within a destructor, where an exception would be swallowed."""
+    segment = loops.segment
+
+    class Closing:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def asked(*arguments: Any) -> Any:
+        if where == "segment":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            Closing()
+        return segment(*arguments)
+
+    monkeypatch.setattr(loops, "segment", asked)
+    result = call(train, "--config", config, f"run_dir={tmp_path}")
+    assert result.code == 143 and beside_progress_bars(result.err) == []
+    state = load(tmp_path / "last.pt")
+    assert (state["step"], state["finished_step"]) == (load(run.folder / "last.pt")["step"] / 2, 0)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+# ---------------------------------------------------------------- killed, out of disk, damaged
+
+
+def kill_and_resume(config: Path, folder: Path, kills: int, seed: int) -> None:
+    """Kill a run ``kills`` times, each at a random moment of its work, then let it finish."""
     rng, hits = random.Random(seed), 0
     while hits < kills:
-        tensorboard = run / "tensorboard"
+        tensorboard = folder / "tensorboard"
         before = tensorboard.stat().st_mtime_ns if tensorboard.exists() else 0
-        child = start(config, run, "resume=auto")
+        child = started(config, folder, "resume=auto", EACH_STEP)
         while child.poll() is None and not (tensorboard.exists() and tensorboard.stat().st_mtime_ns != before):
             time.sleep(0.01)  # until this start has opened its own events
-        while hits > 0 and child.poll() is None and not (run / "last.pt").exists():
-            time.sleep(0.01)  # on a slow machine the first kill may have come before the first save
+        if hits > 0:  # on a slow machine the first kill may have come before the first save
+            until_saved(child, folder)
         time.sleep(rng.random() * 1.5)
         if child.poll() is not None:
-            assert child.returncode == 0, child.communicate()[1][-2000:]
-            shutil.rmtree(run)  # it was through before the signal
+            succeeded(finished(child))
+            shutil.rmtree(folder)  # it was through before the signal
             continue
         os.killpg(child.pid, signal.SIGKILL)
-        child.communicate()
+        finished(child)
         hits += 1
-    child = start(config, run, "resume=auto")
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-2000:]
-    return len(json.loads((run / "run.json").read_text())["starts"])
+    resume(config, folder, EACH_STEP)
 
 
-def test_a_run_killed_at_random_moments_equals_one_in_one_go(config: Path, straight: Path, tmp_path: Path) -> None:
-    starts = kill_and_resume(config, tmp_path / "run", kills=2, seed=0)
-    assert starts >= 2
-    assert_same_run(tmp_path / "run", straight)
+def test_a_run_killed_at_random_moments_equals_one_in_one_go(config: Path, run: Run, tmp_path: Path) -> None:
+    kill_and_resume(config, tmp_path / "run", kills=2, seed=0)
+    assert_same_run(tmp_path / "run", run.folder)
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names >= {"last.pt", "previous.pt", "best.pt"}
     assert not [name for name in names if name.endswith(".tmp") or name == "lock"]
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_twenty_random_moments_equals_one_in_one_go(
-    config: Path, straight: Path, tmp_path: Path
-) -> None:
+def test_a_run_killed_at_twenty_random_moments_equals_one_in_one_go(config: Path, run: Run, tmp_path: Path) -> None:
     for seed in range(5):
         kill_and_resume(config, tmp_path / f"run{seed}", kills=4, seed=seed + 1)
-        assert_same_run(tmp_path / f"run{seed}", straight)
+        assert_same_run(tmp_path / f"run{seed}", run.folder)
 
 
-def until_saved(child: subprocess.Popen[str], run: Path) -> None:
-    while child.poll() is None and not (run / "last.pt").exists():
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_to_the_whole_group_saves_first_and_the_run_goes_on_exactly(
-    config: Path, straight: Path, tmp_path: Path, number: signal.Signals
+def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_exactly(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    child = start(config, run, "workers=2")
-    until_saved(child, run)
-    for _ in range(3):  # as shells and launchers repeat it
-        os.killpg(child.pid, number)
-        time.sleep(0.1)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == 128 + number, err[-2000:]
-    assert "Traceback" not in err
-    assert out.splitlines()[-1].startswith(f"stopped by {number.name} after step ")
-    assert str(run / "last.pt") in out
-    assert not (run / "run.json").read_text().count("finished")
-    child = start(config, run, "resume=auto")
-    assert child.communicate(timeout=300) and child.returncode == 0
-    assert_same_run(run, straight)
+    folder, fsync, hashes = tmp_path / "run", os.fsync, []
 
+    def full(file: int) -> None:
+        if (folder / "last.pt.tmp").exists() and (folder / "last.pt").exists():
+            hashes.append(sha256(folder / "last.pt"))
+            raise OSError(28, "No space left on device")
+        fsync(file)
 
-def test_sigterm_to_torchrun_saves_first(config: Path, straight: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    child = start(config, run, "workers=1", launcher=launcher(2))
-    until_saved(child, run)
-    os.killpg(child.pid, signal.SIGTERM)
-    out, err = child.communicate(timeout=120)
-    (last,) = [line for line in out.splitlines() if line.startswith("stopped by SIGTERM after step ")]
-    assert "train.py" not in err, err[-3000:]  # torchrun's own traceback is all there is
-    step = int(last.split()[5].rstrip(","))
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == step
-    assert step < torch.load(straight / "last.pt", weights_only=True)["step"]
-
-
-def test_a_closed_terminal_saves_first_and_nohup_goes_on(config: Path, straight: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execvpe(sys.executable, [sys.executable, "train.py", "--config", str(config), f"run_dir={run}"], ENVIRONMENT)
-    while not (run / "last.pt").exists():
-        os.read(terminal, 4096)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
-    stopped_at = torch.load(run / "last.pt", weights_only=True)["step"]
-    assert 0 < stopped_at < torch.load(straight / "last.pt", weights_only=True)["step"]
-    before = (run / "last.pt").stat().st_mtime_ns
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what a child inherits, as from nohup
-    child = start(config, run, "resume=auto")
-    signal.signal(signal.SIGHUP, previous)
-    while child.poll() is None and (run / "last.pt").stat().st_mtime_ns == before:
-        os.killpg(child.pid, signal.SIGHUP)
-        time.sleep(0.05)
-    assert child.communicate(timeout=300) and child.returncode == 0
-    assert_same_run(run, straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        failure = call(train, "--config", config, f"run_dir={folder}")
+    refused(failure, folder / "last.pt", "No space left", "free some space", "run_dir")
+    assert hashes == [sha256(folder / "last.pt")] and not list(folder.glob("*.tmp"))
+    resume(config, folder)
+    assert_same_run(folder, run.folder)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-def test_a_worker_killed_by_the_system_is_one_line_and_a_save(config: Path, straight: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    child = start(config, run, "workers=2", "train.epochs=50")
-    until_saved(child, run)
-    workers = [path for path in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+def test_a_worker_killed_by_the_system_is_one_line_and_a_save(config: Path, tmp_path: Path) -> None:
+    child = started(config, tmp_path, "workers=2", EACH_STEP, LONG)
+    until_saved(child, tmp_path)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     os.kill(int(workers[0]), signal.SIGKILL)
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 2, err[-3000:]
-    (line,) = [line for line in re.split(r"[\r\n]", err) if line.strip() and "%|" not in line]
-    assert line.startswith("error: the system ended a loader process, most often for want of memory: lower workers")
+    line = refused(finished(child), "the system ended a loader process, most often for want of memory: lower workers")
     step = int(line.split("saved first, after step ")[1].split(":")[0])
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == step
+    assert load(tmp_path / "last.pt")["step"] == step
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
 def test_a_damaged_last_checkpoint_is_met_with_the_one_before(
-    config: Path, straight: Path, tmp_path: Path, damage: str
+    config: Path, run: Run, tmp_path: Path, damage: str
 ) -> None:
-    run = shutil.copytree(straight, tmp_path / "run")
+    folder = copy_of(run, tmp_path / "run")
     if damage == "gone":  # stopped between the two renames
-        (run / "last.pt").unlink()
+        (folder / "last.pt").unlink()
     else:
-        (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:5000])
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(str(straight), str(run)))
-    child = start(config, run, "resume=auto")
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-2000:]
-    assert "going on from" in err
-    assert "previous.pt" in err
-    assert "Traceback" not in err
-    assert_same_run(run, straight)
-    assert load_checkpoint(run / "previous.pt")["step"] > 0  # the damaged one took no good one's place
-    assert (run / "damaged.pt").exists() == (damage == "truncated")
+        (folder / "last.pt").write_bytes((folder / "last.pt").read_bytes()[:5000])
+    result = succeeded(call(train, "--config", config, f"run_dir={folder}", "resume=auto"))
+    assert "going on from" in result.err and "previous.pt" in result.err
+    assert_same_run(folder, run.folder)
+    assert load_checkpoint(folder / "previous.pt")["step"] > 0  # the damaged one took no good one's place
+    assert (folder / "damaged.pt").exists() == (damage == "truncated")
 
 
-def save_and_die(folder: Path, call: int) -> int:
-    """Save in a process of its own, killed before its change number ``call`` to the folder; its exit code."""
+def save_and_die(folder: Path, number: int) -> int:
+    """Save in a process of its own, killed before its change ``number`` to the folder; its exit code."""
     pid = os.fork()
     if pid == 0:
         calls = itertools.count()
 
         def die(event: str, _: object) -> None:
-            if event in ("os.rename", "os.link", "os.remove") and next(calls) == call:
+            if event in ("os.rename", "os.link", "os.remove") and next(calls) == number:
                 os._exit(9)
 
         sys.addaudithook(die)
@@ -252,101 +299,169 @@ def test_both_checkpoints_are_whole_whichever_change_of_a_save_is_the_last(tmp_p
     torch.save({"step": 1}, tmp_path / "previous.pt")
     torch.save({"step": 2}, tmp_path / "last.pt")
     seen = []
-    while save_and_die(tmp_path, call=len(seen)) != 0:
-        seen.append([torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")])
+    while save_and_die(tmp_path, number=len(seen)) != 0:
+        seen.append([load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")])
     assert len(seen) >= 3
     assert all(steps in ([2, 1], [2, 2]) for steps in seen)
-    assert [torch.load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 2]
+    assert [load(tmp_path / name)["step"] for name in ("last.pt", "previous.pt")] == [3, 2]
     assert {path.name for path in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
 
 
-def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, straight: Path, tmp_path: Path) -> None:
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_give_the_losses_of_one_and_the_same_scores(config: Path, tmp_path: Path, count: int) -> None:
+    runs, batch = [tmp_path / "alone", tmp_path / "together"], "train.batch_size=4"
+    succeeded(call(train, "--config", config, f"run_dir={runs[0]}", batch))
+    result = succeeded(finished(started(config, runs[1], batch, processes=count)))
+    assert result.out.count("done: ") == 1  # the first process alone speaks
+    for expected, got in zip(*(json_lines(folder / "metrics.jsonl") for folder in runs), strict=True):
+        assert got["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert got["miou"] == pytest.approx(expected["miou"], abs=1e-3)
+    banks = [load(folder / "last.pt")["criterion"]["bank.stored"] for folder in runs]
+    assert torch.equal(*banks) and banks[0].sum() > 0
+    assert f'"processes": {count}' in (runs[1] / "run.json").read_text()
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(config: Path, tmp_path: Path) -> None:
+    result = finished(started(config, tmp_path / "run", "train.batch_size=3", processes=2))
+    assert result.code != 0
+    assert "error: train.batch_size 3 is shared by 2 processes; make it a multiple of that" in result.err
+
+
+@pytest.mark.parametrize("told", [{}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}])
+def test_half_a_job_of_several_processes_is_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
+) -> None:
+    for name, value in (told | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), "WORLD_SIZE=2", "torchrun", "unset WORLD_SIZE")
+
+
+def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    first = start(config, run, "workers=2", "train.epochs=50")
+    first = started(config, run, "workers=2", LONG, EACH_STEP)
     until_saved(first, run)
-    second = start(config, run, "resume=auto", "train.epochs=50")
-    _, err = second.communicate(timeout=120)
-    assert second.returncode == 2
-    wanted = f"error: run_dir {run} is in use by process {first.pid} on {socket.gethostname()}; end it, or set run_dir="
-    assert err.startswith(wanted), err
+    second = call(train, "--config", config, f"run_dir={run}", "resume=auto", LONG)
+    refused(
+        second, f"run_dir {run} is in use by process {first.pid} on {socket.gethostname()}; end it, or set run_dir="
+    )
     first.kill()  # its lock is stale: nobody took it away, and its workers still live
-    first.communicate()
+    finished(first)
     assert (run / "lock").exists()
-    third = start(config, run, "resume=auto", "train.epochs=50")
+    third = started(config, run, "resume=auto", LONG, EACH_STEP)
     moment = (run / "last.pt").stat().st_mtime_ns
     while third.poll() is None and (run / "last.pt").stat().st_mtime_ns == moment:
         time.sleep(0.01)
     third.send_signal(signal.SIGTERM)
-    _, err = third.communicate(timeout=120)
-    assert third.returncode == 143, err
+    assert finished(third).code == 143
     assert not (run / "lock").exists()
 
 
-def test_a_refused_start_leaves_no_folder(config: Path, tmp_path: Path) -> None:
-    child = start(config, tmp_path / "run", "train.lr=0.1", "resume=nowhere.pt")
-    _, err = child.communicate(timeout=120)
-    assert child.returncode == 2 and "nowhere.pt does not exist" in err
-    assert not (tmp_path / "run").exists()
+# ---------------------------------------------------------------- what is not resumed, and what is
 
 
-def losses(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+def test_a_second_start_without_resume_is_refused_and_overwrites_nothing(run: Run, config: Path) -> None:
+    before = contents(run.folder)
+    refused(call(train, "--config", config, f"run_dir={run.folder}"), run.folder, "resume=auto", "run_dir=")
+    assert contents(run.folder) == before
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_several_processes_give_the_losses_of_one_and_the_same_scores(
-    config: Path, straight: Path, tmp_path: Path, count: int
-) -> None:
-    run = tmp_path / "run"
-    child = start(config, run, launcher=launcher(count))
-    out, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-3000:]
-    assert out.count("done: ") == 1  # the first process alone speaks
-    for got, expected in zip(losses(run), losses(straight), strict=True):
-        assert got == pytest.approx(expected, abs=1e-5)
-    metrics = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (run, straight)]
-    for got, expected in zip(*metrics, strict=True):
-        assert got["miou"] == pytest.approx(expected["miou"], abs=1e-3)
-    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (run, straight)]
-    banks = [state["criterion"]["bank.stored"] for state in states]
-    assert torch.equal(*banks)
-    assert banks[0].sum() > 0
-    assert json.loads((run / "run.json").read_text())["starts"][0]["processes"] == count
-
-
-def test_a_batch_that_cannot_be_shared_is_refused(config: Path, tmp_path: Path) -> None:
-    child = start(config, tmp_path / "run", "train.batch_size=3", launcher=launcher(2))
-    _, err = child.communicate(timeout=300)
-    assert child.returncode != 0
-    assert "error: train.batch_size 3 is shared by 2 processes; make it a multiple of that" in err
-
-
-def test_a_run_of_other_code_goes_on_with_a_warning(config: Path, straight: Path, tmp_path: Path) -> None:
-    """Its checkpoint and config.yaml hold a key that there was once."""
-    run = shutil.copytree(straight, tmp_path / "run")
-    state = torch.load(run / "last.pt", weights_only=True)
-    state["revision"] = "0" * 40
-    state["config"]["resume_changed_code"] = False
-    torch.save(state, run / "last.pt")
-    text = (run / "config.yaml").read_text().replace(str(straight), str(run))
-    (run / "config.yaml").write_text(text + "resume_changed_code: false\n")
-    child = start(config, run, "resume=auto")
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 0, err[-2000:]
-    (line,) = [line for line in re.split(r"[\r\n]", err) if line.strip() and "%|" not in line]
-    revisions = [entry["git_revision"] for entry in json.loads((run / "run.json").read_text())["starts"]]
-    assert line.startswith(f"warning: checkpoint {run / 'last.pt'} was written by revision {'0' * 40}, this is ")
-    assert len(revisions) == 2 and str(revisions[1] or "unknown") in line
-    child = start(config, run, "resume=auto", "resume_changed_code=true")
-    assert "unknown key 'resume_changed_code'" in child.communicate(timeout=300)[1]
+def test_resuming_with_other_settings_is_refused_and_names_each(run: Run, config: Path) -> None:
+    before = contents(run.folder)
+    changed = ["train.lr=0.1", "seed=5", "data.fold=2", "train.epochs=3", "loss.gamma=0.1"]
+    line = refused(
+        call(train, "--config", config, f"run_dir={run.folder}", "resume=auto", "workers=1", *changed),
+        *(run.folder / "last.pt", "resume=none", "train.lr is 0.03 there and 0.1 here", "seed is 0 there and 5 here"),
+        *("data.fold is 0 there", "train.epochs is 2 there", "loss.gamma is 0.01 there and 0.1 here"),
+    )
+    assert "run_dir is" not in line and "workers is" not in line
+    assert contents(run.folder) == before
 
 
 def test_a_folder_of_another_config_is_refused_though_it_has_no_checkpoint(
-    config: Path, straight: Path, tmp_path: Path
+    config: Path, run: Run, tmp_path: Path
 ) -> None:
-    (tmp_path / "run").mkdir()
-    shutil.copy(straight / "config.yaml", tmp_path / "run")
-    child = start(config, tmp_path / "run", "resume=auto", "train.lr=0.5")
-    _, err = child.communicate(timeout=300)
-    assert child.returncode == 2
-    assert "train.lr is 0.05 there and 0.5 here" in err
+    shutil.copy(run.folder / "config.yaml", tmp_path)
+    result = call(train, "--config", config, f"run_dir={tmp_path}", "resume=auto", "train.lr=0.5")
+    refused(result, "train.lr is 0.03 there and 0.5 here")
+
+
+def test_a_refused_start_leaves_no_folder(config: Path, tmp_path: Path) -> None:
+    overrides = [f"run_dir={tmp_path / 'run'}", "train.lr=0.1", "resume=nowhere.pt"]
+    refused(call(train, "--config", config, *overrides), "nowhere.pt does not exist")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_without_optimizer_is_not_resumed(run: Run, config: Path, tmp_path: Path) -> None:
+    result = call(train, "--config", config, f"run_dir={tmp_path}", f"resume={run.folder / 'best.pt'}")
+    refused(result, run.folder / "best.pt", "last.pt")
+
+
+def test_a_truncated_checkpoint_without_another_is_not_resumed(run: Run, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.pt").write_bytes((run.folder / "last.pt").read_bytes()[:50_000])
+    result = call(train, "--config", config, f"run_dir={tmp_path}", "resume=auto")
+    refused(result, tmp_path / "last.pt", "damaged", "use another one")
+
+
+@pytest.mark.parametrize(
+    "forged", [{"step": 10**9}, {"finished_step": 1}, {"finished_step": -1}, {"finished_step": True}, {"sums": {}}]
+)
+def test_a_checkpoint_at_a_place_where_no_run_stands_is_refused(
+    run: Run, config: Path, tmp_path: Path, forged: dict[str, Any]
+) -> None:
+    torch.save(load(run.folder / "last.pt") | forged, tmp_path / "last.pt")
+    refused(call(train, "--config", config, f"run_dir={tmp_path}", "resume=auto"), "checkpoint", "damaged")
+
+
+def test_resuming_a_finished_run_changes_nothing(run: Run, config: Path, tmp_path: Path) -> None:
+    folder = copy_of(run, tmp_path / "run")
+    assert "done" in resume(config, folder)
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        assert sha256(folder / name) == sha256(run.folder / name)
+
+
+def test_a_run_resumes_with_its_data_moved_and_lists_of_windows_but_not_with_other_lines(
+    tiny: Path, config: Path, tmp_path: Path
+) -> None:
+    root, overrides = copied(tiny, tmp_path / "here")
+    overrides = [*overrides, *SMALLEST, f"run_dir={tmp_path}/run"]
+    succeeded(call(train, "--config", config, *overrides))
+    moved = root.rename(tmp_path / "there")
+    for path in (moved / "lists").glob("*.txt"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n") + b"\r\n")
+    overrides = [word.replace(str(root), str(moved)) for word in overrides]
+    succeeded(call(train, "--config", config, *overrides, "resume=auto"))
+    path = moved / "lists/train.txt"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))  # the same images: other episodes
+    refused(call(train, "--config", config, *overrides, "resume=auto"), path)
+
+
+def test_a_run_resumed_from_elsewhere_leaves_what_stands_in_run_dir_and_names_files_that_exist(
+    run: Run, config: Path, tmp_path: Path
+) -> None:
+    before, elsewhere = contents(run.folder), f"resume={run.folder / 'last.pt'}"
+    other = tmp_path / "other.pt"
+    shutil.copy(run.folder / "last.pt", other)
+    refused(call(train, "--config", config, f"run_dir={run.folder}", f"resume={other}"), run.folder)
+    assert contents(run.folder) == before
+    result = succeeded(call(train, "--config", config, f"run_dir={tmp_path / 'new'}", elsewhere))
+    named = re.findall(re.escape(str(tmp_path / "new")) + r"/\w+\.pt", result.out)
+    assert all(Path(path).exists() for path in named)
+
+
+def test_a_run_of_other_code_goes_on_with_a_warning(config: Path, run: Run, tmp_path: Path) -> None:
+    """Its checkpoint and config.yaml hold a key that there was once."""
+    folder = copy_of(run, tmp_path / "run")
+    state = load(folder / "last.pt")
+    state["revision"] = "0" * 40
+    state["config"]["resume_changed_code"] = False
+    torch.save(state, folder / "last.pt")
+    with (folder / "config.yaml").open("a") as file:
+        file.write("resume_changed_code: false\n")
+    result = succeeded(call(train, "--config", config, f"run_dir={folder}", "resume=auto"))
+    (line,) = beside_progress_bars(result.err)
+    assert line.startswith(f"warning: checkpoint {folder / 'last.pt'} was written by revision {'0' * 40}, this is ")
+    again = call(train, "--config", config, f"run_dir={folder}", "resume=auto", "resume_changed_code=true")
+    refused(again, "unknown key 'resume_changed_code'")

@@ -194,6 +194,18 @@ def test_the_ladder_serves_another_config_and_diagnoses(place: Place) -> None:
     assert place.calls() == []
 
 
+def test_no_script_has_a_syntax_error() -> None:
+    for script in (ROOT / "scripts").glob("*.sh"):
+        subprocess.run(["bash", "-n", script], check=True)
+
+
+@pytest.mark.parametrize("name", ["train_fold.sh", "test_fold.sh"])
+def test_a_fold_script_without_arguments_prints_its_usage(place: Place, name: str) -> None:
+    done = place.run(name)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"bash scripts/{name} DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [

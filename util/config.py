@@ -91,7 +91,7 @@ class DataConfig(Section):
     train_list: Annotated[str, MACHINE]
     """file of 'image mask' lines: the base classes are trained on it"""
     val_list: Annotated[str, MACHINE]
-    """likewise: the novel classes are evaluated on it"""
+    """the same kind of file: the novel classes are evaluated on it"""
     reader: str = "class_ids"
     """how masks are read: 'class_ids' or 'class_folders', see util/data/readers.py"""
     classes: Annotated[Names, TASK, COMPARED]
@@ -122,32 +122,30 @@ class DataConfig(Section):
     """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the authors' code: 0.5)"""
 
     @model_validator(mode="after")
-    def _check(self) -> "DataConfig":
+    def _check_geometry(self) -> "DataConfig":
         if self.image_size % 8 != 1:
             lower = max(self.image_size // 8, 1) * 8 + 1
             raise ValueError(f"image_size must be 8n + 1, such as {lower} or {lower + 8}")
         if self.scale[0] > self.scale[1]:
             raise ValueError("scale must be [from, to] with from <= to")
+        return self
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> "DataConfig":
         most = 254 if self.reader == "class_ids" else 10**6
         if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= most:
             raise ValueError(f"classes must be 2 to {most} different names")
-        folds = self.folds
-        if folds is not None:
-            unknown = [name for names in folds for name in names if name not in self.classes]
-            if unknown:
-                raise ValueError(f"folds names '{unknown[0]}', which is not among classes")
-            if any(not names or set(names) == set(self.classes) for names in folds):
-                raise ValueError("each fold must hold some, and not all, of the classes")
-            if any(len(set(names)) < len(names) for names in folds):
-                raise ValueError(f"a fold must not name a class twice: {folds}")
-        elif len(self.classes) % 4:
+        for key, names in [*(("folds", fold) for fold in self.folds or []), ("base_classes", self.base_classes or [])]:
+            if foreign := [name for name in names if name not in self.classes]:
+                raise ValueError(f"{key} names '{foreign[0]}', which is not among classes")
+        if any(not 0 < len(set(fold)) < len(self.classes) or len(set(fold)) < len(fold) for fold in self.folds or []):
+            raise ValueError("each fold must hold some, and not all, of the classes, and none twice")
+        if self.base_classes == []:
+            raise ValueError("base_classes must name a class")
+        if self.folds is None and len(self.classes) % 4:
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
             raise ValueError(f"fold must be 0 to {self.num_folds - 1}")
-        if foreign := set(self.base_classes or ()) - set(self.classes):
-            raise ValueError(f"base_classes names '{min(foreign)}', which is not among classes")
-        if self.base_classes == []:
-            raise ValueError("base_classes must name a class")
         return self
 
     @property
@@ -251,11 +249,11 @@ class TrainConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 1e-4
     power: NonNegative = 0.9
-    """of the polynomial decay of the learning rate, a step at a time"""
+    """exponent of the polynomial decay of the learning rate, a step at a time"""
     warmup: Annotated[int, Field(ge=0, le=10**9)] = 100
     """steps over which the learning rate rises to lr; 0 for none"""
     checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
-    """at most so long between checkpoints; one is written at the end of each epoch in any case"""
+    """longest time between checkpoints; one is written at the end of each epoch in any case"""
     compile: Annotated[Switch, MACHINE] = "auto"
     """whether torch.compile makes the training step; auto is on for long runs on CUDA (util/engine/compilation.py)"""
 
@@ -270,7 +268,7 @@ class EvalConfig(Section):
     """memory for what episodes share: features of the images they have in common, and what else fits in of the
     backbone's features from one validation in training to the next"""
     geometry: Annotated[Literal["lineage", "exact"], COMPARED] = "exact"
-    """how logits return to the original size: as the published code does (3 px off at 500x375), or exactly"""
+    """how logits return to the original size: as PFENet's code does ('lineage', 3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
     select: Annotated[Literal["miou", "last"], COMPARED] = "miou"
@@ -290,15 +288,15 @@ class Config(Section):
     train: Annotated[TrainConfig, COMPARED] = TrainConfig()
     eval: Annotated[EvalConfig, SHOWN] = EvalConfig()
     seed: Annotated[int, Field(ge=0, lt=2**63), SHOWN] = 0
-    """of weights, dropout, training episodes and augmentation"""
+    """settles weights, dropout, training episodes and augmentation"""
     run_dir: Annotated[str, MACHINE] = ""
     """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
     resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
     precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], SHOWN] = "auto"
-    """of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32. tf32 is float32
-    that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
+    """numbers of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32. tf32 is
+    float32 that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
     workers: Annotated[int, Field(ge=0), MACHINE] = 4
     """loader processes, at most one a core; the results do not depend on it"""
 
@@ -318,37 +316,10 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
         UserError: naming the file (or the command line), the key and the remedy.
     """
     path, *variants = [paths] if isinstance(paths, Path) else paths
-    leaf = read_yaml(path)
-    base_name = leaf.pop("base", None)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    if base_name is not None:
-        if not isinstance(base_name, str):
-            raise UserError(f"{path}: 'base' must be the path of one YAML file")
-        base_path = path.parent / base_name
-        base = read_yaml(base_path)
-        if "base" in base:
-            raise UserError(f"{base_path}: a base file cannot have a 'base' of its own; name it in {path}")
-        _merge(values, base, str(base_path), origin)
-    _merge(values, leaf, str(path), origin)
-    for variant in variants:
-        if variant.suffix not in (".yaml", ".yml"):
-            raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
-        changes = read_yaml(variant)
-        if "base" in changes:
-            raise UserError(f"{variant}: has a 'base', so it is a config of its own; give it first, or alone")
-        _merge(values, changes, str(variant), origin)
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
-        try:
-            value = yaml.load(text, _Loader)
-        except Exception as error:  # see read_yaml
-            raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
-        for part in reversed(key.split(".", 3)):  # no key has more parts
-            value = {part: value}
-        _merge(values, value, "command line", origin)
+    for source, layer in _layers(path, variants, overrides):
+        _merge(values, layer, source, origin)
     if values.get("run_dir") is None:
         values.pop("run_dir", None)
     config = _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
@@ -357,6 +328,40 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     of_seed = [f"seed{config.seed}"] if config.seed else []
     name = "_".join([path.stem, *(variant.stem for variant in variants), *of_seed])
     return config.model_copy(update={"run_dir": str(Path("runs") / path.resolve().parent.name / name)})
+
+
+def _layers(path: Path, variants: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Give what each source says, with its name; a later one wins."""
+    leaf = read_yaml(path)
+    base = leaf.pop("base", None)
+    if isinstance(base, str):
+        yield str(path.parent / base), _read_flat(path.parent / base, f"name it in {path}")
+    elif base is not None:
+        raise UserError(f"{path}: 'base' must be the path of one YAML file")
+    yield str(path), leaf
+    for variant in variants:
+        if variant.suffix not in (".yaml", ".yml"):
+            raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
+        yield str(variant), _read_flat(variant, "a file that has one is a config of its own; give it first, or alone")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
+        try:
+            value = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
+        except Exception as error:  # see read_yaml
+            raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
+        for part in reversed(key.split(".", 3)):  # no key has more parts
+            value = {part: value}
+        yield "command line", value
+
+
+def _read_flat(path: Path, remedy: str) -> dict[str, Any]:
+    """Read a YAML file that must not have a base."""
+    values = read_yaml(path)
+    if "base" in values:
+        raise UserError(f"{path}: cannot have a 'base' of its own; {remedy}")
+    return values
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
@@ -390,33 +395,18 @@ def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{key}", value
 
 
-CONTROL = re.compile(r"[\0-\x1f\x7f\ud800-\udfff]")
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys and aliases, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+    """Safe YAML that refuses a key that stands twice, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[str] = []
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not text", key_node.start_mark)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' stands twice", key_node.start_mark)
+            if not isinstance(key, str) or key in seen:
+                problem = f"key '{key}' " + ("stands twice" if isinstance(key, str) else "is not text")
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
-
-    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
-        value = super().construct_scalar(node)
-        if isinstance(value, str) and CONTROL.search(value):  # no path and no name can hold them
-            raise yaml.constructor.ConstructorError(None, None, "a control character", node.start_mark)
-        return value
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.composer.ComposerError(None, None, "aliases are not allowed", self.peek_event().start_mark)
-        return super().compose_node(parent, index)
 
 
 _Loader.add_implicit_resolver(
@@ -440,7 +430,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
         raise UserError(f"config {path} cannot be read: {error}") from error
     try:
-        values = yaml.load(text, _Loader)
+        values = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
     except yaml.MarkedYAMLError as error:
         where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from error

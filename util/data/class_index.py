@@ -48,7 +48,7 @@ class ClassIndex:
     """(lines, num_classes + 1), int64, sparse; column c counts the pixels of class c, column 0 the background"""
     list_path: Path
     list_sha256: str
-    """of its lines 'image mask', each with a line end: the same wherever the data lies, and whatever ends its lines"""
+    """the hash of its lines 'image mask', each with a line end: the same wherever the data lies"""
     ignored: np.ndarray
     """(lines,), int64: pixels of value 255"""
 
@@ -188,7 +188,7 @@ class Counts(NamedTuple):
     """What was counted in one mask."""
 
     pixels: dict[int, int]
-    """of each class that stands in it, ascending; 0 is the background"""
+    """counts by class, of those that stand in it, ascending; 0 is the background"""
     ignored: int
     """pixels of value 255"""
 

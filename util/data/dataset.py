@@ -106,7 +106,7 @@ class ImageBatch(NamedTuple):
     """N images of an evaluation, each with its mask of one class."""
 
     places: list[int]
-    """in the list"""
+    """the images' places in the list"""
     images: Tensor
     """(N, 3, S, S), uint8 RGB; one image has no N"""
     masks: Tensor
@@ -115,7 +115,7 @@ class ImageBatch(NamedTuple):
     """the masks at their own size, (H, W), uint8"""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Hand the masks over as bytes: they are kept for a round, and each in shared memory holds a file descriptor."""
+        """Hand masks over as bytes: they are kept for a round, and each in shared memory holds a file descriptor."""
         return _image_batch, (self.places, self.images, self.masks, [mask.numpy() for mask in self.ground_truths])
 
     def pin_memory(self) -> "ImageBatch":

@@ -25,7 +25,7 @@ class Episodes(Protocol):
 
     index: ClassIndex
     seed: int
-    """of the augmentation; evaluation has none"""
+    """seeds the augmentation; evaluation has none"""
 
     def __call__(self, number: int) -> EpisodeFiles:
         """Return episode number ``number``."""
@@ -46,7 +46,7 @@ class EpisodeSampler:
 
     The images of the fold are those in which one of ``classes`` qualifies (has ``min_area`` pixels). They serve
     as queries in turn: every run of ``len(self)`` numbers is one pass over all of them in its own random order. The
-    query's class is drawn from all of ``classes`` present in it, whatever their area (as in the lineage); the K
+    query's class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K
     supports are drawn from the photos in which that class qualifies, without repetition and never the query's. A photo
     of several lines is a query with each of its masks, and a support with one of those that qualify.
 

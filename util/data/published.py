@@ -1,7 +1,8 @@
 """The lists of PASCAL-5i that are published, known by the hash of their ids.
 
-Papers of this lineage train on VOC 2012 ``train`` united with SBD ``train_noval``; a list of another length moves
-results by points. VOC's own masks have an ignored border, SBD's have none: their number tells whether it was lost.
+Papers that follow PFENet's code train on VOC 2012 ``train`` united with SBD ``train_noval``; a list of another
+length moves results by points. VOC's own masks have an ignored border, SBD's have none: their number
+tells whether it was lost.
 """
 
 import hashlib

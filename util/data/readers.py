@@ -19,7 +19,7 @@ from util.errors import UserError
 
 
 def class_ids(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """Make an item whose mask holds class ids: PASCAL, COCO and the lineage's other data."""
+    """Make an item whose mask holds class ids: PASCAL, COCO, and data of one's own in their layout."""
     return Item(image, mask)
 
 

@@ -49,7 +49,7 @@ def augment(
 
     A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels.
 
-    Empty places become the mean colour and 255. As in the lineage, a crop that keeps less than 85 % of the
+    Empty places become the mean colour and 255. As in PFENet's code, a crop that keeps less than 85 % of the
     target (mask value 1) is drawn again, at most 30 times.
     """
     height, width = mask.shape
@@ -109,8 +109,8 @@ def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.
 def to_original(logits: Tensor, height: int, width: int, geometry: str) -> Tensor:
     """Undo :func:`fit` for logits (1, S, S): (1, height, width).
 
-    lineage: the whole square is resized to the square of the original's longer side, and the image's part of
-        it read, as the published code does; rounding to multiples of 8 leaves it 3 px off at 500x375, 8 at worst.
+    lineage: as in PFENet's code, the whole square is resized to the square of the original's longer side, and the
+        image's part of it read; rounding to multiples of 8 leaves it 3 px off at 500x375, 8 at worst.
     exact: the valid part is cut out and resized.
     """
     if geometry == "lineage":

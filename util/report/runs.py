@@ -29,7 +29,7 @@ class Run(BaseModel):
     fold: Annotated[int, Field(ge=0)]
     folds: Count
     seed: int
-    """of the training"""
+    """the training's"""
     test_seeds: list[int]
     episodes: Count
     unit: Literal["percent"]
@@ -41,7 +41,7 @@ class Run(BaseModel):
     best: Scores | None = None
     """mIoU at the threshold that is best on the novel classes themselves, as scripts/diagnose.py finds it"""
     revision: str
-    """of the code, at the evaluation and, where it was another, at the training"""
+    """the code's, at the evaluation and, where it was another, at the training"""
     machine: str
     dtype: str = "unknown"
     test_list: str = "unknown"

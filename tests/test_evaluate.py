@@ -1,0 +1,324 @@
+"""test.py, end to end, against an evaluation by hand: episode by episode, files read with Pillow, counts in numpy."""
+
+import itertools
+import json
+import re
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.harness import (
+    NOVEL,
+    ROOT,
+    Result,
+    beside_progress_bars,
+    call,
+    evaluated,
+    load,
+    refused,
+    sha256,
+    short_run,
+    succeeded,
+    test_command,
+)
+from util.config import Config, load_config
+from util.data.episodes import EpisodeSampler
+from util.engine.build import build_eval_sampler, build_index, build_model
+from util.segment.visualize import GAP, TILE
+
+Tested = tuple[Result, dict[str, Any], Path]
+
+
+@pytest.fixture(scope="module")
+def mixed(short: Path, config: Path) -> Path:
+    """The trained checkpoint with its last layer moved so that about half of all pixels, and of targets, is predicted.
+
+    After a few steps a network predicts next to nothing; then all scores are 0 and every comparison holds.
+    """
+    state = load(short / "last.pt")
+    settings = load_config(config)
+    model, _ = build_model(settings, "random")
+    model.load_state_dict(state["model"])
+    sampler = build_eval_sampler(settings, build_index(settings, "val"), 0)
+    scores, targets = [], []
+    for number in range(8):
+        logits, _, truth, class_id = episode_logits(model.eval(), sampler, number)
+        scores.append(at_original_size(logits, truth)[truth != 255])
+        targets.append(truth[truth != 255] == class_id)
+    values, on_target = np.concatenate(scores), np.concatenate(targets)
+    sign = 1 if values[on_target].mean() > values[~on_target].mean() else -1
+    state["model"]["fem.classifier.3.weight"] *= sign
+    state["model"]["fem.classifier.3.bias"] *= sign
+    state["model"]["fem.classifier.3.bias"] -= float(np.median(sign * values))
+    path = config.parent / "mixed.pt"
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tested(mixed: Path, config: Path) -> Tested:
+    """test.py with three seeds, baselines and picture: its ending, results and picture."""
+    out, panel = config.parent / "out/results.json", config.parent / "out/panel.png"
+    arguments = ["--seeds", 0, 1, 2, "--episodes", 6, "--baselines", "--out", out, "--panel", panel]
+    result = succeeded(call(test_command, "--config", config, "--checkpoint", mixed, *arguments))
+    return result, json.loads(out.read_text()), panel
+
+
+# ---------------------------------------------------------------- evaluation by hand
+
+
+def fitted(mask: np.ndarray) -> tuple[int, int]:
+    """Height and width in the network's square of 65: the longer side fills it, both rounded down to 8."""
+    height, width = mask.shape
+    return 65 * height // max(height, width) // 8 * 8, 65 * width // max(height, width) // 8 * 8
+
+
+def at_original_size(logits: torch.Tensor, truth: np.ndarray) -> np.ndarray:
+    """Of logits (1, 65, 65) the part that shows the image, at the size of its mask."""
+    height, width = fitted(truth)
+    return F.interpolate(logits[None, :, :height, :width], truth.shape, mode="bilinear")[0, 0].numpy()
+
+
+def episode_logits(
+    model: torch.nn.Module, sampler: EpisodeSampler, number: int
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray, int]:
+    """Logits (1, S, S) and prior (1, h, w) of one episode, the query's mask as it is on disk, and the class."""
+    files = sampler(number)
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    images, masks = [], []
+    for place in (files.query, *files.supports):
+        item = sampler.index.items[place]
+        labels = np.array(Image.open(item.mask))
+        binary = np.where(labels == 255, 255, labels == files.class_id).astype(np.uint8)
+        height, width = fitted(binary)
+        picture, mask = np.zeros((65, 65, 3), np.uint8), np.full((65, 65), 255, np.uint8)
+        picture[:height, :width] = cv2.resize(np.array(Image.open(item.image)), (width, height))
+        mask[:height, :width] = cv2.resize(binary, (width, height), interpolation=cv2.INTER_NEAREST)
+        images.append(((picture / 255 - mean) / std).transpose(2, 0, 1))
+        masks.append(mask)
+    tensor = torch.tensor(np.stack(images), dtype=torch.float32)
+    with torch.inference_mode():
+        output = model(tensor[:1], tensor[None, 1:], torch.tensor(np.stack(masks[1:]))[None])
+    truth = np.array(Image.open(sampler.index.items[files.query].mask))
+    return output.logits[0], output.prior[0], truth, files.class_id
+
+
+def scores_by_hand(settings: Config, checkpoint: Path, seed: int, episodes: int) -> dict[str, Any]:
+    """miou, fb_iou, precision, per_class and the baselines' miou in percent."""
+    model, _ = build_model(settings, "random")
+    model.load_state_dict(load(checkpoint)["model"])
+    model.eval()
+    sampler = build_eval_sampler(settings, build_index(settings, "val"), seed)
+    counts = {name: np.zeros((5, 2, 2)) for name in ("network", "prior", "all_foreground")}  # class, truth, prediction
+    for number in range(episodes):
+        logits, prior, truth, class_id = episode_logits(model, sampler, number)
+        prior = F.interpolate(prior[None] - 0.5, size=(65, 65), mode="bilinear", align_corners=True)
+        for name, map_ in (("network", logits), ("prior", prior[0]), ("all_foreground", torch.ones(1, 65, 65))):
+            predicted = at_original_size(map_, truth) > 0
+            for actual, guess in itertools.product((0, 1), (0, 1)):
+                where = (truth != 255) & ((truth == class_id) == actual) & (predicted == guess)
+                counts[name][class_id - 1, actual, guess] += where.sum()
+
+    def iou(table: np.ndarray, of: int) -> float:
+        union = table[of].sum() + table[:, of].sum() - table[of, of]
+        return 100 * table[of, of] / union if union else 0.0
+
+    total = counts["network"].sum(0)
+    return {
+        "per_class": {name: iou(table, 1) for name, table in zip(NOVEL, counts["network"], strict=True)},
+        "miou": statistics.fmean(iou(table, 1) for table in counts["network"]),
+        "fb_iou": (iou(total, 0) + iou(total, 1)) / 2,
+        "precision": 100 * total[1, 1] / total[:, 1].sum(),
+        "baselines": {
+            name: statistics.fmean(iou(table, 1) for table in counts[name]) for name in ("prior", "all_foreground")
+        },
+    }
+
+
+# ---------------------------------------------------------------- results
+
+
+def test_results_tell_what_was_evaluated(tested: Tested, config: Path, mixed: Path, tiny: Path) -> None:
+    _, results, _ = tested
+    expected = {"dataset": "Synthetic-5i", "fold": 0, "folds": 4, "shots": 1, "episodes": 6, "seeds": [0, 1, 2]}
+    assert {key: results[key] for key in expected} == expected
+    assert results["backbone"] == "efficientnet_lite0"
+    assert results["config"] == load_config(config, ["eval.episodes=6", "train.epochs=1"]).model_dump()
+    assert results["checkpoint_sha256"] == sha256(mixed)
+    assert results["list_sha256"] == sha256(tiny / "lists/val.txt")
+    assert 0 < results["seconds"] < 300
+    assert 50 < results["peak_memory_mib"] < 20_000
+    assert results["environment"]["torch"] == torch.__version__
+
+
+def test_mean_and_deviation_are_those_of_the_seeds(tested: Tested) -> None:
+    _, results, _ = tested
+    for name in ("miou", "fb_iou", "precision"):
+        per_seed = results[name]["per_seed"]
+        assert len(set(per_seed)) == 3
+        assert results[name]["mean"] == pytest.approx(statistics.mean(per_seed))
+        assert results[name]["std"] == pytest.approx(statistics.stdev(per_seed))
+    assert list(results["per_class"]) == NOVEL
+    assert results["miou"]["mean"] == pytest.approx(statistics.mean(results["per_class"].values()))
+
+
+def test_an_evaluation_by_hand_gives_the_same_scores(tested: Tested, config: Path, mixed: Path) -> None:
+    _, results, _ = tested
+    seeds = [scores_by_hand(load_config(config), mixed, seed, episodes=6) for seed in (0, 1, 2)]
+    assert min(seed["miou"] for seed in seeds) > 1  # else the comparison would say nothing
+    for name in ("miou", "fb_iou", "precision"):
+        assert results[name]["per_seed"] == pytest.approx([seed[name] for seed in seeds], abs=0.01)
+    for name in NOVEL:
+        mean = statistics.mean(seed["per_class"][name] for seed in seeds)
+        assert results["per_class"][name] == pytest.approx(mean, abs=0.01)
+    assert list(results["baselines"]) == ["all_foreground", "prior", "training_free", "training_free_edges"]
+    for name in ("all_foreground", "prior"):
+        scores, values = results["baselines"][name], [seed["baselines"][name] for seed in seeds]
+        assert scores["miou"] == pytest.approx(statistics.mean(values), abs=0.01)
+        assert scores["std"] == pytest.approx(statistics.stdev(values), abs=0.01)
+    assert results["baselines"]["all_foreground"]["miou"] != results["baselines"]["prior"]["miou"]
+    longer = scores_by_hand(load_config(config), mixed, 0, episodes=7)
+    assert abs(longer["fb_iou"] - seeds[0]["fb_iou"]) > 0.01  # one episode more would show
+
+
+def test_three_shots_on_a_one_shot_checkpoint_score_as_by_hand(config: Path, mixed: Path, tmp_path: Path) -> None:
+    results = evaluated(config, mixed, tmp_path / "r.json", "--shots", 3, "--episodes", 6)
+    by_hand = scores_by_hand(load_config(config, ["data.shots=3"]), mixed, seed=0, episodes=6)
+    assert results["shots"] == 3
+    for name in ("miou", "fb_iou", "precision"):
+        assert results[name]["mean"] == pytest.approx(by_hand[name], abs=0.01)
+
+
+def test_exactly_the_asked_number_of_episodes_is_scored(
+    config: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[int] = []
+    evaluate = test_command.evaluate
+
+    def noting(model: Any, index: Any, episodes: Any, **options: Any) -> Any:
+        scored.extend(episode.class_id for episode in episodes)
+        counts = evaluate(model, index, episodes, **options)
+        assert counts["network"].shape == (len(episodes), 4)
+        assert (counts["network"].sum(1) > 0).all()
+        return counts
+
+    monkeypatch.setattr(test_command, "evaluate", noting)
+    out = tmp_path / "r.json"
+    results = evaluated(config, mixed, out, "--episodes", 5, "--seeds", 3, 4)
+    assert len(scored) == 2 * 5
+    assert results["episodes"] == 5
+    settings = load_config(config)
+    index = build_index(settings, "val")
+    samplers = [build_eval_sampler(settings, index, seed) for seed in (3, 4)]
+    assert scored == [sampler(number).class_id for sampler in samplers for number in range(5)]
+
+
+@pytest.mark.parametrize("shots", [1, 3])
+def test_neither_memory_nor_batches_nor_workers_change_a_score(
+    config: Path, mixed: Path, tmp_path: Path, shots: int
+) -> None:
+    results = [
+        evaluated(config, mixed, tmp_path / f"{i}.json", "--episodes", 8, "--shots", shots, "--seeds", 0, 1, *overrides)
+        for i, overrides in enumerate(([], ["eval.cache_gib=1e-9"], ["eval.batch_size=1", "workers=1"]))
+    ]
+    a_few_pixels = 0.005  # percent: convolutions round otherwise in a batch, which can turn a pixel that stands at 0
+    for other in results[1:]:
+        for name in ("miou", "fb_iou", "precision"):
+            assert other[name]["per_seed"] == pytest.approx(results[0][name]["per_seed"], abs=a_few_pixels)
+        assert other["per_class"] == pytest.approx(results[0]["per_class"], abs=a_few_pixels)
+
+
+def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
+    result, results, _ = tested
+    assert "Synthetic-5i fold 0 of 4, 1-shot, efficientnet_lite0: 6 episodes, seeds 0, 1, 2" in result.out
+    for name in NOVEL:
+        assert re.search(rf"^ +{name} +{results['per_class'][name]:.1f}$", result.out, re.MULTILINE)
+    miou = results["miou"]
+    assert re.search(rf"^ +mIoU +{miou['mean']:.1f} ± {miou['std']:.1f}", result.out, re.MULTILINE)
+    assert re.search(rf"^ +FB-IoU +{results['fb_iou']['mean']:.1f} ±", result.out, re.MULTILINE)
+    assert re.search(rf"all foreground +{results['baselines']['all_foreground']['miou']:.1f}", result.out)
+    assert re.search(rf"training-free, edges +{results['baselines']['training_free_edges']['miou']:.1f}", result.out)
+    assert "not the mean of folds" in result.out
+    assert beside_progress_bars(result.err) == []
+
+
+def test_the_picture_of_an_evaluation_opens(tested: Tested) -> None:
+    result, _, panel = tested
+    assert str(panel) in result.out
+    with Image.open(panel) as picture:
+        assert picture.format == "PNG"
+        pixels = np.array(picture)
+    assert pixels.shape[0] > 4 * 65 and pixels.shape[1] > 4 * 65  # four episodes, at least four tiles each
+    assert pixels.std() > 10
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
+    config: Path, mixed: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "run/best.pt"
+    checkpoint.parent.mkdir()
+    shutil.copy(mixed, checkpoint)
+    switches = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
+    baseline = short_run(config, tmp_path / "pfenet", *switches) / "last.pt"
+    command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9]
+    result = succeeded(call(test_command, *command, "--save-panels", 2, "--baseline-checkpoint", baseline))
+    folder = checkpoint.parent / "panels"
+    assert str(folder / "contact_sheet.png") in result.out
+    names = sorted(path.name for path in folder.iterdir())
+    assert [name.split("_")[:2] for name in names if name != "contact_sheet.png"] == [
+        [kind, rank] for kind in ("best", "random", "worst") for rank in "12"
+    ]
+    sizes = {name: Image.open(folder / name).size for name in names}
+    width, height = sizes.pop("contact_sheet.png")
+    (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
+    assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
+    assert single[0] == 7 * (TILE + GAP) + GAP
+    without = succeeded(call(test_command, *command, "--seeds", 0, 1, "--save-panels", 1))
+    assert "panels" in without.out
+    assert "18/18" in without.err and "/19" not in without.err  # episodes of both seeds, and no images among them
+    assert max(int(name.stem.rsplit("episode")[-1]) for name in folder.glob("*episode*")) < 9  # of the first seed
+    assert len(list(folder.iterdir())) == 4
+    assert Image.open(next(folder.glob("best_1_*"))).width == 7 * (TILE + GAP) + GAP - (TILE + GAP)
+
+
+# ---------------------------------------------------------------- options that make no sense
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--save-panels", 0], ["--save-panels", "at least 1"]),
+        (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
+        (["--save-panels", 1, "--baseline-checkpoint", "x.pt"], ["x.pt does not exist"]),
+        (["--seeds", "-1"], ["--seeds", "different whole numbers"]),
+        (["--seeds", "0", "0"], ["--seeds", "different whole numbers"]),
+        (["--shots", 0], ["shots", "greater than or equal to 1"]),
+        (["--episodes", 0], ["episodes", "greater than or equal to 1"]),
+        (["--panel", "panel.text"], ["panel.text"]),
+        (["--out", "LICENSE/results.json"], ["LICENSE/results.json"]),
+        (["precision=fp16"], ["precision=fp16", "precision=bf16 or fp32"]),
+    ],
+    ids=lambda value: " ".join(map(str, value)),
+)
+def test_options_that_make_no_sense_are_refused(
+    config: Path, short: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], words: list[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    best = short / "best.pt"
+    refused(call(test_command, "--config", config, "--checkpoint", best, "eval.episodes=2", *arguments), *words)
+
+
+def test_overrides_can_follow_the_seeds_as_the_usage_says(config: Path, short: Path) -> None:
+    arguments = ["--checkpoint", short / "best.pt", "--episodes", 2, "--seeds", 0, 1, "eval.batch_size=2"]
+    assert "eval.batch_size" not in succeeded(call(test_command, "--config", config, *arguments)).err
