@@ -268,5 +268,5 @@ def test_without_any_python_a_script_says_once_what_to_do(place: Place) -> None:
     done = place.run("train_folds.sh", "synthetic", "efficientnet_lite0", "1", PATH=str(place.folder / "bin"))
     assert done.returncode == 2
     assert done.stderr == (
-        "error: there is no python; run '. scripts/environment.sh requirements.txt', which makes .venv, first\n"
+        "error: there is no python; run 'bash scripts/environment.sh requirements.txt', which makes .venv, first\n"
     )
