@@ -123,7 +123,7 @@ def compose(found: Found, runs: pd.DataFrame, paper: Mapping[str, Any], pictures
         yield "Thin lines are runs, thick ones their mean. Losses are running means; their terms differ by network."
         yield from (f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures)
     yield "## Time and memory"
-    yield "Times are means; a training includes its tests. Memory is the highest peak, of a GPU's allocator or process."
+    yield "Times are means; a training includes its tests. Memory is the highest peak of a GPU's allocator or process."
     for setting, group in counted.groupby("setting", sort=False):
         yield f"### {setting}"
         yield markdown(tables.costs(group))
