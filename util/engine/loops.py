@@ -127,7 +127,7 @@ class Encoded(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(  # noqa: C901 (the loop over rounds stands in it)
+def evaluate(
     model: NTRENet,
     index: ClassIndex,
     episodes: Sequence[EpisodeFiles],
@@ -186,9 +186,7 @@ def evaluate(  # noqa: C901 (the loop over rounds stands in it)
                     for number, row in zip(numbers, rows, strict=True):
                         counts[name][number] = row
                 yield len(numbers)
-            if bar is not None:
-                seen = [number for part in rounds[:last] for number in part.episodes]
-                bar.set_postfix(mIoU=f"{100 * miou_of(next(iter(counts.values())), episodes, seen):.1f}", refresh=False)
+            show_miou(bar, next(iter(counts.values())), episodes, rounds[:last])
 
     for steps in run_rounds():
         done += steps
@@ -198,10 +196,21 @@ def evaluate(  # noqa: C901 (the loop over rounds stands in it)
             break
     if stop is not None:
         stop.check(hardware.device)
+    return {name: summed(table).cpu().numpy() for name, table in counts.items()}
+
+
+def summed(table: Tensor) -> Tensor:
+    """Sum a table over the processes, in place."""
     if processes() > 1:
-        for table in counts.values():
-            dist.all_reduce(table)
-    return {name: table.cpu().numpy() for name, table in counts.items()}
+        dist.all_reduce(table)
+    return table
+
+
+def show_miou(bar: tqdm | None, counts: Tensor, episodes: Sequence[EpisodeFiles], rounds: Sequence[Round]) -> None:
+    """Show the mIoU of the rounds so far beside the bar."""
+    if bar is not None:
+        seen = [number for part in rounds for number in part.episodes]
+        bar.set_postfix(mIoU=f"{100 * miou_of(counts, episodes, seen):.1f}", refresh=False)
 
 
 def count_pixels(logits: Tensor, ground_truths: Sequence[Tensor], geometry: str) -> list[Tensor]:
