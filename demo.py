@@ -13,13 +13,12 @@ from util.command import run_command
 import argparse
 import warnings
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from model.backbones import BACKBONES
 from util.demo.server import require_free, require_gradio, serve, upload_folder
-from util.segment.segmenter import NTRESegmenter, Segmenter
+from util.segment.segmenter import DEFAULT_BACKBONE, load_segmenter
 
 
 def main() -> None:
@@ -28,17 +27,13 @@ def main() -> None:
     with upload_folder() as folder:
         require_gradio(folder)
         require_free(args.port)
-        if args.checkpoint is None:
-            segmenter: Segmenter[Any, Any] = NTRESegmenter.training_free(args.backbone, args.device)
-        else:
-            segmenter = NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
-        serve(segmenter, args.port)
+        serve(load_segmenter(args.checkpoint, args.backbone, args.device), args.port)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
-    parser.add_argument("--backbone", choices=sorted(BACKBONES), default="efficientnet_lite0", help="without one")
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), help=f"without one; {DEFAULT_BACKBONE}")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()

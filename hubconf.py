@@ -10,15 +10,15 @@ from pathlib import Path
 
 from model.backbones import BACKBONES
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
+from util.segment.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
 
 
 def training_free(
-    backbone: str = "efficientnet_lite0", device: str = "auto", precision: str = "auto"
+    backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto"
 ) -> TrainingFreeSegmenter:
-    """Training-free segmentation, ours and not the paper's network; no checkpoint."""
+    """Build training-free segmentation, which is ours and not the paper's network and needs no checkpoint."""
     return NTRESegmenter.training_free(backbone, device, precision)
 
 

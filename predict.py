@@ -57,7 +57,7 @@ from util.segment.predictions import (
     write_outputs,
 )
 from util.segment.queries import QueryFile, find_ground_truths, find_queries, read_ahead, unread_pictures
-from util.segment.segmenter import NTRESegmenter, Segmenter, T
+from util.segment.segmenter import DEFAULT_BACKBONE, Segmenter, T, load_segmenter
 from util.segment.targets import TargetFiles, encode_target, read_targets
 
 ONLY = ""
@@ -88,7 +88,7 @@ def main() -> None:
     ground_truths = {} if args.ground_truth is None else find_ground_truths(args.ground_truth, queries)
     record = args.out / "predict.json"
     require_writable(record, ".json")
-    segmenter = load_segmenter(args)
+    segmenter = load_segmenter(args.checkpoint, args.backbone, args.device)
     print(segmenter.about)
     args.threshold = segmenter.threshold if args.threshold is None else args.threshold
     args.edges = args.checkpoint is None if args.edges is None else args.edges
@@ -172,7 +172,7 @@ def conclude(tally: Tally, count: int, args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
-    parser.add_argument("--backbone", choices=sorted(BACKBONES), help="without a checkpoint; efficientnet_lite0")
+    parser.add_argument("--backbone", choices=sorted(BACKBONES), help=f"without a checkpoint; {DEFAULT_BACKBONE}")
     parser.add_argument("--support", type=Path, nargs="+", help="pictures that show the target")
     parser.add_argument("--mask", type=Path, nargs="+", help="where it is, one for each support")
     parser.add_argument(
@@ -214,7 +214,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def box(text: str) -> tuple[int, int, int, int]:
-    x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--box must be x0,y0,x1,y1 in whole pixels, such as 40,30,220,310; got {text}") from None
     return x0, y0, x1, y1
 
 
@@ -233,12 +236,6 @@ def masks_of_boxes(supports: list[Path], boxes: list[tuple[int, int, int, int]],
     return masks
 
 
-def load_segmenter(args: argparse.Namespace) -> Segmenter[Any, Any]:
-    if args.checkpoint is None:
-        return NTRESegmenter.training_free(args.backbone or "efficientnet_lite0", args.device)
-    return NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
-
-
 def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
     """Name the files of each target; the only one of --support and --mask has no name."""
     if args.targets is not None:
@@ -249,7 +246,7 @@ def target_files(args: argparse.Namespace) -> dict[str, TargetFiles]:
 
 def settings(args: argparse.Namespace, files: dict[str, TargetFiles]) -> dict[str, Any]:
     """Return what the predictions in a folder depend on, apart from the queries."""
-    free = f"training-free, {args.backbone or 'efficientnet_lite0'}"
+    free = f"training-free, {args.backbone or DEFAULT_BACKBONE}"
     return {
         "checkpoint": free if args.checkpoint is None else sha256_of(args.checkpoint),
         "targets": {name: target.fingerprint() for name, target in files.items()},

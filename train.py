@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import math
+import time
 from contextlib import nullcontext
 from datetime import UTC, datetime
 from functools import partial
@@ -233,6 +234,7 @@ def validate(
     """
     config, step, hardware, events = training.config, training.step, training.hardware, monitor.events
     bar = progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=events is None)
+    began = time.monotonic()
     with bar:
         counts = evaluate(
             training.model,
@@ -247,7 +249,8 @@ def validate(
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if events is not None:
-        tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}")
+        seconds = time.monotonic() - began
+        tqdm.write(f"step {step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}  in {seconds:.0f} s")
         losses = {name: value / monitor.epoch_steps for name, value in training.sums.items()}
         append_json_line(Path(config.run_dir) / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
         loader = build_eval_loader(config, EpisodeList(index, episodes), range(min(PANELS, len(episodes))))

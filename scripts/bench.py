@@ -323,41 +323,29 @@ def centre_predictions(models: Sequence[NTRENet], config: Config, source: Episod
 def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     config = make_config(args, [*overrides, "workers=0"], root, images=args.images)
-    index = build_index(config, "train")
-    settings = config.data.image_size, (config.data.scale[0], config.data.scale[1]), config.data.rotation
+    data, index = config.data, build_index(config, "train")
 
-    def load(number: int, augmented: Callable[..., Any]) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = read_pair(index.items[number], largest_class(index, number))
-        found: tuple[np.ndarray, np.ndarray] = augmented(
-            image, mask, settings[0], np.random.default_rng(number), *settings[1:]
-        )
-        return found
+    def load(augmented: Callable[..., Any], _: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        made = []
+        for number in range(args.images):
+            image, mask = read_pair(index.items[number], largest_class(index, number))
+            rng = np.random.default_rng(number)
+            made.append(augmented(image, mask, data.image_size, rng, tuple(data.scale), data.rotation))
+        return made
 
-    def ours(number: int) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = load(number, augment)
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()).numpy(), mask
+    def channels_first(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
+        image, mask = augment(*arguments)
+        return image.transpose(2, 0, 1).copy(), mask
 
-    def all_by(
-        one: Callable[[int], tuple[np.ndarray, np.ndarray]],
-    ) -> Callable[[int], list[tuple[np.ndarray, np.ndarray]]]:
-        return lambda _: [one(number) for number in range(args.images)]
-
-    whole, made = race({"plain": all_by(partial(load, augmented=plain_augment)), "ours": all_by(ours)}, args.repeats)
+    whole, made = race({"plain": partial(load, plain_augment), "ours": partial(load, channels_first)}, args.repeats)
     times = {name: [seconds / args.images for seconds in of] for name, of in whole.items()}
-    agree = [float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True)]
-    sizes = [item.image.stat().st_size for item in index.items]
-    result = {
-        "mode": "loader",
-        **ratio(times),
-        "images_a_second": 1 / statistics.median(times["ours"]),
-        "mask_agreement": statistics.fmean(agree),
-        "jpeg_bytes": statistics.fmean(sizes),
-    }
+    agree = statistics.fmean(float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True))
+    result = {"mode": "loader", **ratio(times), "mask_agreement": agree}
     print(
-        f"one process, JPEGs of {result['jpeg_bytes'] / 1000:.0f} kB at {SIZE[0]}x{SIZE[1]} to {args.size} px:"
-        f"\n  plain {1 / statistics.median(times['plain']):.0f} images a second,"
-        f" ours {result['images_a_second']:.0f}: {result['ratio']:.2f} times faster"
-        f"\n  the same draws, up to where resampling rounds: masks agree in {result['mask_agreement']:.2%} of pixels"
+        f"one process, JPEGs at {SIZE[0]}x{SIZE[1]} to {args.size} px:"
+        f"\n  plain {1 / result['plain_seconds']:.0f} images a second, ours {1 / result['ours_seconds']:.0f}:"
+        f" {result['ratio']:.2f} times faster"
+        f"\n  the same draws, up to where resampling rounds: masks agree in {agree:.2%} of pixels"
     )
     return result
 
@@ -392,33 +380,24 @@ def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     runs: dict[str, Callable[[int], Any]] = {"plain": plain, "cold": cold, "warm": warm}
     times, found = race(runs, min(args.repeats, 3))
     equal = all(bool((found[name].pixels.toarray() == found["plain"]).all()) for name in ("cold", "warm"))
-    medians = medians_of(times)
-    result = {
-        **{"mode": "index", "masks": args.masks, **medians, "spread": times, "equal": equal},
-        "cold_ratio": medians["plain_seconds"] / medians["cold_seconds"],
-    }
+    result = {"mode": "index", "masks": args.masks, **ratio(times, "cold"), "equal": equal}
     print(
         f"class index of {args.masks} masks of {SIZE[0]}x{SIZE[1]}: plain loop {result['plain_seconds']:.2f} s,"
-        f" ours cold {result['cold_seconds']:.2f} s ({result['cold_ratio']:.2f} times faster),"
+        f" ours cold {result['cold_seconds']:.2f} s ({result['ratio']:.2f} times faster),"
         f" warm {result['warm_seconds']:.2f} s; counts equal: {equal}"
     )
     return result
 
 
 def draw_masks(root: Path, masks: int) -> Path:
-    """A list of ``masks`` lines below ``root``; files beyond the first are links."""
-    for number in range(DIFFERENT_MASKS):
-        draw(root, number)
-    lines = []
+    """Draw a list of ``masks`` lines below ``root``; files beyond the first are links."""
     for number in range(masks):
-        image, mask = root / f"{number:06d}.jpg", root / f"{number:06d}.png"
-        if number >= DIFFERENT_MASKS:
-            os.link(root / f"{number % DIFFERENT_MASKS:06d}.jpg", image)
-            os.link(root / f"{number % DIFFERENT_MASKS:06d}.png", mask)
-        lines.append(f"{image.name} {mask.name}\n")
-    path = root / "list.txt"
-    path.write_text("".join(lines), encoding="utf-8")
-    return path
+        if number < DIFFERENT_MASKS:
+            draw(root, number)
+        else:
+            for suffix in ("jpg", "png"):
+                os.link(root / f"{number % DIFFERENT_MASKS:06d}.{suffix}", root / f"{number:06d}.{suffix}")
+    return write_list(root, masks)
 
 
 # ---------------------------------------------------------------- what the modes share
@@ -428,12 +407,11 @@ def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, 
     """Draw a data set of ``images`` images, and make a PASCAL config for it."""
     for number in range(images):
         draw(root, number, novel=args.mode == "eval")
-    lines = "".join(f"{number:06d}.jpg {number:06d}.png\n" for number in range(images))
-    (root / "list.txt").write_text(lines, encoding="utf-8")
+    list_path = write_list(root, images)
     given = {
         "data.root": root,
-        "data.train_list": root / "list.txt",
-        "data.val_list": root / "list.txt",
+        "data.train_list": list_path,
+        "data.val_list": list_path,
         "data.min_area": 1,
         "data.shots": args.shots,
         "data.image_size": args.size,
@@ -445,6 +423,12 @@ def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, 
     }
     config_file = ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"
     return load_config(config_file, [*(f"{key}={value}" for key, value in given.items()), *overrides])
+
+
+def write_list(root: Path, images: int) -> Path:
+    path = root / "list.txt"
+    path.write_text("".join(f"{number:06d}.jpg {number:06d}.png\n" for number in range(images)), encoding="utf-8")
+    return path
 
 
 def draw(root: Path, number: int, *, novel: bool = False) -> None:
@@ -478,13 +462,10 @@ def race(
     return times, given
 
 
-def medians_of(times: dict[str, list[float]]) -> dict[str, float]:
-    return {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
-
-
-def ratio(times: dict[str, list[float]]) -> dict[str, Any]:
-    medians = medians_of(times)
-    return {**medians, "ratio": medians["plain_seconds"] / medians["ours_seconds"], "spread": times}
+def ratio(times: dict[str, list[float]], ours: str = "ours") -> dict[str, Any]:
+    """Return the median seconds of each, how many times faster ``ours`` is than plain, and all times."""
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    return {**medians, "ratio": medians["plain_seconds"] / medians[f"{ours}_seconds"], "spread": times}
 
 
 def describe(seconds: Sequence[float]) -> str:

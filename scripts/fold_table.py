@@ -16,7 +16,7 @@ import argparse
 from tabulate import tabulate
 
 from util.errors import UserError
-from util.report.runs import Run, read_run, reason
+from util.report.runs import collect
 from util.report.tables import frame, show, whole
 
 MEASURES = {"miou": "mIoU", "fb_iou": "FB-IoU", "precision": "precision"}
@@ -26,24 +26,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+")
     args = parser.parse_args()
-    runs = frame([read(path) for path in args.results if path.exists()])
-    if runs.empty:
+    found = collect([path for path in args.results if path.exists()])
+    if found.skipped:
+        raise UserError(f"no results file of test.py: {found.skipped[0]}; delete it and evaluate again")
+    if not found.runs:
         raise UserError(f"none of {', '.join(map(str, args.results))} exists; scripts/test_folds.sh writes them")
+    runs = frame(found.runs)
     rows = {str(fold): own for fold, own in runs.groupby("fold")} | ({"mean": runs} if whole(runs) else {})
     lines = [[name, *(show(own, measure).replace("†", "") for measure in MEASURES)] for name, own in rows.items()]
     print(f"\n{runs.setting[0]}, {len(runs.test_seeds[0])} x {runs.episodes[0]} episodes")
     print(tabulate(lines, ["fold", *MEASURES.values()], tablefmt="plain", disable_numparse=True))
     if missing := sorted(set(range(runs.folds.max())) - set(runs.fold)):
         print(f"mean  not given: fold {', '.join(map(str, missing))} missing")
-
-
-def read(path: Path) -> Run:
-    try:
-        return read_run(path)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a results file of test.py ({reason(error)}); delete it and evaluate again"
-        ) from error
 
 
 if __name__ == "__main__":

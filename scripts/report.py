@@ -31,7 +31,7 @@ from matplotlib.figure import Figure
 from util.errors import UserError
 from util.files import require_writable, write_bytes, write_text
 from util.report import tables
-from util.report.runs import Found, collect, read_curve, write_runs
+from util.report.runs import Found, collect, is_list, read_curve, write_runs
 from util.report.tables import markdown
 
 PAPER = Path(__file__).with_name("paper.yaml")
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--lines", type=Path, metavar="F.jsonl", help="write the runs here, a line of JSON each")
     args = parser.parse_intermixed_args()
     for place in args.places:
-        if not place.is_dir() and not (place.suffix == ".jsonl" and place.is_file()):
+        if not place.is_dir() and not is_list(place):
             raise UserError(
                 f"{place} is not a folder nor a .jsonl; give the folders in which test.py wrote its results"
             )
@@ -123,7 +123,7 @@ def compose(found: Found, runs: pd.DataFrame, paper: Mapping[str, Any], pictures
         yield "Thin lines are runs, thick ones their mean. Losses are running means; their terms differ by network."
         yield from (f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures)
     yield "## Time and memory"
-    yield "Times are means; a training includes its tests. Memory is the highest peak, of a GPU's allocator or process."
+    yield "Times are means; a training includes its tests. Memory is the highest peak of a GPU's allocator or process."
     for setting, group in counted.groupby("setting", sort=False):
         yield f"### {setting}"
         yield markdown(tables.costs(group))

@@ -393,7 +393,7 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     assert "notes.png is no picture" in toast(page)
 
     drop(page, "#support-file", support_file)
-    page.wait_for_function("document.querySelector('#status').innerText == 'Now press Segment.'")
+    page.wait_for_function("document.querySelector('#status').innerText == 'Paint the object, then press Segment.'")
     assert page.locator("#download a").count() == 0  # the new support clears the old result
     page.click("#segment")
     assert "paint the object first" in toast(page)

@@ -14,7 +14,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from model.backbone import Backbone
+from model.prior import prior_mask
 from model.weights import WeightsInfo
+from scripts.memory import Alive, step_memory
 from tests.pretend_cuda import CPU, CUDA, MixedDevicesError, PretendCuda
 from tests.scenes import scene, write_checkpoint
 from util.config import Config, load_config
@@ -241,6 +243,27 @@ def test_the_check_of_a_machine_writes_its_page(tmp_path: Path) -> None:
         (row,) = [line for line in page.splitlines() if line.startswith(start)]
         numbers = [float(cell.strip().rstrip("%")) for cell in row.split("|")[4:-1]]
         assert len(numbers) == 5 and all(number >= 0 for number in numbers) and numbers[0] > 0
+
+
+# ---------------------------------------------------------------- memory
+
+
+@pytest.mark.parametrize("backbone", ["efficientnet_lite0", pytest.param("resnet50", marks=pytest.mark.slow)])
+def test_memory_is_counted_as_a_step_uses_it(synthetic: Path, tmp_path: Path, backbone: str) -> None:
+    config = small(synthetic, tmp_path, None, f"model.backbone={backbone}", "data.shots=5", "precision=fp32")
+    assert step_memory(config) == pytest.approx(step_memory(config, empty=False), rel=1e-3)
+
+
+def test_a_prior_copies_one_episode_at_a_time() -> None:
+    """In float32, beside its similarities: copies of all episodes together would be most of a 5-shot step's memory."""
+    episodes, shots, positions, channels = 32, 5, 144, 64
+    with Alive() as alive:
+        query = torch.randn(episodes, channels, 12, 12, dtype=torch.bfloat16)
+        support = torch.randn(episodes, shots, positions, channels, dtype=torch.bfloat16)
+        prior = prior_mask(query, support)
+    copy, similarity = 4 * shots * positions * channels, 4 * shots * positions * positions
+    assert alive.bytes == query.nbytes + support.nbytes + prior.nbytes
+    assert alive.most - alive.bytes < 3 * copy + 2 * similarity < episodes * copy / 4
 
 
 # ---------------------------------------------------------------- compiled

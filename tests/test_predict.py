@@ -508,6 +508,7 @@ def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> 
     found = NTRESegmenter.training_free(device="cpu").segment(SUPPORTS[0][0], made, QUERIES[0], edges=True)
     np.testing.assert_array_equal(load(tmp_path / "q0_mask.png") > 0, found.mask)
     refused(call(*options, "--box", "0,0,9,9999"), "does not lie in", "60 x 48")
+    refused(call(*options, "--box", "10,10,12"), "--box must be x0,y0,x1,y1", "got 10,10,12")
     refused(call(*options, "--box", around, around), "a --box of its own")
     refused(call(*options, "--box", around, "--mask", world / "m0.png"), "--support and --box")
 

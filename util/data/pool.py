@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -31,24 +32,19 @@ def on_all_cores(
     Raises:
         UserError: a process died; and whatever ``function`` raises.
     """
-    with progress_bar(total=len(items), desc=title, unit=unit, disable=not (progress and items), leave=False) as bar:
-        if len(items) < WORTH_PROCESSES:
-            return [_advance(bar, function(item)) for item in items]
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-        pool = ProcessPoolExecutor(mp_context=context, initializer=_ignore_interrupts)
-        try:
-            return [_advance(bar, result) for result in pool.map(function, items, chunksize=64)]
-        except BrokenProcessPool:
-            raise UserError("a process died, most often for want of memory; run the same command again") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+    bar = partial(progress_bar, total=len(items), desc=title, unit=unit, disable=not (progress and items), leave=False)
+    if len(items) < WORTH_PROCESSES:
+        return list(bar(map(function, items)))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(mp_context=context, initializer=_ignore_interrupts)
+    try:
+        return list(bar(pool.map(function, items, chunksize=64)))
+    except BrokenProcessPool:
+        raise UserError("a process died, most often for want of memory; run the same command again") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:
     """Ctrl-C is for the main process alone, which then cancels the rest."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _advance(bar: tqdm, result: T) -> T:
-    bar.update()
-    return result

@@ -140,8 +140,8 @@ def build_page(segmenter: Segmenter[Any, Any]) -> gr.Blocks:
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True, delete_cache=(300, 1800)) as page:
         session = Session(*map(gr.State, ([], 0, photos, findings, 0)))
         text(
-            "<h1>Few-shot segmentation</h1>Paint one object in a photo, and the network finds its like in other"
-            " photos, even of a kind it was never trained on."
+            "<h1>Few-shot segmentation</h1>Paint an object in one photo, and objects of its kind are found in others,"
+            " even of a kind that was never trained on."
         )
         with gr.Row():
             with gr.Column(scale=5, min_width=260):
@@ -166,7 +166,7 @@ def build_page(segmenter: Segmenter[Any, Any]) -> gr.Blocks:
 
 def support_controls(canvas_size: tuple[int, ...]) -> SupportControls:
     """Lay out step 1. ``canvas_size``: width and height of the example, in whose middle a layer is laid."""
-    step(1, "Show the object", "Drop a photo of it and brush over all of it.")
+    step(1, "Show the object", "Drop a photo and brush over the object; rough paint can be sharpened.")
     file = drop("support-file", "single")
     editor = gr.ImageEditor(
         label="the photo that shows the object, to be painted over",
@@ -203,7 +203,7 @@ def photo_controls() -> PhotoControls:
 
 def result_controls(segmenter: Segmenter[Any, Any], edges: bool) -> ResultControls:
     """Lay out step 3, and the places of what is found."""
-    step(3, "Segment", "Move the threshold: the network does not run again.")
+    step(3, "Segment", "Change threshold and edges afterwards: nothing is searched again.")
     go = gr.Button("Segment", variant="primary", elem_id="segment")
     status, found = text("", elem_id="status"), text("", elem_id="found")
     threshold = gr.Slider(0.05, 0.95, segmenter.threshold, step=0.01, label="Threshold", elem_id="threshold")
@@ -290,7 +290,7 @@ def drawn(
     ]
     photo, found = photos[chosen], all_found[chosen]
     seen = steps.view(photo, found, threshold, sharp)
-    status = "Now press Segment." if found is None else findings.sentence
+    status = "Paint the object, then press Segment." if found is None else findings.sentence
     alternative = photo.name if seen.mask is None else f"{photo.name}, {seen.mask.mean():.0%} of it found"
     assert seen.photo is not None
     return [strip(thumbnails, chosen), status, image(seen.photo, alternative), download(photo, seen), maps(seen)]

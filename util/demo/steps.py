@@ -207,8 +207,8 @@ def segment(
     start = perf_counter()
     target = segmenter.encode([support.pixels for support in shown], [support.mask for support in shown])
     found = {photo.key: segmenter.segment_encoded(target, photo.pixels) for photo in photos}
-    cost = 1000 * (perf_counter() - start)
-    sentence = f"{_count(len(photos), 'photo')} from {_count(len(shown), 'support')} in {cost:.0f} ms"
+    cost = perf_counter() - start
+    sentence = f"{_count(len(photos), 'photo')} from {_count(len(shown), 'support')} in {cost:.1f} s"
     return Findings(number, found, sentence)
 
 

@@ -127,7 +127,7 @@ class Encoded(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate(  # noqa: C901 (the loop over rounds stands in it)
     model: NTRENet,
     index: ClassIndex,
     episodes: Sequence[EpisodeFiles],
@@ -172,21 +172,19 @@ def evaluate(
             encoded: dict[int, Encoded] = {}
             while len(encoded) < len(part.images):
                 number = next(batch_numbers)
-                frozen = known[number] if number in known else run_backbone(model, next(batches), part, hardware)
-                if number not in known and sum(f.bytes for f in known.values()) + frozen.bytes <= room:
+                frozen = known.get(number) or run_backbone(model, next(batches), part, hardware)
+                if sum(f.bytes for f in known.values()) + frozen.bytes <= room:
                     known[number] = frozen
                 encoded |= encode(model, frozen, hardware)
                 yield len(frozen.places)
             for numbers in batched(part.episodes, config.eval.batch_size):
                 chosen = [episodes[number] for number in numbers]
                 output = segment(model, chosen, encoded, config.data.image_size, hardware)
+                ground_truths = [encoded[episode.query].ground_truth for episode in chosen]
                 for name, predict in predictors.items():
-                    for number, episode, logits in zip(numbers, chosen, predict(output).float(), strict=True):
-                        ground_truth = encoded[episode.query].ground_truth
-                        at_original = to_original(
-                            logits, ground_truth.shape[0], ground_truth.shape[1], config.eval.geometry
-                        )
-                        counts[name][number] = confusion(at_original[0] > 0, ground_truth)
+                    rows = count_pixels(predict(output), ground_truths, config.eval.geometry)
+                    for number, row in zip(numbers, rows, strict=True):
+                        counts[name][number] = row
                 yield len(numbers)
             if bar is not None:
                 seen = [number for part in rounds[:last] for number in part.episodes]
@@ -204,6 +202,12 @@ def evaluate(
         for table in counts.values():
             dist.all_reduce(table)
     return {name: table.cpu().numpy() for name, table in counts.items()}
+
+
+def count_pixels(logits: Tensor, ground_truths: Sequence[Tensor], geometry: str) -> list[Tensor]:
+    """Count the pixels (4,) of each prediction of a batch, logits (B, 1, S, S), at the size (H, W) of its truth."""
+    pairs = zip(logits.float(), ground_truths, strict=True)
+    return [confusion(to_original(x, truth.shape[0], truth.shape[1], geometry)[0] > 0, truth) for x, truth in pairs]
 
 
 def miou_of(counts: Tensor, episodes: Sequence[EpisodeFiles], numbers: list[int]) -> float:

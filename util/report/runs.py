@@ -4,13 +4,14 @@ Many runs fit one small file, a line of JSON each, from which the same tables ar
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import pandas as pd
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from util.config import COMPARED, Count, flatten, keys_with
 from util.files import read_json, write_text
@@ -32,7 +33,6 @@ class Run(BaseModel):
     """the training's"""
     test_seeds: list[int]
     episodes: Count
-    unit: Literal["percent"]
     miou: Scores
     fb_iou: Scores
     precision: Scores
@@ -55,14 +55,6 @@ class Run(BaseModel):
     config: dict[str, Any]
     """what tells the network, and what the runs of a table should share, by key: 'model.bgem' ..."""
 
-    @model_validator(mode="after")
-    def _check(self) -> "Run":
-        if self.fold >= self.folds:
-            raise ValueError(f"fold {self.fold} of {self.folds}")
-        if any(len(scores) != len(self.test_seeds) for scores in (self.miou, self.fb_iou, self.precision)):
-            raise ValueError("per_seed does not fit seeds")
-        return self
-
 
 class Found(NamedTuple):
     """What lies at the given places."""
@@ -75,27 +67,33 @@ class Found(NamedTuple):
 
 
 def collect(places: Sequence[Path]) -> Found:
-    """Read every results file below the folders, each once, and every line of the .jsonl files."""
+    """Read every results file below the folders, each once, other results files, and the lines of .jsonl files."""
     found = Found([], [], [])
-    folders = [place for place in places if place.is_dir()]
-    files = {file.resolve(): file for folder in folders for file in sorted(folder.rglob("results*.json"))}
-    for file in files.values():
+    folders, lists = [[place for place in places if kind(place)] for kind in (Path.is_dir, is_list)]
+    files = [file for folder in folders for file in sorted(folder.rglob("results*.json"))]
+    files += [place for place in places if place not in (*folders, *lists)]
+    sources: list[tuple[str, Callable[[], Run]]] = [
+        (file.as_posix(), partial(read_run, file)) for file in {file.resolve(): file for file in files}.values()
+    ]
+    for place in lists:
+        lines = place.read_text(encoding="utf-8").splitlines()
+        sources += [(f"{place} line {n}", partial(Run.model_validate_json, line)) for n, line in enumerate(lines, 1)]
+    for name, read in sources:
         try:
-            found.runs.append(read_run(file))
+            found.runs.append(read())
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            found.skipped.append(f"{file.as_posix()} (damaged or not ours: {reason(error)})")
-    for place in (place for place in places if place.is_file()):
-        for number, line in enumerate(place.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                found.runs.append(Run.model_validate_json(line))
-            except ValueError as error:
-                found.skipped.append(f"{place.as_posix()} line {number} (damaged or not ours: {reason(error)})")
-    evaluated = {file.parent for file in files.values()}
+            found.skipped.append(f"{name} (damaged or not ours: {reason(error)})")
+    evaluated = {file.parent for file in files}
     for record in (record for folder in folders for record in sorted(folder.rglob("run.json"))):
         if record.parent not in evaluated:
             state = "trained, not evaluated" if read_json(record).get("finished") else "unfinished"
             found.pending.append(f"{record.parent.as_posix()}: {state}")
     return found
+
+
+def is_list(path: Path) -> bool:
+    """Tell whether a file holds a run on each line."""
+    return path.suffix == ".jsonl" and path.is_file()
 
 
 def read_run(path: Path) -> Run:

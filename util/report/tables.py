@@ -129,12 +129,7 @@ def show(runs: pd.DataFrame, measure: str, reference: float | None = None) -> st
     if found.std is not None:
         text += f" ± {found.std:.1f}" + "†" * (found.over == "evaluation")
     text += "‡" * any(config.get("model.weights") == "random" for config in runs.config)
-    return text + (f" ({signed(found.mean - reference)})" if reference is not None else "")
-
-
-def signed(difference: float) -> str:
-    """Write a difference with its sign, and none as +0.0."""
-    return f"{round(difference, 1) + 0.0:+.1f}"
+    return text + (f" ({found.mean - reference:+.1f})" if reference is not None else "")
 
 
 def whole(runs: pd.DataFrame) -> bool:
@@ -164,7 +159,7 @@ def ladder(runs: pd.DataFrame, rows: Mapping[str, Mapping[str, Any]], *, beside_
         line |= {f"Fold {fold}": show(own[own.fold == fold], "miou", paper.get(fold)) for fold in range(folds)}
         line["Mean"] = "-" if mean is None else show(own, "miou", paper.get(folds))
         if any("paper" in row for row in rows.values()):
-            line["Margin"] = "" if mean is None or above is None else signed(mean - above)
+            line["Margin"] = "" if mean is None or above is None else f"{mean - above:+.1f}"
         for measure, title in extras.items():
             comparable = whole(own) or set(own.fold) == set(runs.fold)
             reference = paper.get(folds + 1) if measure == "precision" and whole(own) else None

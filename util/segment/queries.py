@@ -48,12 +48,8 @@ def find_queries(paths: Sequence[Path], out: Path) -> list[QueryFile]:
 
 def unread_pictures(paths: Sequence[Path]) -> list[Path]:
     """Find the pictures below folders that are not read, such as HEIC."""
-    return [file for path in paths if path.is_dir() for file in sorted(path.rglob("*")) if is_unread(file)]
-
-
-def is_unread(file: Path) -> bool:
-    """Tell whether a file is a picture of a kind that is not read."""
-    return file.suffix.lower() in UNREAD and not file.name.startswith(".")
+    files = [file for path in paths if path.is_dir() for file in sorted(path.rglob("*"))]
+    return [file for file in files if file.suffix.lower() in UNREAD and not file.name.startswith(".")]
 
 
 def find_ground_truths(path: Path, queries: Sequence[QueryFile]) -> dict[str, Path]:

@@ -15,7 +15,7 @@ are numpy (H, W) or Pillow: boolean, 0 and 1, 0 and 255, the alpha of a picture,
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import cv2
 import numpy as np
@@ -43,6 +43,8 @@ from util.errors import UserError
 from util.segment.edges import sharp_mask
 from util.segment.pictures import as_rgb, mask_values, target_mask
 
+DEFAULT_BACKBONE = "efficientnet_lite0"
+"""of training-free segmentation: pip brings its weights"""
 AnyPicture = np.ndarray | Image.Image
 Q = TypeVar("Q")
 """what is read from a query"""
@@ -207,9 +209,9 @@ class NTRESegmenter(Segmenter[QueryEncoding, SupportEncoding]):
 
     @staticmethod
     def training_free(
-        backbone: str = "efficientnet_lite0", device: str = "auto", precision: str = "auto", weights: str = "imagenet"
+        backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
     ) -> "TrainingFreeSegmenter":
-        """No checkpoint: see :class:`TrainingFreeSegmenter`. Arguments as in :meth:`from_checkpoint`.
+        """Build a :class:`TrainingFreeSegmenter`; no checkpoint. Arguments are as in :meth:`from_checkpoint`.
 
         Args:
             backbone: whose ImageNet weights are there, or can be fetched; EfficientNet-Lite0's come with pip.
@@ -275,7 +277,7 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
         return join(targets)
 
     def _fit(self, image: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The mask becomes (2, h, w): shares of target and of neither target nor ignored, so that no pixel is lost."""
+        """Turn the mask into (2, h, w), shares of target and of neither target nor ignored: no pixel is lost."""
         height, width = image.shape[:2]
         h, w = (max(1, round(side * (self.SIDE - 1) / max(height, width) / 8)) * 8 + 1 for side in (height, width))
         how = cv2.INTER_AREA if max(height, width) > self.SIDE else cv2.INTER_LINEAR
@@ -299,6 +301,13 @@ class TrainingFreeSegmenter(Segmenter[Tensor, Described]):
         return {"probability": probability[0, 0].cpu().numpy()}
 
 
+def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -> Segmenter[Any, Any]:
+    """Load a checkpoint's network; without one, build training-free segmentation on a backbone."""
+    if checkpoint is None:
+        return NTRESegmenter.training_free(backbone or DEFAULT_BACKBONE, device)
+    return NTRESegmenter.from_checkpoint(checkpoint, device)
+
+
 def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Return a support's picture, and its mask of 1 target, 0 other, 255 ignored."""
     image = as_rgb(picture, name)
@@ -315,12 +324,12 @@ def _checked(picture: AnyPicture, mask: AnyPicture, class_id: int | None, name: 
 
 
 def _input(image: np.ndarray, hardware: Hardware) -> Tensor:
-    """RGB (h, w, 3) uint8 -> (1, 3, h, w), normalised."""
+    """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
     return normalize(torch.from_numpy(image).to(hardware.device, non_blocking=True).permute(2, 0, 1)[None])
 
 
 def _at_size(values: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """Map (1, 1, h, w) of [0, 1] from the network -> (H, W) of the picture."""
+    """Bring a map (1, 1, h, w) of [0, 1] from the network to the picture's (H, W)."""
     square = resize(values.float(), (side, side))[0]
     return to_original(square, *size, "exact")[0].clamp_(0, 1)
 

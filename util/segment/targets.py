@@ -1,6 +1,5 @@
 """The files that show what is to be found: supports and masks of one target, or of several in a YAML file."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +77,12 @@ def encode_target(segmenter: Segmenter[Any, T], files: TargetFiles) -> T:
     Raises:
         UserError: naming the file.
     """
-    return segmenter.join([_encode_pair(segmenter, *pair, files.class_id) for pair in _pairs(files)])
-
-
-def _pairs(files: TargetFiles) -> Sequence[tuple[Path, Path]]:
-    return [(Path(support), Path(mask)) for support, mask in zip(files.supports, files.masks, strict=True)]
-
-
-def _encode_pair(segmenter: Segmenter[Any, T], support: Path, mask: Path, class_id: int | None) -> T:
-    picture = read_picture(support)
-    values = read_mask_on(picture, mask)
-    try:
-        return segmenter.encode(picture.pixels, values, class_id)
-    except UserError as error:
-        raise UserError(f"{mask}: {error}") from error
+    targets = []
+    for support, mask in zip(files.supports, files.masks, strict=True):
+        picture = read_picture(Path(support))
+        values = read_mask_on(picture, Path(mask))
+        try:
+            targets.append(segmenter.encode(picture.pixels, values, files.class_id))
+        except UserError as error:
+            raise UserError(f"{mask}: {error}") from error
+    return segmenter.join(targets)

@@ -25,9 +25,8 @@ TILE, GAP, CAPTION = 220, 6, 26
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
     """Tint the pixels of a boolean mask (H, W) in an RGB image (H, W, 3) and draw their outline."""
-    tinted = image.astype(np.float32)
-    tinted[mask] = 0.45 * tinted[mask] + 0.55 * np.array(colour)
-    picture = np.ascontiguousarray(tinted.astype(np.uint8))
+    tints = (0.45 * np.arange(256)[:, None] + 0.55 * np.array(colour)).astype(np.uint8)
+    picture = np.where(mask[..., None], cv2.LUT(image, tints[None]), image)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     return cv2.drawContours(picture, contours, -1, colour, 1)
 
