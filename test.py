@@ -134,17 +134,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise UserError("--episodes-from settles the episodes: leave out --write-episodes, --episodes and --seeds")
     if args.write_episodes is not None and len(args.seeds) > 1:
         raise UserError("--write-episodes writes the episodes of one seed; give one")
+    if args.checkpoint is None and not args.baselines:
+        raise UserError("say what is to be evaluated: --checkpoint, --baselines (what needs no training), or both")
+    check_panels(args)
+    for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
+        if path is not None:
+            require_writable(path, suffix)
+
+
+def check_panels(args: argparse.Namespace) -> None:
+    """The same for the options that draw pictures."""
     if args.save_panels is not None and args.save_panels < 1:
         raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
     if args.baseline_checkpoint is not None and args.save_panels is None:
         raise UserError("--baseline-checkpoint shows in the panels only; give --save-panels N as well")
-    if args.checkpoint is None and not args.baselines:
-        raise UserError("say what is to be evaluated: --checkpoint, --baselines (what needs no training), or both")
     if args.checkpoint is None and (args.panel or args.save_panels):
         raise UserError("--panel and --save-panels show a network: give --checkpoint as well")
-    for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
-        if path is not None:
-            require_writable(path, suffix)
     if args.save_panels is not None and args.checkpoint.exists():
         require_writable(args.checkpoint.parent / "panels/contact_sheet.png", ".png")
 

@@ -4,6 +4,9 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -x .venv/bin/python ]; then
     export PATH="$PWD/.venv/bin:$PATH"
+elif [ -z "${DRY_RUN:-}" ] && ! command -v python >/dev/null; then
+    echo "error: there is no python; run 'bash scripts/environment.sh requirements.txt', which makes .venv, first" >&2
+    exit 2
 fi
 
 require() { # COUNT ARGUMENT...: end with the script's usage where there are fewer arguments

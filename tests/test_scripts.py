@@ -259,3 +259,14 @@ def test_the_quick_starts_environment_is_used_where_none_is_active(tmp_path: Pat
     command = ["bash", "scripts/train_fold.sh", "synthetic", "efficientnet_lite0", "0", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.startswith("of the environment: train.py --config"), done
+
+
+def test_without_any_python_a_script_says_once_what_to_do(place: Place) -> None:
+    for program in ("bash", "dirname"):
+        (place.folder / "bin" / program).symlink_to(shutil.which(program) or program)
+    (place.folder / "bin/python").unlink()
+    done = place.run("train_folds.sh", "synthetic", "efficientnet_lite0", "1", PATH=str(place.folder / "bin"))
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: there is no python; run 'bash scripts/environment.sh requirements.txt', which makes .venv, first\n"
+    )

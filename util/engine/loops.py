@@ -127,7 +127,7 @@ class Encoded(NamedTuple):
 
 
 @torch.inference_mode()
-def evaluate(
+def evaluate(  # noqa: C901 (the loop over rounds stands in it)
     model: NTRENet,
     index: ClassIndex,
     episodes: Sequence[EpisodeFiles],

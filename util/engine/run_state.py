@@ -213,6 +213,15 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
         checkpoint = load_checkpoint(path)
         if rank() == 0:
             print(f"warning: {error}; going on from {previous}, the checkpoint before", file=sys.stderr)
+    _require_same_run(checkpoint, path, config, list_sha256)
+    if path == previous and config.resume == "auto" and rank() == 0:
+        with suppress(FileNotFoundError):
+            last.replace(last.with_name(DAMAGED))  # the next save would make it the one before, in place of a good one
+    return checkpoint, path
+
+
+def _require_same_run(checkpoint: dict[str, Any], path: Path, config: Config, list_sha256: dict[str, str]) -> None:
+    """Refuse to resume what another config or list began, and warn of other code."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds a model only and cannot be resumed; resume from last.pt")
     require_same(saved_config(checkpoint, path), config, path, resume=True)
@@ -230,7 +239,3 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
             " and run.json names them",
             file=sys.stderr,
         )
-    if path == previous and config.resume == "auto" and rank() == 0:
-        with suppress(FileNotFoundError):
-            last.replace(last.with_name(DAMAGED))  # the next save would make it the one before, in place of a good one
-    return checkpoint, path
