@@ -352,10 +352,12 @@ def test_the_page_works_in_a_browser_without_any_other_host_and_leaves_no_files(
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
             page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.set_default_timeout(120_000)  # a busy machine
             walk(page, served.address, photo_file, support_file, str(tmp_path / "notes.png"), tmp_path)
             refuse(served.address)
             for width in (390, 360):
                 phone = browser.new_page(viewport={"width": width, "height": 800})
+                phone.set_default_timeout(120_000)
                 phone.goto(served.address)
                 phone.wait_for_selector("#found img")
                 phone.wait_for_timeout(1500)
@@ -405,7 +407,7 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     page.click("#segment")
     drop(page, "#photo-files", photo_file)  # while the request runs
     page.wait_for_function("document.querySelectorAll('#photos img').length == 1")
-    page.wait_for_function("document.querySelector('#segment').innerText == 'Segment'", timeout=20000)
+    page.wait_for_function("document.querySelector('#segment').innerText == 'Segment'")
     page.wait_for_timeout(1500)
     assert page.locator("#download a").count() == 0  # it was about other photos
     assert segment(page) == "1 photo from 1 support"
@@ -433,7 +435,7 @@ def segment(page: Any) -> str:
     """Press Segment; what the status says without the time."""
     before = page.inner_text("#status")
     page.click("#segment")
-    page.wait_for_function("text => document.querySelector('#status').innerText != text", arg=before, timeout=20000)
+    page.wait_for_function("text => document.querySelector('#status').innerText != text", arg=before)
     page.wait_for_timeout(1500)
     return str(page.inner_text("#status")).rsplit(" in ", 1)[0]
 

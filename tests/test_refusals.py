@@ -213,6 +213,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_terms_and_files(confi
         query, support = (sampler.index.items[n].image for n in (files.query, *files.supports))
         assert f"query {query}, supports {support}" in line
     assert not (tmp_path / "run/last.pt").exists()
+    weights = load(tmp_path / "run/not_finite.pt")["model"].values()
+    assert all(weight.isfinite().all() for weight in weights), "the step has changed no weight"
 
 
 # ---------------------------------------------------------------- checkpoints and weights
