@@ -177,7 +177,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     lists = [f"data.{name}_list={root}/lists/{name}.txt" for name in ("train", "val")]
     config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     size = ["data.image_size=65", "data.min_area=256", "eval.episodes=2", "precision=fp32", "device=cpu", "workers=0"]
-    return ["--config", str(config), f"data.root={root}", *lists, *size, "model.backbone=resnet50"]
+    return [
+        "--config",
+        str(config),
+        f"data.root={root}",
+        *lists,
+        *size,
+        "model.backbone=resnet50",
+        "model.channels=256",
+    ]
 
 
 @pytest.mark.parametrize("converted", ["resnet50"], indirect=True)

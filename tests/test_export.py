@@ -70,7 +70,7 @@ def test_a_pt2_file_gives_the_networks_probability_at_its_shots_and_size(checkpo
         loaded(*episode(LARGER, 2))  # another number of shots
     assert [path.name for path in out.parent.iterdir()] == ["small.pt2"]
     held = sum(tensor.numel() for tensor in torch.load(checkpoint, weights_only=True)["model"].values()) * 4
-    assert out.stat().st_size < held  # no weight twice
+    assert out.stat().st_size < 1.5 * held  # no weight twice
 
 
 def test_an_onnx_file_gives_the_networks_probability(checkpoint, tmp_path, monkeypatch) -> None:

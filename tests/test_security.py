@@ -52,13 +52,10 @@ def test_no_shell_script_runs_what_it_reads_or_fetches() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [
-        *({"file_name": name} for name in ("../evil.jpg", "/evil.jpg", "..", "", "a\\..\\evil.jpg", "a\n.jpg", 3)),
-        *({"height": value} for value in (1.5, True, "4", None)),
-    ],
+    [{"file_name": name} for name in ("../evil.jpg", "/evil.jpg", "..", "", "a\\..\\evil.jpg", "a\n.jpg", 3)],
     ids=str,
 )
-def test_annotations_cannot_name_a_file_elsewhere_or_lack_a_size(change: dict[str, object], tmp_path: Path) -> None:
+def test_annotations_cannot_name_a_file_elsewhere(change: dict[str, object], tmp_path: Path) -> None:
     names = yaml.safe_load((ROOT / "configs/base/coco.yaml").read_text(encoding="utf-8"))["data"]["classes"]
     good = {"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": 4, "width": 5}
     shown = {"id": 7, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 3, 0, 3, 3]]}

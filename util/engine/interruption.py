@@ -40,7 +40,8 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if self.requested is None or number == signal.SIGINT:  # a repeated request cuts no last words short
+                signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested is None:
