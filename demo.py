@@ -33,7 +33,9 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
-    parser.add_argument("--backbone", choices=sorted(BACKBONES), help=f"without one; {DEFAULT_BACKBONE}")
+    parser.add_argument(
+        "--backbone", choices=sorted(BACKBONES), help=f"of training-free segmentation; by default {DEFAULT_BACKBONE}"
+    )
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     return parser.parse_args()

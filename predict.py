@@ -172,7 +172,9 @@ def conclude(tally: Tally, count: int, args: argparse.Namespace) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, help="of a trained network; training-free segmentation without")
-    parser.add_argument("--backbone", choices=sorted(BACKBONES), help=f"without a checkpoint; {DEFAULT_BACKBONE}")
+    parser.add_argument(
+        "--backbone", choices=sorted(BACKBONES), help=f"of training-free segmentation; by default {DEFAULT_BACKBONE}"
+    )
     parser.add_argument("--support", type=Path, nargs="+", help="pictures that show the target")
     parser.add_argument("--mask", type=Path, nargs="+", help="where it is, one for each support")
     parser.add_argument(

@@ -53,7 +53,7 @@ from util.segment.visualize import draw_rows, episode_rows, save_picture
 
 PANEL_ROWS = 4
 MOST_CLASSES, ENDS = 40, 10
-"""with more novel classes, as FSS-1000 has, so many of the worst and of the best are shown"""
+"""of more than MOST_CLASSES novel classes, as FSS-1000 has, the table shows ENDS of the worst and of the best"""
 TITLES = {
     "all_foreground": "all foreground",
     "prior": "prior at 0.5",
@@ -143,7 +143,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def check_panels(args: argparse.Namespace) -> None:
-    """The same for the options that draw pictures."""
+    """Check the options that draw pictures, likewise before anything is loaded."""
     if args.save_panels is not None and args.save_panels < 1:
         raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
     if args.baseline_checkpoint is not None and args.save_panels is None:
@@ -330,7 +330,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def class_rows(per_class: dict[str, float]) -> list[list[str]]:
-    """A row a class; of many classes the worst and the best, which --out has all."""
+    """Return a row for each class; of many classes only the worst and the best, because --out has all of them."""
     if len(per_class) <= MOST_CLASSES:
         return [[name, f"{iou:.1f}"] for name, iou in per_class.items()]
     ordered = [[name, f"{per_class[name]:.1f}"] for name in sorted(per_class, key=lambda name: per_class[name])]

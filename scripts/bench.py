@@ -62,7 +62,7 @@ from util.engine.build import (
     select_hardware,
 )
 from util.engine.compilation import compiled
-from util.engine.loops import evaluate, forward
+from util.engine.loops import evaluate, forward, loss_terms
 from util.engine.memory import return_freed_memory
 from util.engine.metrics import scores
 from util.engine.record import environment
@@ -156,7 +156,7 @@ def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool =
     def step(batch: Episode) -> None:
         batch = batch.to(hardware.device)
         output = plain_on(model, batch) if plain else forward(network, batch, hardware)
-        loss = losses(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)["total"]
+        loss = loss_terms(losses, output, batch)["total"]
         if plain:
             optimizer.zero_grad()
         loss.backward()

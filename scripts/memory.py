@@ -28,10 +28,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.data.dataset import Episode
-from util.data.folds import base_classes
-from util.engine.build import PRECISION, Hardware, build_loss, build_model, build_optimizer
-from util.engine.loops import forward
+from util.data.transforms import normalize
+from util.engine.build import (
+    PRECISION,
+    Hardware,
+    black_batch,
+    build_loss,
+    build_model,
+    build_optimizer,
+    prepare_precision,
+)
+from util.engine.loops import forward, loss_terms
 
 CPU = torch.device("cpu")
 
@@ -61,23 +68,21 @@ def step_memory(config: Config, *, empty: bool = True) -> tuple[int, int]:
     """
     hardware = Hardware(CPU, PRECISION[precision_of(config)])
     model, criterion = build_model(config, "random")[0].train(), build_loss(config)
-    with hardware.autocast():  # makes the backbone's weights in this precision
-        model.backbone(torch.zeros(1, 3, 65, 65))
-    shape = (config.train.batch_size, 1 + config.data.shots, 5 if config.model.base_learner else 4)
+    prepare_precision(model, hardware)
+    normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8))  # keeps its constants, which must not be empty
     with _OnCuda(), FakeTensorMode(allow_non_fake_inputs=True) if empty else nullcontext(), Alive() as alive:
         for module in (model, criterion, *itertools.chain(*model.backbone._lower.values())):
             _copy_tensors(module)
         optimizer = build_optimizer(config, model)
         for _ in range(2):  # momentum is made in the first
-            pixels = torch.zeros(*shape, config.data.image_size, config.data.image_size, dtype=torch.uint8)
-            batch = Episode(pixels, torch.full(shape[:1], base_classes(config.data)[0]), [])
+            batch = black_batch(config, config.train.batch_size)
             output = forward(model, batch, hardware)
-            losses = criterion(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
+            losses = loss_terms(criterion, output, batch)
             del output
             losses["total"].backward()
             optimizer.step()
             optimizer.zero_grad()
-            del losses, pixels, batch
+            del losses, batch
         return alive.bytes, alive.most
 
 

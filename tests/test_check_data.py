@@ -4,7 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
 import sys
 import unicodedata
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 from PIL import Image
 
 from scripts import check_data
+from tests.harness import process
 from util.config import load_config
 from util.data import class_index
 from util.data.class_index import load_class_index
@@ -80,13 +80,12 @@ def test_a_lost_border_is_warned_of(data, monkeypatch) -> None:
 
 def test_the_command_line_prints_a_table(data) -> None:
     root, overrides = data
-    command = [sys.executable, "scripts/check_data.py", "--config", str(CONFIG), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0
-    assert "fold 0: ready to train" in done.stdout
+    done = process("scripts/check_data.py", "--config", CONFIG, *overrides)
+    assert done.code == 0
+    assert "fold 0: ready to train" in done.out
     sha256 = hashlib.sha256((root / "lists/val.txt").read_bytes()).hexdigest()
-    assert f"val   {root}/lists/val.txt: unknown; 40 of 40 masks hold 255; SHA-256 {sha256[:16]}\n" in done.stdout
-    lines = {" ".join(line.split()[:2]): line for line in done.stdout.splitlines()}
+    assert f"val   {root}/lists/val.txt: unknown; 40 of 40 masks hold 255; SHA-256 {sha256[:16]}\n" in done.out
+    lines = {" ".join(line.split()[:2]): line for line in done.out.splitlines()}
     assert lines["0 train"].endswith(", ...") and not lines["0 val"].endswith("..."), "5 of 5 classes are all"
 
 

@@ -1,7 +1,6 @@
 """Data of one folder a class, such as FSS-1000: lists, index, episodes, and the real commands from lists to a test."""
 
 import itertools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 
 from scripts import make_folder_lists
+from tests.harness import process
 from util.config import Config, load_config
 from util.data.class_index import Item
 from util.data.dataset import read_pair
@@ -214,11 +214,9 @@ def test_own_folders_lead_from_lists_to_a_test_on_classes_never_seen(tmp_path: P
         ["train.py", "--config", config, *given],
         ["test.py", "--config", config, "--checkpoint", best, *given, "data.fold=1"],
     ):
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        words = [sys.executable, *map(str, command)]
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, (command[0], done.stdout[-2000:], done.stderr[-2000:])
-        out = done.stdout
+        done = process(*command)
+        assert done.code == 0, (command[0], done.out[-2000:], done.err[-2000:])
+        out = done.out
     assert "Mine fold 1 of 2, 1-shot" in out
     assert all(name in out for name in names_in(lists / "test_classes.txt"))
 

@@ -1,16 +1,14 @@
 """The diagnosis of a checkpoint: AUC against scikit-learn, thresholds against loops, the command against test.py."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
+from tests.harness import process, succeeded
 from util.config import load_config
 from util.data.episodes import EpisodeFiles
 from util.data.synthetic import generate
@@ -65,11 +63,7 @@ def test_thresholds_are_exact(threshold: float) -> None:
 
 
 def run(*arguments: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return succeeded(process(*arguments)).out
 
 
 def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp_path: Path) -> None:

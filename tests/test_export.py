@@ -1,6 +1,5 @@
 """Exported files against the network's own forward, on pictures that the exporter has not seen."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +10,11 @@ import torch
 from scenes import SIDE, scene, spread, write_checkpoint
 
 from scripts import export
+from tests.harness import process
 from util.data.transforms import fit, normalize
 from util.errors import UserError
 from util.segment.segmenter import NTRESegmenter
 
-ROOT = Path(__file__).resolve().parent.parent
 LARGER = SIDE + 8
 
 
@@ -145,8 +144,7 @@ def test_missing_packages_are_named_with_the_remedy(checkpoint, tmp_path, monkey
 
 
 def test_a_missing_checkpoint_ends_the_command_with_one_line(tmp_path: Path) -> None:
-    command = [sys.executable, "scripts/export.py", "--checkpoint", "none.pt", "--format", "pt2", "--out", "a.pt2"]
-    command[-1] = str(tmp_path / "a.pt2")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: checkpoint none.pt does not exist") and done.stderr.count("\n") == 1
+    out = tmp_path / "a.pt2"
+    done = process("scripts/export.py", "--checkpoint", "none.pt", "--format", "pt2", "--out", out)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: checkpoint none.pt does not exist") and done.err.count("\n") == 1

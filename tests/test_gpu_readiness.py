@@ -279,7 +279,8 @@ class Graphs(list[GraphModule]):
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backbone of five convolutions, lest tracing it take most of the time."""
+    """A backbone of five convolutions, lest tracing it take most of the time; torch compiles each test's step anew."""
+    torch._dynamo.reset()  # after eight graphs of one function it would give up
 
     def build_backbone(*_: object, **__: object) -> tuple[Backbone, WeightsInfo]:
         sizes = ((3, 8, 2), (8, 8, 2), (8, 8, 2), (8, 16, 1), (16, 16, 1))

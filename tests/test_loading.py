@@ -1,12 +1,9 @@
 """How batches reach the main process: with little shared memory, with few file descriptors, and when they cannot."""
 
 import multiprocessing
-import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tests.harness import process, succeeded
 from tests.scenes import SMALL
 from util.config import load_config
 from util.data import loading
@@ -148,11 +146,8 @@ def test_an_evaluation_of_many_images_needs_few_file_descriptors(synthetic: Path
         "workers=1",
         *SMALL,
     ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", EVALUATION, str(CONFIG), *given]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) > 50, "images in one round, more than descriptors"
+    done = succeeded(process("-c", EVALUATION, CONFIG, *given))
+    assert int(done.out) > 50, "images in one round, more than descriptors"
 
 
 EVALUATION = """

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +13,7 @@ from scenes import ROOT, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
+from tests.harness import process
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
@@ -209,9 +208,9 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(syntheti
     overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=4", "device=cpu", "precision=fp32"]
     config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     out = tmp_path / "r.json"
-    done = evaluation("--config", config, "--baselines", "--out", out, *overrides)
-    assert done.returncode == 0, done.stderr
-    assert "training-free, edges" in done.stdout
+    done = process("test.py", "--config", config, "--baselines", "--out", out, *overrides)
+    assert done.code == 0, done.err
+    assert "training-free, edges" in done.out
     results = json.loads(out.read_text())
     assert results["checkpoint"] is None and "miou" not in results
 
@@ -237,10 +236,5 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(syntheti
     ("words", "message"), [([], "--checkpoint, --baselines"), (["--baselines", "--panel", "p.png"], "show a network")]
 )
 def test_an_evaluation_of_nothing_is_refused(words: list[str], message: str) -> None:
-    done = evaluation("--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
-    assert done.returncode == 2 and message in done.stderr
-
-
-def evaluation(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, ROOT / "test.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    done = process("test.py", "--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
+    assert done.code == 2 and message in done.err

@@ -43,7 +43,9 @@ PREFETCHED = 2
 PATIENCE = 600.0
 """seconds that a batch may be waited for: a network file system that is slow gets by, one that hangs does not"""
 LOOK = 5.0
-"""seconds after which, while a batch is waited for, workers are looked at: the ``timeout`` of a loader that has any"""
+"""``timeout`` of a loader with workers, in seconds: so often they are looked at while a batch is waited for"""
+TIMED_OUT = "timed out after"
+"""stands in torch's message when that ``timeout`` is over"""
 
 
 def fits_shared_memory(batch_bytes: int, workers: int) -> bool:
@@ -133,10 +135,6 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
             "the system ended a loader process, most often for want of memory: lower workers, or give the job more"
             f" memory, or more of {SHARED} where that is full: {LARGER} ({reason})"
         ) from error
-
-
-TIMED_OUT = "timed out after"
-"""of torch's message when ``timeout`` is over"""
 
 
 def _next(batches: Iterator[T]) -> T | None:

@@ -121,6 +121,12 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
     return model
 
 
+def prepare_precision(model: NTRENet, hardware: Hardware) -> None:
+    """Have the frozen backbone make its weights in the precision of ``hardware``; its first batch does so otherwise."""
+    with hardware.autocast():
+        model.backbone(torch.zeros(1, 3, 65, 65, device=hardware.device))
+
+
 def build_loss(config: Config) -> NTRELoss:
     """Build the loss with its terms' weights, and the bank of the fold's base classes."""
     options = config.loss
@@ -157,6 +163,18 @@ def build_index(config: Config, split: str) -> ClassIndex:
     path = config.data.train_list if split == "train" else config.data.val_list
     data = config.data
     return load_class_index(Path(path), Path(data.root), len(data.classes), make_item=reader_of(data))
+
+
+def planes_of(config: Config) -> int:
+    """Return how many planes an episode's picture has: red, green, blue, mask, and classes for a base learner."""
+    return 5 if config.model.base_learner else 4
+
+
+def black_batch(config: Config, episodes: int) -> Episode:
+    """Make black pictures without targets, as a training batch holds them, to take a step that needs no data."""
+    side = config.data.image_size
+    pixels = torch.zeros(episodes, 1 + config.data.shots, planes_of(config), side, side, dtype=torch.uint8)
+    return Episode(pixels, torch.full((episodes,), base_classes(config.data)[0]), [""] * episodes)
 
 
 def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
@@ -256,8 +274,7 @@ def _loader(
 ) -> DataLoader[B]:
     """A loader of ``batches`` with at most ``pictures`` in each."""
     workers = min(config.workers, os.cpu_count() or 1)
-    planes = 5 if config.model.base_learner else 4
-    shared = fits_shared_memory(pictures * planes * config.data.image_size**2, workers)
+    shared = fits_shared_memory(pictures * planes_of(config) * config.data.image_size**2, workers)
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -8,13 +8,12 @@ import torch
 from tqdm import tqdm
 
 from model.parallel import processes, rank
-from util.data.dataset import Episode
-from util.data.folds import base_classes
-from util.engine.loops import forward
+from util.engine.build import black_batch, prepare_precision
+from util.engine.loops import forward, loss_terms
 from util.engine.run_state import Training
 
 WORTH = 5000
-"""training steps from which on a GPU earns back the minutes that compiling takes"""
+"""training steps from which on compiling is expected to earn back, on a GPU, the minutes that it takes; an estimate"""
 
 
 def compile_where_it_pays(training: Training, steps: int) -> None:
@@ -53,18 +52,12 @@ def compiled(part: Any) -> Any:
 
 def _try_a_step(training: Training) -> None:
     """Take a step on black pictures up to its gradients, and leave no trace of it."""
-    device, data = training.hardware.device, training.config.data
-    model, criterion = training.model.train(), training.criterion
+    device, model, criterion = training.hardware.device, training.model.train(), training.criterion
     bank = copy.deepcopy(criterion.state_dict())
-    episodes = training.config.train.batch_size // processes()
-    planes = 5 if training.config.model.base_learner else 4
-    pixels = torch.zeros(episodes, 1 + data.shots, planes, data.image_size, data.image_size, dtype=torch.uint8)
-    batch = Episode(pixels, torch.full((episodes,), base_classes(data)[0]), [""] * episodes).to(device)
+    batch = black_batch(training.config, training.config.train.batch_size // processes()).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with training.hardware.autocast():  # the backbone's weights in this precision are made here, outside the graph
-            model.backbone(torch.zeros(1, 3, 65, 65, device=device))
+        prepare_precision(model, training.hardware)  # outside the graph
         output = forward(training.network, batch, training.hardware)
-        losses = training.loss(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
-        losses["total"].backward()
+        loss_terms(training.loss, output, batch)["total"].backward()
     model.zero_grad()
     criterion.load_state_dict(bank)

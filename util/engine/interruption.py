@@ -4,6 +4,7 @@ A signal is only noted. Whoever works looks between two steps or two batches and
 middle of a statement, where it would be lost inside a destructor or leave a step half done.
 """
 
+import atexit
 import signal
 import time
 from types import FrameType
@@ -27,7 +28,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """While entered, the first signal is noted (``requested``). SIGHUP stays ignored where it was, as under nohup."""
+    """While entered, the first signal is noted (``requested``). SIGHUP stays ignored where it was, as under nohup.
+
+    Once a signal was noted, SIGTERM and SIGHUP do nothing more, also afterwards: launchers repeat them, and would end
+    the process before it has said where it saved.
+    """
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -40,8 +45,10 @@ class Interruption:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if self.requested is None or number == signal.SIGINT:  # a repeated request cuts no last words short
+            if self.requested is None or number == signal.SIGINT:
                 signal.signal(number, handler)
+            else:  # an ignored signal stays so, while Python takes its handlers away before it has ended
+                atexit.register(signal.signal, number, signal.SIG_IGN)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.requested is None:

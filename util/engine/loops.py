@@ -37,6 +37,11 @@ def forward(model: Callable[..., NTRENetOutput], batch: Episode, hardware: Hardw
         return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
 
 
+def loss_terms(loss: Callable[..., dict[str, Tensor]], output: NTRENetOutput, batch: Episode) -> dict[str, Tensor]:
+    """Compare what the model found in a batch with its masks and classes: each term, and their ``total``."""
+    return loss(output, batch.query_mask, batch.support_masks, batch.class_id, batch.query_classes)
+
+
 def learning_rate(step: int, *, base: float, total: int, power: float, warmup: int) -> float:
     """Polynomial decay base * (1 - step / total) ** power, after a linear rise over the first ``warmup`` steps."""
     return base * (1 - step / total) ** power * min(1.0, (step + 1) / max(warmup, 1))
@@ -64,9 +69,7 @@ def train(training: Training, batches: Iterable[Episode], *, lr_at: Callable[[in
             with training.hardware.autocast():
                 training.model.backbone.measure_scale(normalize(episodes.query))
         output = forward(training.network, episodes, training.hardware)
-        losses = training.loss(
-            output, episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
-        )
+        losses = loss_terms(training.loss, output, episodes)
         scaler.scale(losses["total"]).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in training.model.parameters() if p.grad is not None])
@@ -173,7 +176,7 @@ def evaluate(
             while len(encoded) < len(part.images):
                 number = next(batch_numbers)
                 frozen = known.get(number) or run_backbone(model, next(batches), part, hardware)
-                if sum(f.bytes for f in known.values()) + frozen.bytes <= room:
+                if number not in known and sum(f.bytes for f in known.values()) + frozen.bytes <= room:
                     known[number] = frozen
                 encoded |= encode(model, frozen, hardware)
                 yield len(frozen.places)
