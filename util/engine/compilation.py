@@ -38,7 +38,7 @@ def compile_where_it_pays(training: Training, steps: int) -> None:
     except Exception as error:  # no C compiler, no Triton, or a fault in what was made: nothing that should end a run
         training.network, training.loss = before
         if rank() == 0:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
             tqdm.write(f"note: torch cannot compile here ({reason:.200}): training goes on without", file=sys.stderr)
 
 
