@@ -51,6 +51,8 @@ OVERLAPS = "crowds first, as 255; then instances by decreasing area, so that the
 NEXT = "python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.yaml"
 AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
 IGNORED = 255
+FAR = 10
+"""image sides from the corner: a polygon that reaches so far is damaged, and drawing it would take the memory"""
 IMAGE = re.compile(r"[\w-]+\.jpg")
 """names become names of masks: a file can name nothing outside its folder"""
 PALETTE = voc_palette()
@@ -161,15 +163,28 @@ def choose(jobs: list[Job], split: str, path: Path, folder: Path, limit: int | N
 
 
 def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return the pixels (H, W), bool, of polygons or of a run-length code, compressed or not."""
+    """Return the pixels (H, W), bool, of polygons or of a run-length code, compressed or not.
+
+    Raises:
+        ValueError: a polygon has no numbers or leaves its image by far, or the runs do not fill the image.
+    """
     if isinstance(segmentation, list):
         parts = [np.asarray(part) for part in segmentation if len(part) >= 6]  # pycocotools takes 4 numbers for a box
         if not parts:
             return np.zeros((height, width), bool)
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
+        if not all((np.abs(part) < FAR * max(height, width)).all() for part in parts):
+            raise ValueError(f"a polygon lies far outside the image of {width} x {height}")
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, height, width))).astype(bool)
+    counts, code = segmentation["counts"], segmentation
+    if isinstance(counts, list):
+        code = coco_mask.frPyObjects(segmentation, height, width)
+        filled = sum(counts) == height * width
+    pixels = coco_mask.decode(code)  # where the runs end too early, the rest is whatever lay in memory
+    if isinstance(counts, str):
+        filled = coco_mask.encode(pixels)["counts"].decode() == counts
+    if segmentation["size"] != [height, width] or not filled:
+        raise ValueError(f"its runs do not fill the image of {width} x {height}")
+    return pixels.astype(bool)
 
 
 def paint(job: Job, path: Path) -> np.ndarray:

@@ -427,6 +427,7 @@ def test_a_missing_key_or_section_is_named(tmp_path: Path) -> None:
         ("? [a, b]\n: 2\n", 7, "not text"),
         ("\tseed: 1\n", 7, "not valid YAML"),
         ("run_dir: 2024-13-01\n", None, "not valid YAML"),
+        ("train: &t {lr: *t}\n", None, "nested too deep"),
     ],
 )
 def test_broken_yaml_is_refused_with_file_and_line(extra: str, line: int | None, word: str, tmp_path: Path) -> None:

@@ -253,7 +253,11 @@ def test_categories_by_name(coco: Path, run: Run) -> None:
     assert "missing: hair drier; unknown: hair dryer" in run()[2]
 
 
-BAD_SHAPES = [{"size": [HEIGHT, WIDTH], "counts": None}, {"size": [HEIGHT + 1, WIDTH], "counts": "zz"}]
+SIZE = [HEIGHT, WIDTH]
+BAD_SHAPES: list[Any] = [{"size": SIZE, "counts": None}, {"size": [HEIGHT + 1, WIDTH], "counts": "zz"}]
+BAD_SHAPES += [{"size": SIZE, "counts": counts} for counts in ("32", [3, 2], [HEIGHT * WIDTH + 1])]
+BAD_SHAPES += [{"size": SIZE[::-1], "counts": [HEIGHT * WIDTH]}]
+BAD_SHAPES += [[[0.0, 0.0, far, 0.0, 9.0, 9.0]] for far in (float("nan"), float("inf"), -1e9)]
 BAD = [({"segmentation": shape}, "annotation 31 .*cannot be drawn") for shape in BAD_SHAPES]
 BAD += [({"category_id": 12}, "annotation 31 .*category 12,"), ({"image_id": 1}, "annotation 31 .*image 1 ")]
 BAD += [({"segmentation": ["x"]}, "is damaged")]

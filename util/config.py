@@ -319,7 +319,12 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, layer in _layers(path, variants, overrides):
-        _merge(values, layer, source, origin)
+        try:
+            _merge(values, layer, source, origin)
+        except RecursionError as error:
+            raise UserError(
+                f"{source}: nested too deep; an alias such as *name may lie inside its own value"
+            ) from error
     if values.get("run_dir") is None:
         values.pop("run_dir", None)
     config = _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
