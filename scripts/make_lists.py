@@ -7,12 +7,14 @@ An image and its mask have the same name but for the suffix; subfolders are sear
 palette or greyscale PNGs whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every
 file is opened and checked. train.txt and val.txt hold 'image mask' lines relative to --root, the same for the same
 files and --seed. Every class has about --val of its images in val and, where there are enough, at least two in each
-list, which is what a 1-shot episode needs. What the config must say about the data is printed.
+list, which is what a 1-shot episode needs. A config for these data is written beside the lists, here
+data/mine/lists/mine.yaml; one that is there is left as it is, and what it could say is printed.
 """
 
 import argparse
 import hashlib
 import math
+import os
 import statistics
 import sys
 from functools import partial
@@ -36,14 +38,16 @@ from util.files import require_writable, write_text
 from util.segment.pictures import SUFFIXES
 
 LARGEST_ID = 254
+CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"
+"""base of the configs that are written"""
 CUSTOM_SIZE = 321
-"""data.image_size of configs/custom.yaml"""
+"""its data.image_size"""
 EPISODE = 2
 """images of a class that a 1-shot episode needs"""
 STEPS, BATCH_SIZE = 600, 8
-"""steps after which something is learned, however few pictures there are; train.batch_size of configs/custom.yaml"""
+"""steps after which something is learned, however few pictures there are; its train.batch_size"""
 VALIDATIONS = 4
-"""how often a training validates: with the 200 episodes of configs/custom.yaml, a small part of its time"""
+"""how often a training validates: with its 200 episodes, a small part of the time"""
 MIN_SHARE = 0.005
 """share of a picture that a class needs to be an example of it"""
 MOST_FOLDS = 4
@@ -84,7 +88,9 @@ def main() -> None:
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
         write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
     print(table(names, pixels, in_val))
-    print(block(args.root, lists, names, items, pixels[~in_val]))
+    write_config(
+        args.out / f"{args.root.resolve().name}.yaml", config_for(args.root, lists, names, items, pixels[~in_val])
+    )
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -207,8 +213,8 @@ def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
     return "\n".join([text_table(rows, headers, "plain", colalign=align, disable_numparse=True), *notes])
 
 
-def block(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
-    """What the config must say: of the data, and of how long to train and how often to validate.
+def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
+    """A config's text: what there is to say of the data, and of how long to train and how often to validate.
 
     In training a picture is scaled to about the size that it is evaluated at. Every class is held back in one fold.
 
@@ -225,13 +231,29 @@ def block(root: Path, lists: list[Path], names: list[str], items: list[Item], pi
     scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
     paths = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1])}
     data = paths | {"classes": names, "folds": folds, "scale": scale, "min_area": min_area}
-    values = {"data": data, "train": {"epochs": epochs}, "eval": {"every": max(1, epochs // VALIDATIONS)}}
+    values = {
+        "base": os.path.relpath(CUSTOM, lists[0].parent.resolve()),
+        "data": {"dataset": root.resolve().name} | data,
+        "train": {"epochs": epochs},
+        "eval": {"every": max(1, epochs // VALIDATIONS)},
+    }
     text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
     return (
-        f"\nfor configs/custom.yaml, where {usable} training images of base classes are {epoch_steps} steps an epoch,\n"
-        f"scale is {CUSTOM_SIZE} / {side:g}, the median longer side, +-10 % (it goes with image_size), and min_area"
-        f" {MIN_SHARE:.1%} of the median picture:\n\n{text.rstrip()}"
+        "# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n"
+        f"# Fold 0 has {usable} training images of base classes, {epoch_steps} steps an epoch. scale is {CUSTOM_SIZE} /"
+        f" {side:g}, the median longer side, +-10 %;\n"
+        f"# it goes with data.image_size. min_area is {MIN_SHARE:.1%} of the median picture.\n{text}"
     )
+
+
+def write_config(path: Path, text: str) -> None:
+    """Write it where there is none, and say so."""
+    if not path.exists():
+        write_text(path, text)
+        print(f"\nconfig: {path}")
+    elif path.read_text(encoding="utf-8") != text:
+        print(f"\n{path} is there and was left as it is; for these lists it could say:\n\n{text}")
+    print(f"next: python scripts/check_data.py --config {path}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,32 +41,44 @@ def test_lists_hold_every_pair_once_relative_to_the_root(mine: Path, monkeypatch
     assert lists(monkeypatch, mine, "--seed", "1") != (train, val)
 
 
-def test_the_printed_scale_brings_pictures_to_the_size_they_are_evaluated_at(mine: Path, monkeypatch, capsys) -> None:
+def written(root: Path) -> dict[str, Any]:
+    return yaml.safe_load((root / f"lists/{root.name}.yaml").read_text())
+
+
+def test_scale_brings_pictures_to_the_size_they_are_evaluated_at(mine: Path, monkeypatch) -> None:
     lists(monkeypatch, mine)
-    low, high = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])["data"]["scale"]
+    low, high = written(mine)["data"]["scale"]
     assert (low + high) / 2 * 72 == pytest.approx(321, abs=1)
 
 
-def test_what_is_printed_of_these_pictures_is_what_the_shipped_config_says(tmp_path, monkeypatch, capsys, mine) -> None:
+def test_the_config_of_these_pictures_says_what_the_shipped_one_explains(tmp_path, monkeypatch, mine) -> None:
     monkeypatch.chdir(tmp_path)
     lists(monkeypatch, Path("data/mine"))
-    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
-    shipped = yaml.safe_load((ROOT / "configs/custom.yaml").read_text())
-    for section, values in pasted.items():
+    shipped, found = yaml.safe_load((ROOT / "configs/custom.yaml").read_text()), written(mine)
+    assert (mine / "lists" / found.pop("base")).resolve() == ROOT / "configs/custom.yaml"
+    for section, values in found.items():
         for key in values.keys() - {"scale", "min_area"}:  # they go with the pictures' size
             assert shipped[section][key] == values[key], key
 
 
+def test_a_config_that_was_changed_is_left_as_it_is(mine: Path, monkeypatch, capsys) -> None:
+    lists(monkeypatch, mine)
+    path = mine / "lists/mine.yaml"
+    text = path.read_text()
+    lists(monkeypatch, mine)
+    assert "left as it is" not in capsys.readouterr().out
+    path.write_text(f"{text}seed: 3\n")
+    lists(monkeypatch, mine)
+    assert path.read_text() == f"{text}seed: 3\n"
+    assert f"left as it is; for these lists it could say:\n\n{text}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [12, 40])
-def test_the_printed_config_takes_enough_steps_whatever_the_data(
-    tmp_path: Path, monkeypatch, capsys, count: int
-) -> None:
+def test_the_config_takes_enough_steps_whatever_the_data(tmp_path: Path, monkeypatch, count: int) -> None:
     for n in range(count):
         write_pair(tmp_path / "mine", f"{n:03}", 1 + n % 3)
     lists(monkeypatch, tmp_path / "mine")
-    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(pasted))
-    config = load_config([ROOT / "configs/custom.yaml", tmp_path / "own.yaml"], [])
+    config = load_config(tmp_path / "mine/lists/mine.yaml")
     images = len(build_train_sampler(config, build_index(config, "train")))
     steps = max(1, images // config.train.batch_size) * config.train.epochs
     assert 600 <= steps < 700
@@ -106,12 +119,11 @@ def test_files_without_a_partner_are_named_and_left_out(mine: Path, monkeypatch,
     assert f"no mask: {mine / 'images/003.jpg'}" in out and f"no image: {mine / 'masks/005.png'}" in out
 
 
-def test_names_come_from_a_file(mine: Path, monkeypatch, capsys) -> None:
+def test_names_come_from_a_file(mine: Path, monkeypatch) -> None:
     names = mine / "names.txt"
     names.write_text("cat\ndog\nyes\ncoffee cup\n")
     lists(monkeypatch, mine, "--classes", str(names))
-    pasted = yaml.safe_load(capsys.readouterr().out.split("\n\n")[-1])
-    assert pasted["data"]["classes"] == ["cat", "dog", "yes", "coffee cup"]
+    assert written(mine)["data"]["classes"] == ["cat", "dog", "yes", "coffee cup"]
 
 
 def replaced(path: Path, values: dict[int, int]) -> None:

@@ -90,7 +90,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("wanted", ["custom|data/mine", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", ["data/mine", pytest.param("", marks=pytest.mark.slow)])
 def test_every_command_of_the_readme_works_from_a_fresh_shell(tree: Path, monkeypatch, wanted: str) -> None:
     say = "trap 'echo \"failed: $BASH_COMMAND\" >&2' ERR\n"
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tree), "DRY_RUN": "1", "OMP_NUM_THREADS": "1", "WANTED": wanted}
