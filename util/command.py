@@ -7,8 +7,8 @@ import errno
 import os
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TextIO
@@ -65,15 +65,32 @@ def printable(text: str) -> str:
 
 
 class _Printable:
-    """A stream that nothing but text comes through, whatever names of files and classes hold."""
+    """A stream that nothing but text comes through, whatever names of files and classes hold.
+
+    What is written to a terminal that was closed is dropped: SIGHUP tells of it, and a run first saves.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._is_terminal = stream.isatty()
 
     def write(self, text: str) -> int:
         moves_up = not text.replace("\x1b[A", "").strip("\n")  # the bar below another one
-        self._stream.write(text if moves_up else printable(text))
+        with self._terminal_may_be_gone():
+            self._stream.write(text if moves_up else printable(text))
         return len(text)
+
+    def flush(self) -> None:
+        with self._terminal_may_be_gone():
+            self._stream.flush()
+
+    @contextmanager
+    def _terminal_may_be_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not (self._is_terminal and error.errno == errno.EIO):
+                raise
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -188,9 +188,8 @@ def monitored(training: Training, epoch_steps: int, total_steps: int) -> Iterato
         except Stopped as stopped:
             monitor.save()
             if first:
-                with suppress(OSError):  # the terminal may be gone
-                    bar.close()
-                    print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
+                bar.close()
+                print(f"stopped by {stopped} after step {training.step}, in {run_dir / LAST}; resume=auto goes on")
             sys.exit(stopped.exit_code)
         except LoadingError as error:
             if not first or training.step == began_at:
