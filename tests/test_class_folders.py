@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import make_folder_lists
-from tests.harness import process
+import train
+from scripts import check_data, make_folder_lists
+from tests.harness import call, succeeded, test_command
 from util.config import Config, load_config
 from util.data.class_index import Item
 from util.data.dataset import read_pair
@@ -207,16 +208,13 @@ def test_own_folders_lead_from_lists_to_a_test_on_classes_never_seen(tmp_path: P
         "workers=1",
     ]
     config, best = str(CONFIG), f"{tmp_path}/run/best.pt"
-    out = ""
-    for command in (
-        ["scripts/make_folder_lists.py", "--root", root, "--out", lists],
-        ["scripts/check_data.py", "--config", config, *given],
-        ["train.py", "--config", config, *given],
-        ["test.py", "--config", config, "--checkpoint", best, *given, "data.fold=1"],
+    for command, *words in (
+        (make_folder_lists, "--root", root, "--out", lists),
+        (check_data, "--config", config, *given),
+        (train, "--config", config, *given),
+        (test_command, "--config", config, "--checkpoint", best, *given, "data.fold=1"),
     ):
-        done = process(*command)
-        assert done.code == 0, (command[0], done.out[-2000:], done.err[-2000:])
-        out = done.out
+        out = succeeded(call(command, *words)).out
     assert "Mine fold 1 of 2, 1-shot" in out
     assert all(name in out for name in names_in(lists / "test_classes.txt"))
 

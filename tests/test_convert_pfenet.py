@@ -5,7 +5,8 @@ The input has the names and shapes of PFENet's published code; the oracle is tes
 
 import pickle
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,28 +90,34 @@ class Converted(NamedTuple):
     result: Result
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
-def converted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Converted]:
-    kind = request.param
-    folder = tmp_path_factory.mktemp(kind)
+@pytest.fixture(scope="module")
+def conversions(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Converted]:
+    """Each kind is converted once."""
+    return cache(partial(convert, folder=tmp_path_factory.mktemp("pfenet")))
+
+
+@pytest.fixture(params=BACKBONES)
+def converted(request: pytest.FixtureRequest, conversions: Callable[[str], Converted]) -> Converted:
+    return conversions(request.param)
+
+
+def convert(kind: str, folder: Path) -> Converted:
     torch.manual_seed(1)
     backbone, head = random_state(BACKBONES[kind][0]), pfenet_head(256, PASCAL_BINS, True, MIDDLE_CHANNELS[kind])
     for name in head:
         if re.fullmatch(r"(inner_cls\.\d|cls)\.3\.weight", name):
             head[name] /= 40  # logits of a few units, as a trained network's
-    source, out = folder / "pfenet.pth", folder / "out.pt"
+    source, out = folder / f"{kind}.pth", folder / f"{kind}.pt"
     # PFENet's torch 1.4 wrote files that are no zip archives
     torch.save(as_train_saves(published(backbone, head)), source, _use_new_zipfile_serialization=False)
     result = (
         process("scripts/convert_pfenet.py", source, out) if kind == "resnet50" else call(convert_pfenet, source, out)
     )
     assert result.code == 0, result
-    yield Converted(kind, backbone, head, source, out, result)
-    for path in (source, out):
-        path.unlink()
+    return Converted(kind, backbone, head, source, out, result)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model(converted: Converted) -> NTRENet:
     """As the checkpoint's own config says."""
     checkpoint = load(converted.out)

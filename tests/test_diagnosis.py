@@ -3,12 +3,15 @@
 import json
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from tests.harness import process, succeeded
+import train
+from scripts import diagnose
+from tests.harness import call, succeeded, test_command
 from util.config import load_config
 from util.data.episodes import EpisodeFiles
 from util.data.synthetic import generate
@@ -62,8 +65,8 @@ def test_thresholds_are_exact(threshold: float) -> None:
     assert predicted_share(counts, threshold) == pytest.approx(shares, rel=1e-9)
 
 
-def run(*arguments: object) -> str:
-    return succeeded(process(*arguments)).out
+def run(module: ModuleType, *arguments: object) -> str:
+    return succeeded(call(module, *arguments)).out
 
 
 def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp_path: Path) -> None:
@@ -72,12 +75,12 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
     options = [
         *(f"data.root={tmp_path / 'data'}", f"data.train_list={lists / 'train.txt'}"),
         *(f"data.val_list={lists / 'val.txt'}", f"run_dir={tmp_path / 'run'}", "data.image_size=65"),
-        *("data.min_area=256", "eval.episodes=10", "workers=0", "device=cpu", "train.epochs=1", "train.batch_size=8"),
+        *("data.min_area=256", "eval.episodes=6", "workers=0", "device=cpu", "train.epochs=1", "train.batch_size=8"),
     ]
-    trained = run("train.py", "--config", CONFIG, *options)
+    trained = run(train, "--config", CONFIG, *options)
     checkpoint = ["--config", CONFIG, "--checkpoint", tmp_path / "run" / "best.pt", *options]
-    run("test.py", *checkpoint, "--baselines", "--out", tmp_path / "results.json")
-    shown = run("scripts/diagnose.py", *checkpoint, "--out", tmp_path / "diagnosis.json")
+    run(test_command, *checkpoint, "--baselines", "--out", tmp_path / "results.json")
+    shown = run(diagnose, *checkpoint, "--out", tmp_path / "diagnosis.json")
     found = json.loads((tmp_path / "diagnosis.json").read_text())
     scored = json.loads((tmp_path / "results.json").read_text())
     assert found["novel"]["miou"]["0.5"] == pytest.approx(scored["miou"]["mean"], abs=0.1)
@@ -97,7 +100,7 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
     assert f"threshold {threshold:g} is best on held-out episodes of base classes" in trained
     save_checkpoint(path, load_checkpoint(path) | {"threshold": 0.3})
     assert NTRESegmenter.from_checkpoint(path, "cpu").threshold == 0.3
-    again = run("test.py", *checkpoint, "--out", tmp_path / "results.json")
+    again = run(test_command, *checkpoint, "--out", tmp_path / "results.json")
     assert "mIoU at 0.3, the threshold chosen on base classes" in again
     calibrated = json.loads((tmp_path / "results.json").read_text())
     assert calibrated["miou"] == scored["miou"]
@@ -106,7 +109,7 @@ def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp
     config, hardware = load_config(ROOT / CONFIG, list(map(str, options))), find_hardware("cpu", "fp32")
     index, model = build_index(config, "val"), build_saved_model(config, load_checkpoint(path), path)
     sampler = build_eval_sampler(config, index, 0)
-    episodes = [sampler(number) for number in range(10)]
+    episodes = [sampler(number) for number in range(6)]
     told = better_of(model, 0.5, index, episodes, config=config, hardware=hardware)
     figures = [float(figure) for figure in re.findall(r"\d+\.\d", told)]
     seen = len({episode.class_id for episode in episodes}) / 5  # classes that no episode shows count in neither

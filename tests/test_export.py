@@ -10,7 +10,7 @@ import torch
 from scenes import SIDE, scene, spread, write_checkpoint
 
 from scripts import export
-from tests.harness import process
+from tests.harness import call
 from util.data.transforms import fit, normalize
 from util.errors import UserError
 from util.segment.segmenter import NTRESegmenter
@@ -145,6 +145,6 @@ def test_missing_packages_are_named_with_the_remedy(checkpoint, tmp_path, monkey
 
 def test_a_missing_checkpoint_ends_the_command_with_one_line(tmp_path: Path) -> None:
     out = tmp_path / "a.pt2"
-    done = process("scripts/export.py", "--checkpoint", "none.pt", "--format", "pt2", "--out", out)
+    done = call(export, "--checkpoint", "none.pt", "--format", "pt2", "--out", out)
     assert (done.code, done.out) == (2, "")
     assert done.err.startswith("error: checkpoint none.pt does not exist") and done.err.count("\n") == 1

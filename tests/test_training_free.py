@@ -13,7 +13,7 @@ from scenes import ROOT, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
-from tests.harness import process
+from tests.harness import call, test_command
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
@@ -205,10 +205,10 @@ def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_
 
 def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(synthetic: Path, tmp_path: Path) -> None:
     lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
-    overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=4", "device=cpu", "precision=fp32"]
+    overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
     config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     out = tmp_path / "r.json"
-    done = process("test.py", "--config", config, "--baselines", "--out", out, *overrides)
+    done = call(test_command, "--config", config, "--baselines", "--out", out, *overrides)
     assert done.code == 0, done.err
     assert "training-free, edges" in done.out
     results = json.loads(out.read_text())
@@ -218,16 +218,19 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(syntheti
     index = build_index(settings, "val")
     sampler = build_eval_sampler(settings, index, 0)
     method = NTRESegmenter.training_free(device="cpu", precision="fp32")
-    for name, edges in (("training_free", False), ("training_free_edges", True)):
-        counts = np.zeros((5, 2))  # class, intersection and union
-        for number in range(4):
-            episode = sampler(number)
-            pictures = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
-            labels = [np.array(Image.open(index.items[i].mask)) for i in (episode.query, *episode.supports)]
-            found = method.segment(pictures[1:], labels[1:], pictures[0], episode.class_id, edges=edges)
-            truth, valid = labels[0] == episode.class_id, labels[0] != 255
-            counts[episode.class_id - 1] += (found.mask & truth).sum(), ((found.mask | truth) & valid).sum()
-        expected = 100 * (counts[:, 0] / np.maximum(counts[:, 1], 1)).mean()
+    counts = {"training_free": np.zeros((5, 2)), "training_free_edges": np.zeros((5, 2))}  # class; intersection, union
+    for number in range(2):
+        episode = sampler(number)
+        pictures = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
+        labels = [np.array(Image.open(index.items[i].mask)) for i in (episode.query, *episode.supports)]
+        target = method.encode(pictures[1:], labels[1:], episode.class_id)
+        query = method.encode_query(pictures[0])
+        truth, valid = labels[0] == episode.class_id, labels[0] != 255
+        for name, edges in zip(counts, (False, True), strict=True):
+            mask = method.segment_encoded(target, query, edges=edges).mask
+            counts[name][episode.class_id - 1] += (mask & truth).sum(), ((mask | truth) & valid).sum()
+    for name, count in counts.items():
+        expected = 100 * (count[:, 0] / np.maximum(count[:, 1], 1)).mean()
         assert results["baselines"][name]["miou"] == pytest.approx(expected, abs=0.01)
         assert expected > 1
 
@@ -236,5 +239,5 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(syntheti
     ("words", "message"), [([], "--checkpoint, --baselines"), (["--baselines", "--panel", "p.png"], "show a network")]
 )
 def test_an_evaluation_of_nothing_is_refused(words: list[str], message: str) -> None:
-    done = process("test.py", "--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
+    done = call(test_command, "--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
     assert done.code == 2 and message in done.err
