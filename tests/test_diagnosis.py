@@ -20,7 +20,7 @@ from util.engine.build import build_eval_sampler, build_index, build_model, buil
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.engine.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
 from util.segment.baselines import better_of
-from util.segment.segmenter import NTRESegmenter
+from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
@@ -69,7 +69,10 @@ def run(module: ModuleType, *arguments: object) -> str:
     return succeeded(call(module, *arguments)).out
 
 
-def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(tmp_path: Path) -> None:
+def test_the_command_agrees_with_test_py_and_shows_novel_beside_base_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingFreeSegmenter, "SIDE", 129)  # a ninth of the work
     generate(tmp_path / "data", train=40, val=60, seed=0)
     lists = tmp_path / "data" / "lists"
     options = [
