@@ -91,7 +91,8 @@ def without_shared_memory(number: int) -> None:
 def test_a_batch_that_cannot_be_sent_is_an_error_that_names_the_remedy(
     collate: Callable[[Any], Any], start: Callable[[int], None]
 ) -> None:
-    loader = DataLoader(Ones(), batch_sampler=[[0], [1]], num_workers=1, collate_fn=collate, worker_init_fn=start)
+    given: dict[str, Any] = {"num_workers": 1, "timeout": 0.5, "collate_fn": collate, "worker_init_fn": start}
+    loader = DataLoader(Ones(), batch_sampler=[[0], [1]], **given)
     with pytest.raises(LoadingError, match="--shm-size"):
         next(batches_of(loader))
 

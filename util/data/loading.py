@@ -118,18 +118,21 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
     except UserError as error:
         raise LoadingError(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:  # also of the connection over which a batch was on its way
-        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        for worker in (worker for worker in workers if worker.sentinel in ended):
+            worker.join()  # it lets go of its files a moment before it has an exit code
+        died = any(worker.exitcode for worker in workers)
+        for worker in workers:  # torch would wait for each, and those that hang heed no request to end
+            worker.kill()
         reason = str(error).strip().rpartition("\n")[2]
         if "/torch_" in reason:  # the name of a file in shared memory
             raise LoadingError(f"shared memory is full ({reason}); {LARGER}, or set workers=0") from error
         if TIMED_OUT in reason:
-            for worker in workers:  # none of them would heed a request to end
-                worker.kill()
             raise LoadingError(
                 f"no batch came for {PATIENCE:.0f} s, the loader hangs: the disk does not answer (workers=0 shows at"
                 f" which file), or {SHARED} is full: {LARGER}"
             ) from error
-        if not any(worker.exitcode for worker in workers):
+        if not died:
             raise
         raise LoadingError(
             "the system ended a loader process, most often for want of memory: lower workers, or give the job more"
