@@ -340,6 +340,9 @@ def test_episodes_come_back_from_a_file_as_they_were(sampler, tmp_path) -> None:
     write_episodes(path, episodes, 25, root=Path(config.data.root), class_names=config.data.classes)
     back = recorded(config, path)
     assert back == [episodes(n) for n in range(25)]
+    for shots in (1, 3):
+        with pytest.raises(UserError, match=f"2 supports, but data.shots is {shots}"):
+            recorded(config, path, shots=shots)
 
 
 def test_episodes_of_a_photo_with_several_masks_come_back_too(data, tmp_path) -> None:

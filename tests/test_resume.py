@@ -438,8 +438,8 @@ def test_a_run_resumes_with_its_data_moved_and_lists_of_windows_but_not_with_oth
     overrides = [word.replace(str(root), str(moved)) for word in overrides]
     succeeded(call(train, "--config", config, *overrides, "resume=auto"))
     path = moved / "lists/train.txt"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[::-1]))  # the same images: other episodes
-    refused(call(train, "--config", config, *overrides, "resume=auto"), path)
+    path.write_text("\n".join(path.read_text("utf-8-sig").split("\n")[::-1]))  # the same images: other episodes
+    refused(call(train, "--config", config, *overrides, "resume=auto"), path, "has changed since checkpoint")
 
 
 def test_a_run_resumed_from_elsewhere_leaves_what_stands_in_run_dir_and_names_files_that_exist(
