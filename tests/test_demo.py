@@ -384,6 +384,11 @@ def walk(page: Any, address: str, photo_file: str, support_file: str, text_file:
     assert segment(page) == "2 photos from 1 support"
     np.testing.assert_array_equal(mask_of(page), first)  # the paint went to the browser and back unharmed
 
+    for changed in (True, False):  # edges on, and off again
+        page.click("#edges input")
+        page.wait_for_timeout(2500)
+        assert np.array_equal(mask_of(page), first) != changed
+
     page.locator("#photos button").nth(1).click()
     page.wait_for_timeout(1500)
     assert not np.array_equal(mask_of(page), first)
