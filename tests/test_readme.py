@@ -81,7 +81,7 @@ def tree(tmp_path: Path) -> Path:
         write_pair(tmp_path / "data/mine", f"{n + 1:03}", 1 + n % 4, 1 + (n + 1) % 4)
     masks = {"cat.jpg": "cat.png", "s1.jpg": "m1.png", "s2.jpg": "m2.png"}
     for seed, name in enumerate([*masks, "photo.jpg", "photos/1.jpg", "folder/2.jpg", "data/mine/new/3.jpg"]):
-        pixels, disc = scene(seed)
+        pixels, disc = scene(seed, 320, 240)  # as large as the box that README gives
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / name)
         if name in masks:
