@@ -29,7 +29,7 @@ from torch import Tensor
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
 from scripts import convert_pfenet
-from tests.harness import ROOT, Result, Trap, call, load, process, refused, test_command
+from tests.harness import ROOT, Result, Trap, call, load, refused, succeeded, test_command
 from util.config import config_from_dict, load_config
 from util.data.synthetic import generate
 from util.engine.build import build_model
@@ -110,10 +110,7 @@ def convert(kind: str, folder: Path) -> Converted:
     source, out = folder / f"{kind}.pth", folder / f"{kind}.pt"
     # PFENet's torch 1.4 wrote files that are no zip archives
     torch.save(as_train_saves(published(backbone, head)), source, _use_new_zipfile_serialization=False)
-    result = (
-        process("scripts/convert_pfenet.py", source, out) if kind == "resnet50" else call(convert_pfenet, source, out)
-    )
-    assert result.code == 0, result
+    result = succeeded(call(convert_pfenet, source, out))
     return Converted(kind, backbone, head, source, out, result)
 
 

@@ -52,7 +52,7 @@ def first_losses(network: NTRENet, criterion: NTRELoss, batch: int = 4) -> dict[
     return criterion(network(query, supports, masks), masks[:, 0], masks, torch.arange(batch) % 4 + 1)
 
 
-@pytest.mark.parametrize("name", ["vgg16_bn", "efficientnet_lite0"])
+@pytest.mark.parametrize("name", ["efficientnet_lite0", pytest.param("vgg16_bn", marks=pytest.mark.slow)])
 def test_the_first_losses_do_not_depend_on_the_backbone_nor_on_the_scale_of_its_features(name: str) -> None:
     small, large = (first_losses(*build(measured_backbone(name, f)))["total"].item() for f in (0.1, 10.0))
     assert small == pytest.approx(large, rel=0.05)  # masks are cut at 0
