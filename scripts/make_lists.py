@@ -8,7 +8,7 @@ palette or greyscale PNGs whose values are class ids: 0 background, classes 1, 2
 file is opened and checked. train.txt and val.txt hold 'image mask' lines relative to --root, the same for the same
 files and --seed. Every class has about --val of its images in val and, where there are enough, at least two in each
 list, which is what a 1-shot episode needs. A config for these data is written beside the lists, here
-data/mine/lists/mine.yaml; one that is there is left as it is, and what it could say is printed.
+data/mine/lists/mine.yaml. A config that is there already is left as it is, and the new text is printed instead.
 """
 
 import argparse
@@ -39,15 +39,15 @@ from util.segment.pictures import SUFFIXES
 
 LARGEST_ID = 254
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"
-"""base of the configs that are written"""
+"""the base of the config that is written"""
 CUSTOM_SIZE = 321
-"""its data.image_size"""
+"""data.image_size of CUSTOM"""
 EPISODE = 2
 """images of a class that a 1-shot episode needs"""
 STEPS, BATCH_SIZE = 600, 8
-"""steps after which something is learned, however few pictures there are; its train.batch_size"""
+"""steps after which something is learned, however few pictures there are; train.batch_size of CUSTOM"""
 VALIDATIONS = 4
-"""how often a training validates: with its 200 episodes, a small part of the time"""
+"""how often a training validates: with the 200 episodes of CUSTOM, a small part of the time"""
 MIN_SHARE = 0.005
 """share of a picture that a class needs to be an example of it"""
 MOST_FOLDS = 4
@@ -88,9 +88,8 @@ def main() -> None:
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
         write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
     print(table(names, pixels, in_val))
-    write_config(
-        args.out / f"{args.root.resolve().name}.yaml", config_for(args.root, lists, names, items, pixels[~in_val])
-    )
+    config = args.out / f"{args.root.resolve().name}.yaml"
+    write_config(config, config_for(args.root, lists, names, items, pixels[~in_val]))
 
 
 def find_files(folder: Path) -> dict[str, Path]:
@@ -214,7 +213,7 @@ def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
 
 
 def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
-    """A config's text: what there is to say of the data, and of how long to train and how often to validate.
+    """Return the text of a config: what the data are, how long to train, and how often to validate.
 
     In training a picture is scaled to about the size that it is evaluated at. Every class is held back in one fold.
 
@@ -247,7 +246,7 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
 
 
 def write_config(path: Path, text: str) -> None:
-    """Write it where there is none, and say so."""
+    """Write a config's text, unless a config is there already; say what was done and which command comes next."""
     if not path.exists():
         write_text(path, text)
         print(f"\nconfig: {path}")

@@ -166,7 +166,7 @@ def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Return the pixels (H, W), bool, of polygons or of a run-length code, compressed or not.
 
     Raises:
-        ValueError: a polygon has no numbers or leaves its image by far, or the runs do not fill the image.
+        ValueError: a polygon holds NaN or lies far outside the image, or the runs do not fill the image.
     """
     if isinstance(segmentation, list):
         parts = [np.asarray(part) for part in segmentation if len(part) >= 6]  # pycocotools takes 4 numbers for a box
@@ -175,12 +175,12 @@ def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
         if not all((np.abs(part) < FAR * max(height, width)).all() for part in parts):
             raise ValueError(f"a polygon lies far outside the image of {width} x {height}")
         return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, height, width))).astype(bool)
-    counts, code = segmentation["counts"], segmentation
+    counts = segmentation["counts"]  # where the runs end too early, pycocotools leaves the rest as it lay in memory
     if isinstance(counts, list):
-        code = coco_mask.frPyObjects(segmentation, height, width)
+        pixels = coco_mask.decode(coco_mask.frPyObjects(segmentation, height, width))
         filled = sum(counts) == height * width
-    pixels = coco_mask.decode(code)  # where the runs end too early, the rest is whatever lay in memory
-    if isinstance(counts, str):
+    else:
+        pixels = coco_mask.decode(segmentation)
         filled = coco_mask.encode(pixels)["counts"].decode() == counts
     if segmentation["size"] != [height, width] or not filled:
         raise ValueError(f"its runs do not fill the image of {width} x {height}")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from scripts import check_data
-from tests.harness import call
+from tests.harness import call, succeeded
 from util.config import load_config
 from util.data import class_index
 from util.data.class_index import load_class_index
@@ -80,8 +80,7 @@ def test_a_lost_border_is_warned_of(data, monkeypatch) -> None:
 
 def test_the_command_line_prints_a_table(data) -> None:
     root, overrides = data
-    done = call(check_data, "--config", CONFIG, *overrides)
-    assert done.code == 0
+    done = succeeded(call(check_data, "--config", CONFIG, *overrides))
     assert "fold 0: ready to train" in done.out
     sha256 = hashlib.sha256((root / "lists/val.txt").read_bytes()).hexdigest()
     assert f"val   {root}/lists/val.txt: unknown; 40 of 40 masks hold 255; SHA-256 {sha256[:16]}\n" in done.out

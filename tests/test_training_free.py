@@ -13,7 +13,7 @@ from scenes import ROOT, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
-from tests.harness import call, test_command
+from tests.harness import call, succeeded, test_command
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
@@ -211,8 +211,7 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
     overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
     config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     out = tmp_path / "r.json"
-    done = call(test_command, "--config", config, "--baselines", "--out", out, *overrides)
-    assert done.code == 0, done.err
+    done = succeeded(call(test_command, "--config", config, "--baselines", "--out", out, *overrides))
     assert "training-free, edges" in done.out
     results = json.loads(out.read_text())
     assert results["checkpoint"] is None and "miou" not in results

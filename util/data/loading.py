@@ -119,8 +119,9 @@ def batches_of(loader: DataLoader[T]) -> Iterator[T]:
         raise LoadingError(str(error)) from error
     except (RuntimeError, OSError, EOFError) as error:  # also of the connection over which a batch was on its way
         ended = multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
-        for worker in (worker for worker in workers if worker.sentinel in ended):
-            worker.join()  # it lets go of its files a moment before it has an exit code
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join()  # it lets go of its files a moment before it has an exit code
         died = any(worker.exitcode for worker in workers)
         for worker in workers:  # torch would wait for each, and those that hang heed no request to end
             worker.kill()

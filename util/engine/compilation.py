@@ -13,7 +13,7 @@ from util.engine.loops import forward, loss_terms
 from util.engine.run_state import Training
 
 WORTH = 5000
-"""training steps from which on compiling is expected to earn back, on a GPU, the minutes that it takes; an estimate"""
+"""training steps from which on compiling is expected to save more time on a GPU than it takes; an estimate"""
 
 
 def compile_where_it_pays(training: Training, steps: int) -> None:
