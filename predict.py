@@ -78,7 +78,7 @@ class Tally(NamedTuple):
 def main() -> None:
     args = parse_arguments()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # util.segment.pictures has a limit of its own
-    warnings.showwarning = lambda message, *_: print(f"note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
     if args.box is not None:
         args.mask = masks_of_boxes(args.support, args.box, args.out)
     files, queries = target_files(args), find_queries(args.query, args.out)

@@ -38,6 +38,7 @@ class PrototypeBank(nn.Module):
         row_of = torch.full((max(self.class_ids) + 1,), rows)
         row_of[self.class_ids] = torch.arange(rows)
         self.register_buffer("row_of", row_of, persistent=False)
+        self.register_load_state_dict_pre_hook(_base_rows)
 
     @torch.no_grad()
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
@@ -65,10 +66,10 @@ class PrototypeBank(nn.Module):
         filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[rows, None]
         return self.prototypes[rows], filled
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Take the base classes' rows of a checkpoint that has a row for every class, which earlier ones have."""
-        for name in ("prototypes", "stored"):
-            saved = state_dict.get(prefix + name)
-            if saved is not None and saved.shape[0] > len(self.class_ids) and saved.shape[0] >= max(self.class_ids):
-                state_dict[prefix + name] = saved[[class_id - 1 for class_id in self.class_ids]]
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _base_rows(bank: PrototypeBank, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Take the base classes' rows of a checkpoint that has a row for every class, which earlier ones have."""
+    for name in ("prototypes", "stored"):
+        saved = state_dict.get(prefix + name)
+        if saved is not None and saved.shape[0] > len(bank.class_ids) and saved.shape[0] >= max(bank.class_ids):
+            state_dict[prefix + name] = saved[[class_id - 1 for class_id in bank.class_ids]]

@@ -340,7 +340,7 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
     whole, made = race({"plain": partial(load, plain_augment), "ours": partial(load, channels_first)}, args.repeats)
     times = {name: [seconds / args.images for seconds in of] for name, of in whole.items()}
     agree = statistics.fmean(float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True))
-    result = {"mode": "loader", **ratio(times), "mask_agreement": agree}
+    result: dict[str, Any] = {"mode": "loader", **ratio(times), "mask_agreement": agree}
     print(
         f"one process, JPEGs at {SIZE[0]}x{SIZE[1]} to {args.size} px:"
         f"\n  plain {1 / result['plain_seconds']:.0f} images a second, ours {1 / result['ours_seconds']:.0f}:"

@@ -34,7 +34,7 @@ from util.command import run_command
 import numpy as np
 import yaml
 from PIL import Image
-from pycocotools import mask as coco_mask  # type: ignore[import-untyped]
+from pycocotools import mask as coco_mask
 from tabulate import tabulate
 
 from util.data.images import encoded, read_class_ids

@@ -31,7 +31,7 @@ from util.command import run_command
 
 import numpy as np
 from PIL import Image
-from scipy.io import loadmat  # type: ignore[import-untyped]
+from scipy.io import loadmat
 
 from util.data.class_index import load_class_index, read_list
 from util.data.download import download
@@ -249,13 +249,13 @@ def fetched(kind: str, out: Path) -> Path:
     """A file of ``DOWNLOADS``, from the first of its places that gives it."""
     name, *urls, md5 = DOWNLOADS[kind]
     path = out / "downloads" / name
-    for url in urls:
-        try:
+    *first, last = urls
+    for url in first:
+        with contextlib.suppress(UserError):
             download(url, path, md5)
             return path
-        except UserError as error:
-            problem = error
-    raise problem
+    download(last, path, md5)
+    return path
 
 
 class RawMask(NamedTuple):

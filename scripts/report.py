@@ -139,7 +139,8 @@ def own_tables(runs: pd.DataFrame, paper: Mapping[str, Any]) -> Iterator[str]:
     names = {key for table in ablations.values() for key in table["rows"]}
     for setting, group in runs.groupby("setting", sort=False):
         yield f"## {setting}"
-        others = {"title": "Other networks", "rows": {key: {"label": key} for key in sorted(set(group.row) - names)}}
+        own = {key: {"label": key} for key in sorted(set(group.row) - names)}
+        others: dict[str, Any] = {"title": "Other networks", "rows": own}
         for name, table in [*ablations.items(), ("others", others)]:
             rows = table["rows"]
             if set(group.row) & (set(rows) - {"full"} if name != "table3" else set(rows)):

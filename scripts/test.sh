@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # two threads beside a busy neighbour are slower than one
 ruff check .
 ruff format --check .
-mypy
+pyrefly check --config .pyrefly.toml
 python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder "$@"

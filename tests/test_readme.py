@@ -73,7 +73,7 @@ def tree(tmp_path: Path) -> Path:
     programs = tmp_path / ".venv/bin"
     programs.mkdir(parents=True)
     (programs / "activate").write_text(f'PATH="{programs}:$PATH"\n')
-    for name in ("pip", "ruff", "mypy"):
+    for name in ("pip", "ruff", "pyrefly"):
         (programs / name).symlink_to(shutil.which("true") or "/bin/true")
     (programs / "python").write_text(STAND_IN)
     (programs / "python").chmod(0o755)

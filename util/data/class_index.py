@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csc_array, csr_array  # type: ignore[import-untyped]
+from scipy.sparse import csc_array, csr_array
 from tqdm import tqdm
 
 from model import IGNORE
