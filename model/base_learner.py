@@ -1,14 +1,40 @@
 """A base learner, beyond the paper: it says which base classes a picture shows, and so what cannot be a novel target.
 
 The idea is BAM's (Lang et al., "Learning What Not to Segment", CVPR 2022). A head that is trained on base classes alone
-learns to mark their objects wherever they stand, also beside a novel target. Here what looks like a base class, and
-not like the target, counts as a distracting object.
+learns to mark their objects wherever they stand, also beside a novel target. What looks like a base class, and not like
+the target, counts as a distracting object (DOEM and FEM take B). The features by which it tells base classes apart
+also tell novel ones apart, better than the backbone's: at the end its opinion joins FEM's prediction (A and B).
+
+    B(x) = sum_c p_c(x) (1 - s_c)            p: probabilities of the base classes, s: their means over the target
+    A(x) = cos(h(x), h_s)                    h: the features before the classifier, h_s: their mean over the target
+    y    = FEM's logits + 12 (A - 0.6) - 2 B
 """
 
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.parallel import Dropout2d
+
+
+class BaseOutput(NamedTuple):
+    """What the base learner makes of N pictures."""
+
+    logits: Tensor
+    """of background and n base classes, (N, n + 1, h, w)"""
+    embedding: Tensor
+    """h, (N, E, h, w)"""
+
+
+class BaseMaps(NamedTuple):
+    """What the base learner says of the positions of B queries."""
+
+    elsewhere: Tensor
+    """B, (B, 1, h, w) in [0, 1]"""
+    agreement: Tensor
+    """A, (B, 1, h, w) in [-1, 1]"""
 
 
 class BaseLearner(nn.Module):
@@ -17,8 +43,11 @@ class BaseLearner(nn.Module):
     Args:
         middle_channels: of the backbone's middle features.
         base_classes: how many classes there are beside the background, which is class 0.
-        channels: of the hidden layers.
+        channels: E, of the hidden layers.
     """
+
+    EMBEDDED = 4
+    """so many layers come before the embedding"""
 
     def __init__(self, *, middle_channels: int, base_classes: int, channels: int = 128) -> None:
         super().__init__()
@@ -27,34 +56,53 @@ class BaseLearner(nn.Module):
             Dropout2d(0.1),
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(channels, base_classes + 1, 1),
         )
 
-    def forward(self, middle: Tensor) -> Tensor:
-        """Turn middle features (N, middle_channels, h, w) into logits (N, n + 1, h, w), the background's first."""
-        logits: Tensor = self.layers(middle)
-        return logits
+    def forward(self, middle: Tensor) -> BaseOutput:
+        """Read middle features (N, middle_channels, h, w)."""
+        embedding = self.layers[: self.EMBEDDED](middle)
+        return BaseOutput(self.layers[self.EMBEDDED :](embedding), embedding.detach())
 
 
 @torch.no_grad()
 def base_posterior(logits: Tensor) -> Tensor:
-    """Turn logits (N, n + 1, h, w) into the probabilities of the n base classes, without the background's."""
+    """Turn logits (N, n + 1, h, w) into p, the probabilities of the n base classes, without the background's."""
     return logits.float().softmax(1)[:, 1:]
 
 
 def base_elsewhere(query: Tensor, target: Tensor) -> Tensor:
-    """Measure how much each query position looks like base classes that the target does not look like.
-
-        B(x) = sum_c p_c(x) (1 - s_c),    s_c = mean of p_c over the support's target, over all shots
+    """Compute B, how much each query position looks like base classes that the target does not look like.
 
     A target of base class c has s_c near 1, so its own class adds nothing, in training as in evaluation. The posterior
     of a novel target is spread over the base classes that it resembles. No label is needed.
 
     Args:
         query: p, (B, n, h, w)
-        target: s, (B, n)
+        target: s, (B, n), the mean over all shots
     Returns:
         (B, 1, h, w) in [0, 1]
     """
     return (query * (1 - target[:, :, None, None])).sum(1, keepdim=True)
+
+
+def base_agreement(query: Tensor, target: Tensor) -> Tensor:
+    """Compute A, how much each query position looks like the target to the base learner.
+
+    Args:
+        query: h, (B, E, h, w)
+        target: h_s, (B, E), the mean over all shots
+    Returns:
+        (B, 1, h, w) in [-1, 1]
+    """
+    return F.cosine_similarity(query.float(), target.float()[:, :, None, None], dim=1, eps=1e-4).unsqueeze(1)
+
+
+def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
+    """Join FEM's logits (B, 1, h, w) with what the base learner says.
+
+    The sum is the network's answer, not what it is trained on: trained on the sum, FEM leaves to the base learner what
+    that knows of its training pictures, and gains less on others. One setting serves all data.
+    """
+    return logits + 12 * (maps.agreement - 0.6) - 2 * maps.elsewhere

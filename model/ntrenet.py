@@ -6,7 +6,7 @@
     X_BG, P^s, C_p --FM--> X_act, y_ini     (eq. 5-6)       matching.py
     y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)       doem.py         BGEM, FM, DOEM together: elimination.py
     X_act, P_DO --FEM--> y                  (eq. 9)         fem.py
-    base learner, an option beyond the paper: what is of base classes counts as distracting        base_learner.py
+    base learner, an option beyond the paper, says what is of base classes and what like the target     base_learner.py
 
 Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 640 prototype channels,
 (H, W) image, (h, w) features.
@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.backbone import Backbone
-from model.base_learner import BaseLearner, base_elsewhere, base_posterior
+from model.base_learner import (
+    BaseLearner,
+    BaseMaps,
+    BaseOutput,
+    base_agreement,
+    base_elsewhere,
+    base_posterior,
+    join_base,
+)
 from model.bgem import BGEM
 from model.bgmm import BGMM, DeepBGMM
 from model.doem import Average, distracting_similarity
@@ -41,9 +49,9 @@ class NTRENetOutput(NamedTuple):
     """
 
     logits: Tensor
-    """y^q at the image's size, (B, 1, H, W)"""
+    """y^q at the image's size, (B, 1, H, W); with a base learner joined with what that says"""
     fem: FEMOutput
-    """y^q before it is upsampled, and from ``forward`` FEM's prediction at each scale"""
+    """y^q before it is upsampled and joined, and from ``forward`` FEM's prediction at each scale"""
     prior: Tensor
     """C_p, (B, 1, h, w) in [0, 1]"""
     query_feature: Tensor
@@ -70,7 +78,9 @@ class QueryEncoding(NamedTuple):
     high: Tensor
     """stage 4, (B, C4, h, w)"""
     base: Tensor
-    """probabilities of the n base classes, (B, n, h, w); n is 0 without a base learner"""
+    """probabilities of the n base classes, (B, n, h, w); n and E are 0 without a base learner"""
+    base_embedding: Tensor
+    """the base learner's features, (B, E, h, w)"""
 
 
 class SupportEncoding(NamedTuple):
@@ -82,6 +92,8 @@ class SupportEncoding(NamedTuple):
     """stage 4 where a support shows the target, (B, K, n, C4)"""
     base: Tensor
     """mean probabilities of the base classes over the target, (B, n)"""
+    base_embedding: Tensor
+    """mean of the base learner's features over the target, (B, E)"""
 
 
 def join_shots(supports: Sequence[SupportEncoding]) -> SupportEncoding:
@@ -91,8 +103,9 @@ def join_shots(supports: Sequence[SupportEncoding]) -> SupportEncoding:
     """
     most = max(s.high.shape[2] for s in supports)
     high = torch.cat([F.pad(s.high, (0, 0, 0, most - s.high.shape[2])) for s in supports], 1)
-    prototype, base = torch.stack([s.prototype for s in supports]), torch.stack([s.base for s in supports])
-    return SupportEncoding(prototype.mean(0), high, base.mean(0))
+    of_shots = zip(*((s.prototype, s.base, s.base_embedding) for s in supports), strict=True)
+    prototype, base, embedding = (torch.stack(shots).mean(0) for shots in of_shots)
+    return SupportEncoding(prototype, high, base, embedding)
 
 
 class NTRENet(nn.Module):
@@ -139,13 +152,14 @@ class NTRENet(nn.Module):
         size = (query.shape[-2], query.shape[-1])
         support, x_s = self.encode_supports(supports, support_masks)
         features = self.backbone(query)
-        base_logits = None if self.base_learner is None else self.base_learner(features.middle)
-        searched = self.read_query(features.middle, self.backbone.high(features.stage3), base_logits)
+        learned = None if self.base_learner is None else self.base_learner(features.middle)
+        searched = self.read_query(features.middle, self.backbone.high(features.stage3), learned)
         x_q, p_s, prior = searched.feature, support.prototype, prior_mask(searched.high, support.high)
-        base = self._base_elsewhere(searched.base, support.base)
+        base = self._base_maps(searched, support)
         del features, searched, support  # stage 4 is large and no longer needed
         output = self.eliminate_and_enrich(x_q, p_s, prior, size, base=base, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
+        base_logits = None if learned is None else learned.logits
         return output._replace(support_features=x_s, support_bg_logits=bg_s, base_logits=base_logits)
 
     def encode_query(self, query: Tensor) -> QueryEncoding:
@@ -160,23 +174,25 @@ class NTRENet(nn.Module):
         target = foreground(support_masks.flatten(0, 1), (features.stage3.shape[-2], features.stage3.shape[-1]))
         high = target_positions(self.backbone, features.stage3, target)
         each, x_s = self.read_supports(features.middle, high, target)
-        prototype = each.prototype.unflatten(0, batch_and_shots).mean(1)
+        of_shots = each.prototype, each.base, each.base_embedding
+        prototype, base, embedding = (x.unflatten(0, batch_and_shots).mean(1) for x in of_shots)
         high = each.high.squeeze(1).unflatten(0, batch_and_shots)
-        base = each.base.unflatten(0, batch_and_shots).mean(1)
-        return SupportEncoding(prototype, high, base), x_s.unflatten(0, batch_and_shots)
+        return SupportEncoding(prototype, high, base, embedding), x_s.unflatten(0, batch_and_shots)
 
-    def read_query(self, middle: Tensor, high: Tensor, base_logits: Tensor | None = None) -> QueryEncoding:
+    def read_query(self, middle: Tensor, high: Tensor, learned: BaseOutput | None = None) -> QueryEncoding:
         """Encode queries from what the frozen backbone gives: middle features and stage 4, both (N, *, h, w).
 
         Args:
-            base_logits: the base learner's, where they are known already.
+            learned: what the base learner makes of the middle features, where that is known already.
         """
-        base = self.read_base(middle) if base_logits is None else base_posterior(base_logits)
-        return QueryEncoding(self.reduce_query(middle), high, base)
+        return QueryEncoding(self.reduce_query(middle), high, *self.read_base(middle, learned))
 
-    def read_base(self, middle: Tensor) -> Tensor:
-        """Turn middle features (N, C_middle, h, w) into probabilities of the n base classes (N, n, h, w)."""
-        return middle[:, :0] if self.base_learner is None else base_posterior(self.base_learner(middle))
+    def read_base(self, middle: Tensor, learned: BaseOutput | None = None) -> tuple[Tensor, Tensor]:
+        """Turn middle features (N, C_middle, h, w) into p (N, n, h, w) and h (N, E, h, w) of the base learner."""
+        if self.base_learner is None:
+            return middle[:, :0], middle[:, :0]
+        logits, embedding = self.base_learner(middle) if learned is None else learned
+        return base_posterior(logits), embedding
 
     def read_supports(self, middle: Tensor, high: Tensor, target: Tensor) -> tuple[SupportEncoding, Tensor]:
         """Encode N supports, as N episodes of one shot, from what the frozen backbone gives.
@@ -189,8 +205,8 @@ class NTRENet(nn.Module):
             also X^s (N, C, h, w)
         """
         x_s = self.reduce_support(middle)
-        base = masked_average_pool(self.read_base(middle), target).flatten(1)
-        return SupportEncoding(masked_average_pool(x_s, target), high.unsqueeze(1), base), x_s
+        base = (masked_average_pool(x, target).flatten(1) for x in self.read_base(middle))
+        return SupportEncoding(masked_average_pool(x_s, target), high.unsqueeze(1), *base), x_s
 
     def segment(
         self, queries: Sequence[QueryEncoding], supports: Sequence[SupportEncoding], size: tuple[int, int]
@@ -201,11 +217,16 @@ class NTRENet(nn.Module):
         """
         prior = torch.cat([prior_mask(q.high, s.high) for q, s in zip(queries, supports, strict=True)])
         x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([s.prototype for s in supports])
-        base = self._base_elsewhere(torch.cat([q.base for q in queries]), torch.cat([s.base for s in supports]))
+        maps = [self._base_maps(query, support) for query, support in zip(queries, supports, strict=True)]
+        known = [of_query for of_query in maps if of_query is not None]
+        base = BaseMaps(*map(torch.cat, zip(*known, strict=True))) if known else None
         return self.eliminate_and_enrich(x_q, p_s, prior, size, base=base)
 
-    def _base_elsewhere(self, query: Tensor, target: Tensor) -> Tensor | None:
-        return None if self.base_learner is None else base_elsewhere(query, target)
+    def _base_maps(self, query: QueryEncoding, support: SupportEncoding) -> BaseMaps | None:
+        if self.base_learner is None:
+            return None
+        agreement = base_agreement(query.base_embedding, support.base_embedding)
+        return BaseMaps(base_elsewhere(query.base, support.base), agreement)
 
     def eliminate_and_enrich(
         self,
@@ -214,13 +235,13 @@ class NTRENet(nn.Module):
         prior: Tensor,
         size: tuple[int, int],
         *,
-        base: Tensor | None = None,
+        base: BaseMaps | None = None,
         every_scale: bool = False,
     ) -> NTRENetOutput:
         """Do the paper's figure 3 from X^q, P^s and C_p on, to the prediction at the image's size (H, W).
 
         Args:
-            base: (B, 1, h, w) of :func:`model.base_learner.base_elsewhere`; FEM then takes it in the place of C_p.
+            base: the base learner's maps; FEM then takes B in the place of C_p.
             every_scale: give FEM's prediction at each scale as well.
         """
         bg: Tensor | None = None
@@ -229,20 +250,20 @@ class NTRENet(nn.Module):
         if self.bgmm is not None:
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
             feature = x_q if self.bgem is None else self.bgem(x_q, p_bg)
-            eliminated = self._eliminate(x_q, p_bg, bg, p_s, prior, base)
+            eliminated = self._eliminate(x_q, p_bg, bg, p_s, prior, None if base is None else base.elsewhere)
         if self.per_scale:
             inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
             fem = self.fem.enrich(inputs, (x_q.shape[-2], x_q.shape[-1]), every_scale=every_scale)
         elif eliminated:
             (once,) = eliminated
-            seen = (prior if base is None else base) if self.fem.with_prior else None
+            seen = (prior if base is None else base.elsewhere) if self.fem.with_prior else None
             if seen is not None and self.do_similarity:
                 seen = seen - distracting_similarity(x_q, once.do_prototype)
             fem = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)
         else:  # PFENet, or BGEM alone
             fem = self.fem(feature, p_s, prior, every_scale=every_scale)
         return NTRENetOutput(
-            logits=resize(fem.logits, size),
+            logits=resize(fem.logits if base is None else join_base(fem.logits, base), size),
             fem=fem,
             prior=prior,
             query_feature=x_q,

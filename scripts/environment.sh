@@ -7,7 +7,8 @@ for _file in "$@"; do
     _stamp=.venv/installed-$(sha256sum "$_file" | cut -c1-16)
     if [ ! -e "$_stamp" ]; then
         echo "installing $_file into .venv (a few minutes the first time)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$_file" && touch "$_stamp" || exit 2
+        # python compiles what is imported; to compile everything here takes half a minute
+        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r "$_file" && touch "$_stamp" || exit 2
     fi
 done
 export PATH="$PWD/.venv/bin:$PATH"

@@ -113,9 +113,9 @@ class FixedShots(nn.Module):
         high = model.backbone.high(features.stage3 * target) * target
         prototype = masked_average_pool(model.reduce_support(features.middle[1:]), target[1:]).mean(0, keepdim=True)
         base = model.read_base(features.middle)
-        searched = QueryEncoding(model.reduce_query(features.middle[:1]), high[:1], base[:1])
-        of_target = masked_average_pool(base[1:], target[1:]).flatten(1).mean(0, keepdim=True)
-        shown = SupportEncoding(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0), of_target)
+        searched = QueryEncoding(model.reduce_query(features.middle[:1]), high[:1], *(x[:1] for x in base))
+        of_target = [masked_average_pool(x[1:], target[1:]).flatten(1).mean(0, keepdim=True) for x in base]
+        shown = SupportEncoding(prototype, high[1:].flatten(2).transpose(1, 2).unsqueeze(0), *of_target)
         return model.segment([searched], [shown], (query.shape[-2], query.shape[-1])).logits.sigmoid()
 
 

@@ -10,11 +10,11 @@ from pfenet import episode
 from PIL import Image
 
 from model.backbone import Backbone, build_backbone
-from model.base_learner import base_elsewhere, base_posterior
+from model.base_learner import BaseMaps, base_agreement, base_elsewhere, base_posterior, join_base
 from model.doem import mine_distracting_objects
 from model.losses import NTRELoss, base_loss
 from model.ntrenet import NTRENet, build_ntrenet
-from model.ops import foreground, masked_average_pool
+from model.ops import foreground, masked_average_pool, resize
 from model.prototype_bank import PrototypeBank
 from util.data.class_index import Item
 from util.data.dataset import EpisodeDataset
@@ -50,6 +50,22 @@ def test_a_base_class_is_not_eliminated_where_it_is_the_target() -> None:
     assert base_elsewhere(query, torch.tensor([[0.0, 1.0]])).item() == pytest.approx(0.9)
 
 
+def test_its_opinion_joins_the_prediction_by_likeness_to_the_target_and_to_other_classes() -> None:
+    torch.manual_seed(0)
+    query, target, logits, elsewhere = (
+        torch.randn(2, 5, 3, 2),
+        torch.randn(2, 5),
+        torch.randn(2, 1, 3, 2),
+        torch.rand(2, 1, 3, 2),
+    )
+    got = join_base(logits, BaseMaps(elsewhere, base_agreement(query, target)))
+    for b, i, j in np.ndindex(2, 3, 2):
+        h, h_s = query[b, :, i, j].tolist(), target[b].tolist()
+        cosine = sum(x * y for x, y in zip(h, h_s, strict=True)) / math.hypot(*h) / math.hypot(*h_s)
+        expected = logits[b, 0, i, j].item() + 12 * (cosine - 0.6) - 2 * elsewhere[b, 0, i, j].item()
+        assert got[b, 0, i, j].item() == pytest.approx(expected, abs=1e-5)
+
+
 def test_what_is_known_to_be_distracting_joins_the_mask() -> None:
     feature, everywhere = torch.randn(1, 2, 1, 3), torch.full((1, 1, 1, 3), 5.0)
     known = torch.tensor([[[[0.4, 0.6, 0.9]]]])
@@ -64,16 +80,19 @@ def test_the_whole_network_uses_the_map_of_query_and_supports(lite0: Backbone, e
     model = network(lite0, elimination)
     query, supports, masks = episode(2, 3)
     out = model(query, supports, masks)
-    posterior = base_posterior(model.base_learner(lite0(query).middle))
-    of_target = []
+    seen = model.base_learner(lite0(query).middle)
+    of_target, embedded = [], []
     for k in range(3):
-        seen = base_posterior(model.base_learner(lite0(supports[:, k]).middle))
-        of_target.append(masked_average_pool(seen, foreground(masks[:, k], (9, 9))).flatten(1))
-    base = base_elsewhere(posterior, torch.stack(of_target).mean(0))
+        shown, inside = model.base_learner(lite0(supports[:, k]).middle), foreground(masks[:, k], (9, 9))
+        of_target.append(masked_average_pool(base_posterior(shown.logits), inside).flatten(1))
+        embedded.append(masked_average_pool(shown.embedding, inside).flatten(1))
+    elsewhere = base_elsewhere(base_posterior(seen.logits), torch.stack(of_target).mean(0))
+    base = BaseMaps(elsewhere, base_agreement(seen.embedding, torch.stack(embedded).mean(0)))
     again = model.eliminate_and_enrich(
         out.query_feature, out.support_prototype, out.prior, (65, 65), base=base, every_scale=True
     )
     assert torch.allclose(out.logits, again.logits, atol=1e-5)
+    assert torch.allclose(out.logits, resize(join_base(out.fem.logits, base), (65, 65)), atol=1e-5)
     without = model.eliminate_and_enrich(out.query_feature, out.support_prototype, out.prior, (65, 65))
     assert not torch.allclose(out.logits, without.logits, atol=1e-4)
     encoded = model.encode_query(query), model.encode_supports(supports, masks)[0]

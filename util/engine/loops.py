@@ -264,9 +264,9 @@ def encode(model: NTRENet, frozen: Frozen, hardware: Hardware) -> dict[int, Enco
         if frozen.support_high is not None:
             middle, target = (picked(x, frozen.supports) for x in (frozen.middle, frozen.target))
             support, _ = model.read_supports(middle, frozen.support_high, target)
-            for n, prototype, high, base in zip(frozen.supports, *support, strict=True):
+            for n, prototype, high, *base in zip(frozen.supports, *support, strict=True):
                 own = high[None, :, : frozen.covered[n] + 1].clone()  # what follows is the batch's padding
-                support_of[n] = SupportEncoding(prototype[None], own, base[None])
+                support_of[n] = SupportEncoding(prototype[None], own, *(part[None] for part in base))
     return {
         place: Encoded(ground_truth, query_of.get(n), support_of.get(n))
         for n, (place, ground_truth) in enumerate(zip(frozen.places, frozen.ground_truths, strict=True))
@@ -290,5 +290,5 @@ def encoding_size(model: NTRENet, config: Config, hardware: Hardware) -> Encodin
     with hardware.autocast():
         query = model.encode_query(empty)
     high = query.high.numel() * query.high.element_size()
-    others = sum(part.numel() * part.element_size() for part in (query.feature, query.base))
+    others = sum(part.numel() * part.element_size() for part in (query.feature, query.base, query.base_embedding))
     return EncodingSize(query=high + others, whole=high)
