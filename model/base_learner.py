@@ -7,7 +7,7 @@ also tell novel ones apart, better than the backbone's: at the end its opinion j
 
     B(x) = sum_c p_c(x) (1 - s_c)            p: probabilities of the base classes, s: their means over the target
     A(x) = cos(h(x), h_s)                    h: the features before the classifier, h_s: their mean over the target
-    y    = FEM's logits + 12 (A - 0.6) - 2 B
+    y    = FEM's logits + 12 (A - 0.65) - 2 B
 """
 
 from typing import NamedTuple
@@ -105,4 +105,4 @@ def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
     The sum is the network's answer, not what it is trained on: trained on the sum, FEM leaves to the base learner what
     that knows of its training pictures, and gains less on others. One setting serves all data.
     """
-    return logits + 12 * (maps.agreement - 0.6) - 2 * maps.elsewhere
+    return logits + 12 * (maps.agreement - 0.65) - 2 * maps.elsewhere

@@ -62,7 +62,7 @@ def test_its_opinion_joins_the_prediction_by_likeness_to_the_target_and_to_other
     for b, i, j in np.ndindex(2, 3, 2):
         h, h_s = query[b, :, i, j].tolist(), target[b].tolist()
         cosine = sum(x * y for x, y in zip(h, h_s, strict=True)) / math.hypot(*h) / math.hypot(*h_s)
-        expected = logits[b, 0, i, j].item() + 12 * (cosine - 0.6) - 2 * elsewhere[b, 0, i, j].item()
+        expected = logits[b, 0, i, j].item() + 12 * (cosine - 0.65) - 2 * elsewhere[b, 0, i, j].item()
         assert got[b, 0, i, j].item() == pytest.approx(expected, abs=1e-5)
 
 
