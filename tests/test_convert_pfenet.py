@@ -126,7 +126,7 @@ def model(converted: Converted) -> NTRENet:
 
 @pytest.mark.parametrize(
     ("converted", "shots"),
-    [("resnet50", 1), ("resnet50", 5), ("vgg16_bn", 1)],
+    [("resnet50", 1), ("resnet50", 5), pytest.param("vgg16_bn", 1, marks=pytest.mark.slow)],
     indirect=["converted"],
 )
 @torch.no_grad()

@@ -76,7 +76,12 @@ def trained(config: Config, hardware: Hardware, cuda: PretendCuda | None = None)
 
 @pytest.mark.parametrize(
     ("ablation", "overrides"),
-    [*((name, ()) for name in [None, *ABLATIONS]), (None, ("data.shots=5",)), ("authors", ("loss.pcl_drawn=4",))],
+    [
+        (None, ("data.shots=5",)),
+        ("authors", ("loss.pcl_drawn=4",)),
+        ("base_learner", ()),
+        *(pytest.param(name, (), marks=pytest.mark.slow) for name in [None, *ABLATIONS] if name != "base_learner"),
+    ],
 )
 def test_a_training_step_waits_once_and_late_and_computes_what_a_cpu_does(
     synthetic: Path, tmp_path: Path, ablation: str | None, overrides: Sequence[str]
@@ -153,8 +158,14 @@ def evaluated(
     return counts, len(rounds)
 
 
-@pytest.mark.parametrize("ablation", [None, "pfenet", "per_scale", "base_learner"])
-@pytest.mark.parametrize("shots", [1, 5])
+@pytest.mark.parametrize(
+    ("ablation", "shots"),
+    [
+        (None, 1),
+        ("base_learner", 5),
+        *(pytest.param(name, n, marks=pytest.mark.slow) for name in ("pfenet", "per_scale") for n in (1, 5)),
+    ],
+)
 def test_an_evaluation_waits_once_a_round_and_counts_what_a_cpu_does(
     synthetic: Path, tmp_path: Path, ablation: str | None, shots: int
 ) -> None:

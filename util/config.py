@@ -176,7 +176,7 @@ class ModelConfig(Section):
     """y_ini learns from X_act without shaping it: its loss makes X_act tell base classes, which FEM cannot use on novel
     ones; never with elimination=authors"""
     base_learner: bool = False
-    """beyond the paper: learn which objects are of base classes, and take them for distracting; needs doem"""
+    """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
     """C, the channels of X^q and X^s and of all that follows; fewer train faster, 64 on a CPU"""
     prototype_channels: Count = 640
