@@ -27,11 +27,19 @@ from util.errors import UserError
 CONFIG = Path("configs/synthetic/efficientnet_lite0_fold0_1shot.yaml")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a small data set that stays as it is."""
+    root = tmp_path_factory.mktemp("made")
+    generate(root, 40, 40, 0)
+    return root
+
+
 @pytest.fixture
-def data(tmp_path: Path) -> tuple[Path, list[str]]:
+def data(made: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     """A small data set of its own, and the overrides that select it."""
     root = tmp_path / "data"
-    generate(root, 40, 40, 0)
+    shutil.copytree(made, root)
     return root, [f"data.root={root}", f"data.train_list={root}/lists/train.txt", f"data.val_list={root}/lists/val.txt"]
 
 
