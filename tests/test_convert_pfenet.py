@@ -245,7 +245,10 @@ def hollow(**options: Any) -> State:
     return published(hollow_state(resnet_shapes(**options)), hollow_state(shapes))
 
 
-@pytest.mark.parametrize(("backbone", "blocks"), [("resnet50", (3, 4, 6, 3)), ("resnet101", (3, 4, 23, 3))])
+@pytest.mark.parametrize(
+    ("backbone", "blocks"),
+    [pytest.param("resnet50", (3, 4, 6, 3), marks=pytest.mark.slow), ("resnet101", (3, 4, 23, 3))],
+)
 def test_a_bare_state_dict_with_a_standard_stem_and_without_counters_is_converted(
     backbone: str, blocks: tuple[int, ...], tmp_path: Path
 ) -> None:

@@ -305,7 +305,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     ("ablation", "precision", "shots"),
     [
         (None, torch.float32, 1),
-        (None, torch.bfloat16, 5),
+        pytest.param(None, torch.bfloat16, 5, marks=pytest.mark.slow),
         *(pytest.param(name, torch.float32, shots, marks=pytest.mark.slow) for name in ABLATIONS for shots in (1, 5)),
     ],
 )

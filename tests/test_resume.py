@@ -357,15 +357,24 @@ def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tm
     refused(
         second, f"run_dir {run} is in use by process {first.pid} on {socket.gethostname()}; end it, or set run_dir="
     )
+    first.kill()
+    finished(first)
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_holds_its_folder_no_longer(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = started(config, run, "workers=2", LONG, EACH_STEP)
+    until_saved(first, run)
     first.kill()  # its lock is stale: nobody took it away, and its workers still live
     finished(first)
     assert (run / "lock").exists()
-    third = started(config, run, "resume=auto", LONG, EACH_STEP)
+    second = started(config, run, "resume=auto", LONG, EACH_STEP)
     moment = (run / "last.pt").stat().st_mtime_ns
-    while third.poll() is None and (run / "last.pt").stat().st_mtime_ns == moment:
+    while second.poll() is None and (run / "last.pt").stat().st_mtime_ns == moment:
         time.sleep(0.01)
-    third.send_signal(signal.SIGTERM)
-    assert finished(third).code == 143
+    second.send_signal(signal.SIGTERM)
+    assert finished(second).code == 143
     assert not (run / "lock").exists()
 
 

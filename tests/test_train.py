@@ -260,7 +260,12 @@ def test_how_often_and_with_which_batches_is_evaluated_changes_no_weights(
 @pytest.mark.parametrize(
     ("overrides", "parts", "terms"),
     [
-        (["model.elimination=per_scale"], {"bgmm", "eliminations"}, {"initial", "bg", "pcl"}),
+        pytest.param(
+            ["model.elimination=per_scale"],
+            {"bgmm", "eliminations"},
+            {"initial", "bg", "pcl"},
+            marks=pytest.mark.slow,
+        ),
         (["model.elimination=authors"], {"bgmm", "eliminations"}, {"initial", "bg", "pcl"}),
         (
             ["model.base_learner=true", "loss.pcl=false"],
