@@ -40,6 +40,7 @@ from tests.harness import (
 from util.config import load_config
 from util.data.dataset import Episode, EpisodeDataset
 from util.engine.build import build_index, build_train_sampler
+from util.engine.events import Events
 from util.engine.metrics import Scores
 from util.engine.monitor import BAR
 
@@ -252,6 +253,18 @@ def test_how_often_and_with_which_batches_is_evaluated_changes_no_weights(
     first, second = load(run.folder / "last.pt"), load(tmp_path / "last.pt")
     assert differences(first["model"], second["model"]) == []
     assert [line["step"] for line in json_lines(tmp_path / "metrics.jsonl")] == [EPOCHS * steps]
+
+
+def test_of_two_starts_within_a_second_the_later_ones_events_count(tmp_path: Path, config: Path) -> None:
+    time.sleep(1 - time.time() % 1)  # both fit into this second
+    for pid, values in ((9, [1.0]), (10, [2.0, 3.0])):  # the name of the second, with 10, would come before that of 9
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("os.getpid", lambda pid=pid: pid)
+            written = Events(tmp_path / "tensorboard", load_config([config], []), 0)
+        for step, value in enumerate(values, 1):
+            written.scalars(step, {"loss": value})
+        written.close()
+    assert [value for _, value in scalars(tmp_path)["loss"]] == [2.0, 3.0]
 
 
 # ---------------------------------------------------------------- ablations and losses

@@ -1,5 +1,6 @@
 """A run's TensorBoard events."""
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ class Events:
 
     def __init__(self, folder: Path, config: Config, step: int) -> None:
         self.folder = folder
+        _wait_for_the_next_second(folder)
         with naming(folder):
             self._writer = SummaryWriter(folder, purge_step=step + 1)
             text = yaml.safe_dump(config.model_dump(), sort_keys=False)
@@ -51,3 +53,13 @@ class Events:
         """Finish the file."""
         with naming(self.folder):
             self._writer.close()
+
+
+def _wait_for_the_next_second(folder: Path) -> None:
+    """TensorBoard reads files in the order of their names, which begin with the second they were made in.
+
+    Of two starts within one second the earlier could be read last, and purge what the other wrote.
+    """
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    if int(time.time()) in seconds:
+        time.sleep(1 - time.time() % 1)
