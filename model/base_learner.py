@@ -13,9 +13,9 @@ also tell novel ones apart, better than the backbone's: at the end its opinion j
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import similarity_map
 from model.parallel import Dropout2d
 
 
@@ -96,7 +96,7 @@ def base_agreement(query: Tensor, target: Tensor) -> Tensor:
     Returns:
         (B, 1, h, w) in [-1, 1]
     """
-    return F.cosine_similarity(query.float(), target.float()[:, :, None, None], dim=1, eps=1e-4).unsqueeze(1)
+    return similarity_map(query, target[:, :, None, None])
 
 
 def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:

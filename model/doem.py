@@ -7,10 +7,9 @@ FEM (eq. 9, ``fem.py``) takes that prototype in.
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from model.ops import masked_average_pool
+from model.ops import masked_average_pool, similarity_map
 
 Average = Literal["region", "image"]
 """over which positions P_DO is the mean: those of Y_DO, as eq. 8 prints, or all, as the authors' code does"""
@@ -64,4 +63,4 @@ def distracting_similarity(query_feature: Tensor, do_prototype: Tensor) -> Tenso
     Returns:
         (B, 1, h, w) in [0, 1], since X^q is not negative; zero where P_DO is
     """
-    return F.cosine_similarity(query_feature.float(), do_prototype.float(), dim=1, eps=1e-4).unsqueeze(1)
+    return similarity_map(query_feature, do_prototype)

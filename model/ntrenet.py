@@ -6,7 +6,7 @@
     X_BG, P^s, C_p --FM--> X_act, y_ini     (eq. 5-6)       matching.py
     y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)       doem.py         BGEM, FM, DOEM together: elimination.py
     X_act, P_DO --FEM--> y                  (eq. 9)         fem.py
-    base learner, an option beyond the paper, says what is of base classes and what like the target     base_learner.py
+    base learner, an option beyond the paper, says what is of base classes and what is like the target  base_learner.py
 
 Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 640 prototype channels,
 (H, W) image, (h, w) features.
@@ -155,7 +155,7 @@ class NTRENet(nn.Module):
         learned = None if self.base_learner is None else self.base_learner(features.middle)
         searched = self.read_query(features.middle, self.backbone.high(features.stage3), learned)
         x_q, p_s, prior = searched.feature, support.prototype, prior_mask(searched.high, support.high)
-        base = self._base_maps(searched, support)
+        base = self._base_maps([searched], [support])
         del features, searched, support  # stage 4 is large and no longer needed
         output = self.eliminate_and_enrich(x_q, p_s, prior, size, base=base, every_scale=True)
         bg_s = None if self.bgmm is None else self.bgmm(x_s.flatten(0, 1)).unflatten(0, x_s.shape[:2])
@@ -217,16 +217,14 @@ class NTRENet(nn.Module):
         """
         prior = torch.cat([prior_mask(q.high, s.high) for q, s in zip(queries, supports, strict=True)])
         x_q, p_s = torch.cat([q.feature for q in queries]), torch.cat([s.prototype for s in supports])
-        maps = [self._base_maps(query, support) for query, support in zip(queries, supports, strict=True)]
-        known = [of_query for of_query in maps if of_query is not None]
-        base = BaseMaps(*map(torch.cat, zip(*known, strict=True))) if known else None
-        return self.eliminate_and_enrich(x_q, p_s, prior, size, base=base)
+        return self.eliminate_and_enrich(x_q, p_s, prior, size, base=self._base_maps(queries, supports))
 
-    def _base_maps(self, query: QueryEncoding, support: SupportEncoding) -> BaseMaps | None:
+    def _base_maps(self, queries: Sequence[QueryEncoding], supports: Sequence[SupportEncoding]) -> BaseMaps | None:
         if self.base_learner is None:
             return None
-        agreement = base_agreement(query.base_embedding, support.base_embedding)
-        return BaseMaps(base_elsewhere(query.base, support.base), agreement)
+        p, h = torch.cat([q.base for q in queries]), torch.cat([q.base_embedding for q in queries])
+        s, h_s = torch.cat([s.base for s in supports]), torch.cat([s.base_embedding for s in supports])
+        return BaseMaps(base_elsewhere(p, s), base_agreement(h, h_s))
 
     def eliminate_and_enrich(
         self,
@@ -244,19 +242,20 @@ class NTRENet(nn.Module):
             base: the base learner's maps; FEM then takes B in the place of C_p.
             every_scale: give FEM's prediction at each scale as well.
         """
+        elsewhere = None if base is None else base.elsewhere
         bg: Tensor | None = None
         eliminated: tuple[Eliminated, ...] = ()
         feature = x_q
         if self.bgmm is not None:
             bg, p_bg = self.bgmm(x_q), self.bgmm.prototype
             feature = x_q if self.bgem is None else self.bgem(x_q, p_bg)
-            eliminated = self._eliminate(x_q, p_bg, bg, p_s, prior, None if base is None else base.elsewhere)
+            eliminated = self._eliminate(x_q, p_bg, bg, p_s, prior, elsewhere)
         if self.per_scale:
             inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
             fem = self.fem.enrich(inputs, (x_q.shape[-2], x_q.shape[-1]), every_scale=every_scale)
         elif eliminated:
             (once,) = eliminated
-            seen = (prior if base is None else base.elsewhere) if self.fem.with_prior else None
+            seen = (prior if elsewhere is None else elsewhere) if self.fem.with_prior else None
             if seen is not None and self.do_similarity:
                 seen = seen - distracting_similarity(x_q, once.do_prototype)
             fem = self.fem(once.activated, once.do_prototype, seen, every_scale=every_scale)

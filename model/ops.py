@@ -27,6 +27,11 @@ def foreground(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return resize((masks == 1).float().unsqueeze(1), size)
 
 
+def similarity_map(feature: Tensor, prototype: Tensor) -> Tensor:
+    """Compare each position of features (N, C, h, w) with a prototype (N, C, 1, 1): their cosine, (N, 1, h, w)."""
+    return F.cosine_similarity(feature.float(), prototype.float(), dim=1, eps=1e-4).unsqueeze(1)
+
+
 def masked_average_pool(feature: Tensor, mask: Tensor) -> Tensor:
     """Average ``feature`` (N, C, h, w) over ``mask`` (N, 1, h, w): (N, C, 1, 1); an empty mask gives zeros.
 

@@ -1,5 +1,6 @@
 """What a GPU would wait for, found without one: see tests/pretend_cuda.py."""
 
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -163,7 +164,10 @@ def evaluated(
     [
         (None, 1),
         ("base_learner", 5),
-        *(pytest.param(name, n, marks=pytest.mark.slow) for name in ("pfenet", "per_scale") for n in (1, 5)),
+        *(
+            pytest.param(name, shots, marks=pytest.mark.slow)
+            for name, shots in ((None, 5), ("base_learner", 1), *itertools.product(("pfenet", "per_scale"), (1, 5)))
+        ),
     ],
 )
 def test_an_evaluation_waits_once_a_round_and_counts_what_a_cpu_does(

@@ -143,8 +143,8 @@ def test_sigterm_to_torchrun_saves_first(config: Path, run: Run, tmp_path: Path)
     assert load(folder / "last.pt")["step"] == step < load(run.folder / "last.pt")["step"]
 
 
-def test_a_closed_terminal_saves_first(config: Path, run: Run, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def end_with_a_terminal(config: Path, run: Run, folder: Path) -> None:
+    """Train in a terminal of its own and close that after the first save."""
     pid, terminal = pty.fork()
     if pid == 0:
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
@@ -159,14 +159,20 @@ def test_a_closed_terminal_saves_first(config: Path, run: Run, tmp_path: Path) -
     assert 0 < load(folder / "last.pt")["step"] < load(run.folder / "last.pt")["step"]
 
 
+def test_a_closed_terminal_saves_first(config: Path, run: Run, tmp_path: Path) -> None:
+    end_with_a_terminal(config, run, tmp_path / "run")
+
+
 @pytest.mark.slow
-def test_under_nohup_a_closed_terminal_changes_nothing(config: Path, run: Run, tmp_path: Path) -> None:
+def test_after_a_closed_terminal_nohup_goes_on(config: Path, run: Run, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    end_with_a_terminal(config, run, folder)
+    before = (folder / "last.pt").stat().st_mtime_ns
     child = start(
-        *("train.py", "--config", config, f"run_dir={folder}", EACH_STEP),
+        *("train.py", "--config", config, f"run_dir={folder}", "resume=auto", EACH_STEP),
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),  # what nohup does
     )
-    while child.poll() is None and not (folder / "last.pt").exists():
+    while child.poll() is None and (folder / "last.pt").stat().st_mtime_ns == before:
         os.killpg(child.pid, signal.SIGHUP)
         time.sleep(0.05)
     succeeded(finished(child))

@@ -56,9 +56,10 @@ class Events:
 
 
 def _wait_for_the_next_second(folder: Path) -> None:
-    """TensorBoard reads files in the order of their names, which begin with the second they were made in.
+    """Wait, at most a second, where another start has made its file within this second.
 
-    Of two starts within one second the earlier could be read last, and purge what the other wrote.
+    TensorBoard reads files in the order of their names, which begin with that second. Of two of one second the earlier
+    could be read last, and purge what the other start wrote.
     """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
     if int(time.time()) in seconds:
