@@ -20,19 +20,19 @@ class FEMOutput(NamedTuple):
     logits: Tensor
     """(B, 1, h, w)"""
     scale_logits: tuple[Tensor, ...]
-    """one (B, 1, side, side) a scale, for the auxiliary loss; empty where not asked for"""
+    """one (B, 1, side, side) for each scale, for the auxiliary loss; empty in eval mode"""
 
 
 FEMInput = tuple[Tensor, Tensor, Tensor | None]
-"""feature (B, C, *, *), prototype (B, C, 1, 1) and prior (B, 1, *, *) of one scale"""
+"""feature (B, C, *, *), prototype (B, C, 1, 1) and prior (B, maps, *, *) of one scale"""
 
 
 class FEMScale(nn.Module):
-    """Merges one scale with the prototype, takes in the finer one before, and refines; training has its classifier."""
+    """Merges one scale with the prototype, takes in the finer one before, and refines; in training it also classifies."""
 
-    def __init__(self, *, channels: int, with_prior: bool, first: bool) -> None:
+    def __init__(self, *, channels: int, maps: int, first: bool) -> None:
         super().__init__()
-        self.merge = nn.Conv2d(2 * channels + with_prior, channels, 1, bias=False)
+        self.merge = nn.Conv2d(2 * channels + maps, channels, 1, bias=False)
         self.inter_scale = None if first else conv_relu(2 * channels, channels, 1)
         self.refine = refinement(channels)
         self.classifier = classifier(channels)
@@ -50,39 +50,37 @@ class FEM(nn.Module):
     """Enriches a query feature with a prototype at several scales, from fine to coarse.
 
     Args:
-        scales: one entry a scale, fine to coarse: a whole number above 1 is a side in positions (60, 30, 15, 8),
-            a number up to 1 a share of the feature's side (1, 0.5, 0.25, 0.125).
-        with_prior: whether ``forward`` is given a prior mask (PFENet and the BGEM-only ablation).
+        scales: fine to coarse: a whole number above 1 is a side in positions (60, 30, 15, 8), a number up to 1 a share
+            of the feature's side (1, 0.5, 0.25, 0.125).
+        maps: channels of ``forward``'s prior; 0 if it is given none.
     """
 
-    def __init__(self, *, channels: int, scales: Sequence[float], with_prior: bool) -> None:
+    def __init__(self, *, channels: int, scales: Sequence[float], maps: int) -> None:
         super().__init__()
         self.scale_sides = tuple(scales)
-        self.with_prior = with_prior
+        self.maps = maps
         self.scales = nn.ModuleList(
-            FEMScale(channels=channels, with_prior=with_prior, first=i == 0) for i in range(len(scales))
+            FEMScale(channels=channels, maps=maps, first=i == 0) for i in range(len(scales))
         )
         self.fuse = conv_relu(channels * len(scales), channels, 1)
         self.refine = refinement(channels)
         self.classifier = classifier(channels)
 
-    def forward(
-        self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None, *, every_scale: bool = True
-    ) -> FEMOutput:
-        """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, 1, h, w) -> logits (B, 1, h, w) and one a scale."""
+    def forward(self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> FEMOutput:
+        """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, maps, h, w) -> logits (B, 1, h, w) and one a scale."""
         size = (feature.shape[-2], feature.shape[-1])
         inputs: list[FEMInput] = [
             (pool(feature, side), prototype, None if prior is None else resize(prior, side))
             for side in self.sizes(size)
         ]
-        return self.enrich(inputs, size, every_scale=every_scale)
+        return self.enrich(inputs, size)
 
     def sizes(self, size: tuple[int, int]) -> list[tuple[int, int]]:
-        """List (height, width) of every scale of a feature of this size."""
+        """Return (height, width) of every scale of a feature of this size."""
         return [_scale_size(side, size) for side in self.scale_sides]
 
-    def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int], *, every_scale: bool = True) -> FEMOutput:
-        """Do what follows pooling: one input a scale, already at the scale's size; ``size`` is that of the result."""
+    def enrich(self, inputs: Sequence[FEMInput], size: tuple[int, int]) -> FEMOutput:
+        """Do everything after pooling: one input for each scale, at the scale's size; the result is of ``size``."""
         enriched: list[Tensor] = []
         scale_logits: list[Tensor] = []
         finer: Tensor | None = None
@@ -91,7 +89,7 @@ class FEM(nn.Module):
             x = scale(pooled, prototype, prior, finer)
             enriched.append(x)
             finer = resize(x, size)
-            if every_scale:
+            if self.training:
                 scale_logits.append(scale.classifier(x))
         conv, relu = self.fuse
         assert isinstance(conv, nn.Conv2d)

