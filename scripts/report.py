@@ -82,7 +82,8 @@ def tables(settings: report.Settings, paper: Mapping[str, Any]) -> Iterator[str]
     names = {key for table in ablations.values() for key in table["rows"]}
     for setting, runs in settings.items():
         yield f"## {setting}"
-        others = {"title": "Other networks", "rows": {key: {"label": key} for key in sorted(runs.keys() - names)}}
+        own = {key: {"label": key} for key in sorted(runs.keys() - names)}
+        others: dict[str, Any] = {"title": "Other networks", "rows": own}
         for name, table in [*ablations.items(), ("others", others)]:
             # NTRENet is a row of each ablation; alone, it is shown in Table 3
             if runs.keys() & table["rows"].keys() - ({"full"} if name != "table3" else set()):
