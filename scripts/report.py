@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def tables(settings: report.Settings, paper: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the ablations of each setting, what differs between their runs, and Tables 1 and 2."""
+    """Yield the ablations of each setting, the differences between their runs, and Tables 1 and 2."""
     ablations = report.ablations(paper)
     names = {key for table in ablations.values() for key in table["rows"]}
     for setting, runs in settings.items():
@@ -89,8 +89,8 @@ def tables(settings: report.Settings, paper: Mapping[str, Any]) -> Iterator[str]
             if runs.keys() & table["rows"].keys() - ({"full"} if name != "table3" else set()):
                 yield f"### {table['title']}"
                 yield markdown(report.ladder(runs, table["rows"], next_to_paper=setting == table.get("setting")))
-        for what, values in report.differences(chain.from_iterable(runs.values())).items():
-            yield f"> **Warning:** these runs differ in {what}: {'; '.join(values)}."
+        for name, values in report.differences(chain.from_iterable(runs.values())).items():
+            yield f"> **Warning:** these runs differ in {name}: {'; '.join(values)}."
     for table in (paper["table1"], paper["table2"]):
         for shots in (1, 5):
             if lines := report.next_to_others(table, shots, settings):

@@ -55,7 +55,7 @@ def write(folder: Path, values: dict[str, Any], name: str = "results.json") -> P
 
 @pytest.fixture
 def run(tmp_path: Path) -> Any:
-    """A function that reads what ``results`` makes of its arguments."""
+    """A function that reads the results file that ``results`` makes from its arguments."""
 
     def read(*args: Any, modified: str = "2026-01-01", **keys: Any) -> Run:
         found = report.read_run(write(tmp_path, results(*args, **keys)))

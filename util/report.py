@@ -74,7 +74,7 @@ Settings = dict[str, dict[str, list[Run]]]
 
 
 class Found(NamedTuple):
-    """Runs at the given places, and what cannot be counted."""
+    """Runs at the given places, and those that cannot be counted."""
 
     runs: list[Run]
     pending: list[str]
