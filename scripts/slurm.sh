@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All folds of a table as a Slurm array: sbatch scripts/slurm.sh DATASET BACKBONE SHOT [ABLATION] [key=value ...]
-# Preempted or out of time, a task saves, goes back into the queue, and continues where it was.
+# If a task is preempted or out of time, it saves, requeues itself and continues later.
 #SBATCH --job-name=ntrenet
 #SBATCH --array=0-3
 #SBATCH --gpus=1
@@ -21,12 +21,10 @@ child=$!
 trap 'kill -TERM "$child"' TERM
 wait "$child"
 code=$?
-while kill -0 "$child" 2>/dev/null; do # the trap ended the first wait; the run is saving
+while kill -0 "$child" 2>/dev/null; do # the signal ended the first wait while the run is still saving
     wait "$child"
     code=$?
 done
-if [ "$code" -eq 143 ]; then
-    exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$fold"
-fi
+[ "$code" -ne 143 ] || exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$fold"
 [ "$code" -eq 0 ] || exit "$code"
 exec bash scripts/test_fold.sh "$1" "$2" "$fold" "$3" "${@:4}"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# All fast tests, lint and types, from a fresh clone: bash scripts/test.sh [pytest arguments]
+# Fast tests, lint and types, from a fresh clone: bash scripts/test.sh [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh requirements.txt tests/requirements.txt
-export OMP_NUM_THREADS=1  # two threads beside a busy neighbour are slower than one
+export OMP_NUM_THREADS=1 # each worker of pytest-xdist uses one core
 ruff check .
 ruff format --check .
 pyrefly check --config .pyrefly.toml

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Evaluate one trained fold on five seeds: bash scripts/test_fold.sh DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
-# Reads the run's best.pt and writes results.json beside it; does nothing where that stands already.
+# Reads best.pt of the run and writes results.json next to it; does nothing if results.json is newer.
 . "$(dirname "$0")/fold.sh"
 require 4 "$@"
 fold_arguments "$@"

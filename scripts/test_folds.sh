@@ -4,9 +4,9 @@
 . "$(dirname "$0")/fold.sh"
 require 3 "$@"
 each_fold test "$@"
-results=()
+runs=()
 for fold in 0 1 2 3; do
     fold_arguments "$1" "$2" "$fold" "$3" "${@:4}"
-    results+=("$run/results.json")
+    runs+=("$run")
 done
-do_run python scripts/fold_table.py "${results[@]}"
+do_run python scripts/report.py "${runs[@]}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train one fold: bash scripts/train_fold.sh DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]
 # e.g. bash scripts/train_fold.sh pascal resnet50 0 1, or with pfenet after it for configs/ablation/pfenet.yaml.
-# Interrupted, the same command continues; finished, it does nothing.
+# If it was interrupted, the same command continues; if it is finished, it does nothing.
 . "$(dirname "$0")/fold.sh"
 require 4 "$@"
 fold_arguments "$@"

@@ -1,1 +1,0 @@
-"""This package makes tables of runs, beside the paper's."""
