@@ -2,12 +2,14 @@
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from model.ntrenet import NTRENet
 from model.weights import load_data, strange_entry
 from util.config import MACHINE, TASK, Config, config_from_dict, flatten, keys_with
+from util.engine.build import Hardware, build_saved_model
 from util.errors import UserError
 from util.files import write_atomically
 
@@ -87,3 +89,36 @@ def require_same(
 def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class TrainedNetwork(NamedTuple):
+    """A checkpoint's network, and how it was trained."""
+
+    model: NTRENet
+    threshold: float
+    """chosen on base classes; 0.5 if none was"""
+    trained: dict[str, Any]
+    """the sections of its config that an evaluation does not use, and its seed if it is recorded"""
+
+
+def load_network(config: Config, hardware: Hardware, path: Path, *, ablation: bool = False) -> TrainedNetwork:
+    """Build the network of a checkpoint, which must have been trained for this config's fold and network.
+
+    A converted checkpoint lists the keys that it does not record ('unknown'); they are taken from ``config``.
+
+    Args:
+        ablation: accept another network on the same fold.
+    Raises:
+        UserError: see :func:`load_checkpoint` and :func:`require_same`.
+    """
+    checkpoint = load_checkpoint(path)
+    saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
+    if ablation:
+        scales = {"fem_scales": config.model.fem_scales}
+        config = config.model_copy(update={"model": saved.model.model_copy(update=scales)})
+    require_same(saved, config, path, unknown=unknown)
+    model = build_saved_model(config, checkpoint, path).to(hardware.device)
+    if "data.fold" in unknown:
+        print(f"note: checkpoint {path} does not record its fold; it is tested on fold {config.data.fold}")
+    recorded = saved.model_dump(include={"loss", "train"} if "seed" in unknown else {"loss", "train", "seed"})
+    return TrainedNetwork(model, checkpoint.get("threshold", 0.5), recorded)

@@ -1,9 +1,8 @@
-"""What a run tells about itself: environment, hashes, results."""
+"""Environment and revision of a run, and files of JSON lines."""
 
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from typing import Any
 import numpy
 import torch
 
-from util.engine.metrics import Scores
 from util.errors import UserError
 from util.files import naming, write_text
 
@@ -87,23 +85,3 @@ def append_json_line(path: Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def over_seeds(scores: list[Scores]) -> dict[str, Any]:
-    """miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
-
-    std is the sample standard deviation over the seeds, 0 for a single one.
-    """
-
-    def spread(values: list[float]) -> dict[str, Any]:
-        percent = [100 * v for v in values]
-        std = statistics.stdev(percent) if len(percent) > 1 else 0.0
-        return {"mean": statistics.fmean(percent), "std": std, "per_seed": percent}
-
-    names = scores[0].per_class
-    return {
-        "miou": spread([s.miou for s in scores]),
-        "fb_iou": spread([s.fb_iou for s in scores]),
-        "precision": spread([s.precision for s in scores]),
-        "per_class": {name: 100 * statistics.fmean(s.per_class[name] for s in scores) for name in names},
-    }

@@ -1,0 +1,75 @@
+"""Results of test.py: scores over seeds, and the table on screen."""
+
+import statistics
+import textwrap
+from typing import Any
+
+from tabulate import tabulate
+
+from util.engine.metrics import Scores
+
+MOST_CLASSES, ENDS = 40, 10
+"""if there are more than MOST_CLASSES novel classes, as in FSS-1000, the table shows the ENDS worst and best ones"""
+TITLES = {
+    "all_foreground": "all foreground",
+    "prior": "prior at 0.5",
+    "training_free": "training-free",
+    "training_free_edges": "training-free, edges",
+}
+"""of the baselines"""
+
+
+def over_seeds(scores: list[Scores]) -> dict[str, Any]:
+    """miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
+
+    std is the sample standard deviation over the seeds, 0 for a single one.
+    """
+
+    def spread(values: list[float]) -> dict[str, Any]:
+        percent = [100 * v for v in values]
+        std = statistics.stdev(percent) if len(percent) > 1 else 0.0
+        return {"mean": statistics.fmean(percent), "std": std, "per_seed": percent}
+
+    names = scores[0].per_class
+    return {
+        "miou": spread([s.miou for s in scores]),
+        "fb_iou": spread([s.fb_iou for s in scores]),
+        "precision": spread([s.precision for s in scores]),
+        "per_class": {name: 100 * statistics.fmean(s.per_class[name] for s in scores) for name in names},
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the results as text."""
+
+    def cell(score: dict[str, Any]) -> str:
+        return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
+
+    heading = (
+        f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
+        f" {results['backbone']}: {results['episodes']} episodes,"
+        f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}"
+    )
+    rows: list[list[str]] = []
+    if "miou" in results:
+        rows += class_rows(results["per_class"])
+        rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
+        rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
+    if (other := results.get("calibrated")) is not None:
+        why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
+        rows.append(["calibrated", cell(other["miou"]), why])
+    for name, baseline in results.get("baselines", {}).items():
+        rows.append([TITLES[name], f"{baseline['miou']:.1f}", "mIoU without training, same episodes"])
+    if "miou" in results:
+        rows.append(["time", f"{results['seconds']:.0f} s"])
+        rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
+    return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
+
+
+def class_rows(per_class: dict[str, float]) -> list[list[str]]:
+    """Return a row for each class; of many classes only the worst and the best, since --out has all of them."""
+    if len(per_class) <= MOST_CLASSES:
+        return [[name, f"{iou:.1f}"] for name, iou in per_class.items()]
+    ordered = [[name, f"{per_class[name]:.1f}"] for name in sorted(per_class, key=lambda name: per_class[name])]
+    between = f"{len(ordered) - 2 * ENDS} classes between these are in the file of --out"
+    return [*ordered[:ENDS], ["...", "", between], *ordered[-ENDS:]]
