@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone, build_backbone, describe, fold_batch_norm
+from model.backbone import Backbone, build_backbone, fuse_batch_norm, source_of
 from model.weights import read_weights
 
 PASSES = 2
@@ -166,10 +166,10 @@ def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> Tra
     Args:
         weights: of those last blocks; 'imagenet' (from the pip package), 'random' or a file.
     """
-    described, last = describe(name), None
-    if described.last is not None:
-        path = described.imagenet(Path()) if weights == "imagenet" else Path(weights)
-        last = described.last(None if weights == "random" else read_weights(path)[0])
-        fold_batch_norm(last)
+    source, last = source_of(name), None
+    if source.last is not None:
+        path = source.imagenet(Path()) if weights == "imagenet" else Path(weights)
+        last = source.last(None if weights == "random" else read_weights(path)[0])
+        fuse_batch_norm(last)
         last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainingFree(backbone=backbone.to(memory_format=torch.channels_last), last=last)  # type: ignore[call-overload]
+    return TrainingFree(backbone=backbone, last=last)

@@ -16,8 +16,7 @@ from util.config import Config
 from util.data.dataset import Episode
 from util.data.episodes import EpisodeList
 from util.data.images import encoded
-from util.engine.build import Hardware, build_eval_loader
-from util.engine.loops import forward
+from util.engine.build import Hardware, build_eval_loader, forward
 from util.engine.metrics import iou, mask_iou
 from util.files import write_bytes
 
