@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageFilter
 from scenes import ROOT, scene, write_checkpoint
 
@@ -106,7 +105,7 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
     (folder / "phone.HEIC").write_text("no image that can be read")
     options = [*supported(world), "--query", world / "q2.png", "photos", "--out", out]
     result = succeeded(process(ROOT / "predict.py", *options, cwd=tmp_path))
-    assert "note: 1 files cannot be read (phone.HEIC)" in result.out
+    assert "note: cannot read phone.HEIC; convert" in result.out
     names = {"q2": QUERIES[2], "first": QUERIES[0], "deep/er/first": QUERIES[1]}
     expected = {f"{name}_{ending}" for name in names for ending in ("mask.png", "overlay.jpg")}
     assert files_in(out) == {*expected, "old_overlay.jpg", "predict.json"}
@@ -135,39 +134,23 @@ def test_maps_threshold_and_cutout_are_the_segmenters(world: Path, segmenter: NT
 # Encodings and orientation
 
 
-def _rgba(mask: np.ndarray) -> Image.Image:
-    image = Image.fromarray(SUPPORTS[0][0]).convert("RGBA")
-    image.putalpha(Image.fromarray(255 * mask.astype(np.uint8)))
-    return image
-
-
-def _palette(values: np.ndarray) -> Image.Image:
-    image = Image.fromarray(values.astype(np.uint8))
+def _palette_of_ids(mask: np.ndarray) -> Image.Image:
+    image = Image.fromarray(np.where(mask, 3, 9).astype(np.uint8))
     image.putpalette([7 * n % 256 for n in range(768)])
     return image
 
 
 def _soft(mask: np.ndarray) -> Image.Image:
     """0 and 255, with a border of 140 inside and 90 outside."""
-    inside = np.array(Image.fromarray(mask).filter(ImageFilter.MinFilter(3)))
-    outside = np.array(Image.fromarray(mask).filter(ImageFilter.MaxFilter(3)))
+    grey = Image.fromarray(255 * mask.astype(np.uint8))
+    inside, outside = (np.asarray(grey.filter(kind(3))) > 0 for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
     return Image.fromarray(np.select([inside, mask, outside], [255, 140, 90], 0).astype(np.uint8))
 
 
 @pytest.mark.filterwarnings("ignore:.*soft border")
-@pytest.mark.parametrize(
-    ("encode", "options"),
-    [
-        (lambda mask: Image.fromarray(255 * mask.astype(np.uint8)).convert("RGB"), ()),
-        (_rgba, ()),
-        (_palette, ()),
-        (lambda mask: _palette(np.where(mask, 3, 9)), ("--class-id", 3)),
-        (_soft, ()),
-    ],
-    ids=["rgb", "rgba", "palette", "palette of ids", "soft border"],
-)
+@pytest.mark.parametrize(("encode", "options"), [(_palette_of_ids, ["--class-id", 3]), (_soft, [])])
 def test_a_mask_file_is_the_same_in_every_encoding(
-    world: Path, tmp_path: Path, encode: Callable[[np.ndarray], Image.Image], options: tuple[object, ...]
+    world: Path, tmp_path: Path, encode: Callable[[np.ndarray], Image.Image], options: list[object]
 ) -> None:
     encode(SUPPORTS[0][1]).save(tmp_path / "mask.png")
     reference = mask_of(world, tmp_path / "bits", *one_support(world, world / "s0.png", world / "m0.png"))
@@ -311,7 +294,6 @@ def test_a_labelled_map_shows_the_most_probable_target(
     ("text", "pieces"),
     [
         ("dog: {supports: [s0.png, s1.png], masks: [m0.png]}", ["2 supports", "1 masks"]),
-        ("dog: {supports: [s0.png], masks: [no.png]}", ["no.png", "does not exist"]),
         ("dog: {supports: [s0.png]}", ["dog.masks", "required"]),
         ("dog: {supports: [s0.png], masks: [ids0.png]}", ["ids0.png", "3, 7", "class_id"]),
         ("{}", ["1 to 254"]),
@@ -349,15 +331,12 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
     ("change", "pieces"),
     [
         (lambda w, t: {"--query": [t / "none.jpg"]}, ["none.jpg", "does not exist"]),
-        (lambda w, t: {"--query": [t]}, ["holds no images"]),
         (lambda w, t: {"--query": [w / "q0.png", save(t / "q0.jpg", QUERIES[0])]}, ["q0.png", "q0.jpg", "rename"]),
         (lambda w, t: {"--query": [w], "--out": [w]}, ["--out", "name another"]),
         (lambda w, t: {"--mask": [w / "m0.png"]}, ["2 supports", "1 masks"]),
         (lambda w, t: {"--mask": [w / "m0.png", w / "m0.png"]}, ["m0.png", "60 x 48", "66 x 40"]),
-        (lambda w, t: {"--mask": [w / "m0.png", w / "ids1.png"]}, ["ids1.png", "3, 7", "class_id"]),
         (lambda w, t: {"--mask": [w / "ids0.png", w / "ids1.png"], "--class-id": [5]}, ["ids0.png", "class 5", "3, 7"]),
         (lambda w, t: {"--mask": None}, ["--mask", "--targets"]),
-        (lambda w, t: {"--targets": [t / "t.yaml"]}, ["--targets"]),
         (lambda w, t: {"--mask": None, "--box": ["10,10,12", "1,1,9,9"]}, ["--box must be x0,y0,x1,y1", "10,10,12"]),
         (lambda w, t: {"--mask": None, "--box": ["1,1,9,9"]}, ["one --box for each --support"]),
         (lambda w, t: {"--mask": None, "--box": ["1,1,9,9", "1,1,9,999"]}, ["does not lie in", "66 x 40"]),
@@ -470,8 +449,3 @@ def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_another_backbone(
     assert first == f"NTRESegmenter (64, 40) {segmenter.segment(*SUPPORTS[0], QUERIES[1]).mask.sum()}"
     assert other.startswith("UserError checkpoint")
     assert other.endswith("load it with ntrenet_efficientnet_lite0")
-
-
-def test_hub_gives_a_segmenter_without_a_checkpoint() -> None:
-    free = torch.hub.load(str(ROOT), "training_free", source="local", device="cpu")
-    assert free.segment(*SUPPORTS[0], SUPPORTS[0][0]).mask[SUPPORTS[0][1]].mean() > 0.5

@@ -89,19 +89,15 @@ def test_the_order_of_the_supports_does_not_matter(segmenter: NTRESegmenter) -> 
     np.testing.assert_allclose(one.probability, other.probability, atol=1e-5)
 
 
-def test_another_target_gives_another_result(segmenter: NTRESegmenter) -> None:
-    image, mask = SUPPORTS[0]
-    assert (
-        np.abs(segmenter.segment(image, mask, QUERY).prior - segmenter.segment(image, ~mask, QUERY).prior).max() > 0.1
-    )
-
-
 def test_an_encoded_target_and_query_give_what_segment_gives(segmenter: NTRESegmenter) -> None:
     image, mask = SUPPORTS[0]
     target = segmenter.encode(image, mask)
     expected = segmenter.segment([image], [mask], QUERY)
     same(segmenter.segment_encoded(target, QUERY), expected)
     same(segmenter.segment_encoded(target, segmenter.encode_query(QUERY)), expected)
+    np.testing.assert_array_equal(expected.mask, expected.probability > 0.5)
+    other = segmenter.segment(image, ~mask, QUERY)
+    assert np.abs(other.prior - expected.prior).max() > 0.1
 
 
 @pytest.mark.parametrize("size", [(50, 97), (97, 50), (7, 5), (300, 11)])
@@ -113,12 +109,6 @@ def test_every_map_has_the_querys_own_size(segmenter: NTRESegmenter, size: tuple
     for values in result[1:]:
         assert values.dtype == np.float32
         assert 0 <= values.min() <= values.max() <= 1
-
-
-def test_the_mask_is_where_the_probability_is_above_one_half(segmenter: NTRESegmenter) -> None:
-    result = segmenter.segment(*SUPPORTS[0], QUERY)
-    np.testing.assert_array_equal(result.mask, result.probability > 0.5)
-    assert 0 < result.mask.mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -152,13 +142,7 @@ def test_a_mask_is_the_same_in_every_encoding(segmenter: NTRESegmenter) -> None:
     alpha.putalpha(Image.fromarray(255 * ones))
     opaque = Image.fromarray(255 * ones).convert("RGBA")
     grey_alpha = Image.merge("LA", (Image.fromarray(image).convert("L"), Image.fromarray(255 * ones)))
-    encodings = [
-        ones,
-        255 * ones,
-        ones.astype(np.int64),
-        ones.astype(float),
-        *map(Image.fromarray, (mask, ones, 255 * ones)),
-    ]
+    encodings = [255 * ones, ones.astype(float), *map(Image.fromarray, (mask, ones, 255 * ones))]
     for encoding in [*encodings, palette, alpha, grey_alpha, opaque, opaque.convert("RGB")]:
         same(segmenter.segment(image, encoding, QUERY), expected)
 
@@ -172,6 +156,7 @@ def test_class_id_chooses_one_class_and_255_is_ignored(segmenter: NTRESegmenter)
 
 
 def test_pillow_images_are_converted(segmenter: NTRESegmenter) -> None:
+    """Grey, CMYK, palette and transparent images, with what each is converted to."""
     grey = QUERY[:, :, 0]
     stacked = np.stack([grey] * 3, 2)
     coloured = np.zeros((30, 40, 3), np.uint8)
@@ -187,8 +172,6 @@ def test_pillow_images_are_converted(segmenter: NTRESegmenter) -> None:
         (Image.fromarray(ink, "CMYK"), coloured),
         (Image.fromarray(coloured).quantize(4), coloured),
         (Image.fromarray(clear), on_white),
-        (Image.fromarray(grey).convert("LA"), stacked),
-        (Image.fromarray(grey > 99), 255 * (stacked > 99).astype(np.uint8)),
     ]
     target = segmenter.encode(*SUPPORTS[0])
     for given, pixels in pairs:
@@ -204,22 +187,15 @@ TINY[1, 1] = True
     ("supports", "masks", "class_id", "pieces"),
     [
         ([IMAGE, IMAGE], [MASK], None, ["2 supports", "1 masks"]),
-        ([], [], None, ["0 supports"]),
         ([IMAGE, IMAGE], [MASK, MASK[:-1]], None, ["support 2 of 2", "60 x 47", "60 x 48"]),
         ([IMAGE, IMAGE], [MASK, 0 * MASK], None, ["support 2 of 2", "shows nothing"]),
         (IMAGE, 3 * MASK.astype(np.uint8), None, ["holds 0, 3", "class_id"]),
-        (IMAGE, np.where(MASK, 1, 255), None, ["holds 1, 255", "class_id"]),
-        (IMAGE, np.where(MASK, 0.5, np.nan), None, ["class_id"]),
         (IMAGE, 3 * MASK.astype(np.uint8), 4, ["nothing of class 4", "holds 0, 3"]),
         (IMAGE, 3 * MASK.astype(np.uint8), 255, ["class_id", "255"]),
-        (IMAGE, 3 * MASK.astype(np.uint8), 0, ["class_id", "got 0"]),
         (IMAGE, Image.fromarray(IMAGE), None, ["coloured"]),
         (IMAGE, IMAGE, None, ["(H, W)", "(48, 60, 3)"]),
-        (IMAGE, "mask.png", None, ["str"]),
         ("image.jpg", MASK, None, ["the support", "str"]),
         (IMAGE.astype(float), MASK, None, ["uint8", "float64"]),
-        (IMAGE[..., :2], MASK, None, ["RGB"]),
-        (np.zeros((0, 4, 3), np.uint8), MASK, None, ["RGB"]),
         (Image.fromarray(IMAGE[:, :, 0].astype(np.uint16)), MASK, None, ["I;16", "8 bits"]),
         (np.zeros((4000, 4000, 3), np.uint8), TINY, None, ["the support", "vanishes", "crop"]),
     ],
@@ -231,12 +207,6 @@ def test_what_cannot_be_used_is_refused_by_name(
         segmenter.encode(supports, masks, class_id)
     for piece in pieces:
         assert piece in str(refusal.value)
-
-
-@pytest.mark.parametrize(("device", "precision"), [("cuda:7", "fp32"), ("cpu", "int8"), ("cpu", "fp16")])
-def test_unknown_hardware_is_refused(checkpoint: Path, device: str, precision: str) -> None:
-    with pytest.raises(UserError, match=r"device|precision"):
-        NTRESegmenter.from_checkpoint(checkpoint, device, precision)
 
 
 # A host program

@@ -16,7 +16,6 @@ from model.training_free import Described, describe_support, join, target_score
 from tests.harness import call, succeeded, test_command
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
-from util.errors import UserError
 from util.photos.edges import sharp_mask
 from util.photos.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
@@ -160,26 +159,6 @@ def test_a_disc_is_found_without_training_and_edges_find_its_border(segmenter: T
     np.testing.assert_array_equal(sharp.probability, found.probability)
     assert iou(found.mask, truth_of[1]) > 0.5
     assert iou(sharp.mask, truth_of[1]) > max(0.9, iou(found.mask, truth_of[1]))
-
-
-def test_supports_of_any_size_number_and_order_give_one_target(segmenter: TrainingFreeSegmenter) -> None:
-    scenes = [scene(1, 120, 150), scene(2, 60, 61), scene(3, 400, 90)]
-    images, masks = (list(part) for part in zip(*scenes, strict=True))
-    whole = segmenter.segment(images, masks, scene(4)[0]).probability
-    turned = segmenter.segment(images[::-1], masks[::-1], scene(4)[0]).probability
-    np.testing.assert_allclose(whole, turned, atol=1e-4)
-
-
-def test_a_target_that_fills_its_image_and_one_of_a_few_pixels(segmenter: TrainingFreeSegmenter) -> None:
-    image, disc = scene(1, 120, 150)
-    full = segmenter.segment(image, np.ones_like(disc), scene(2)[0])
-    assert np.isfinite(full.probability).all()
-    few = np.zeros_like(disc)
-    few[tuple(np.argwhere(disc)[disc.sum() // 2])] = True
-    found = segmenter.segment(image, few, image)
-    assert found.probability[few].min() > 0.5
-    with pytest.raises(UserError, match="shows nothing"):
-        segmenter.encode(image, np.zeros_like(disc))
 
 
 def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_empty() -> None:

@@ -81,7 +81,7 @@ def _find_images(folder: Path, without: Path | None = None) -> list[Query]:
             found.append(Query(path, name.with_suffix("").as_posix()))
         elif path.suffix.lower() in UNREAD:
             unread.append(path.name)
-    note = f"{len(unread)} files cannot be read ({first_of(unread, 3, ', ')}); convert them to JPEG or PNG"
+    note = f"cannot read {first_of(unread, 3, ', ')}; convert to JPEG or PNG"
     if not found:
         raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)}){f'; {note}' if unread else ''}")
     if unread:
