@@ -1,4 +1,4 @@
-"""For torch.hub: a segmenter from a checkpoint of yours, or without any; util/segment/segmenter.py says what it does.
+"""For torch.hub: a segmenter from your own checkpoint, or without one; util/photos/segmenter.py documents it.
 
 segmenter = torch.hub.load("path/to/this/repository", "training_free", source="local")
 segmenter = torch.hub.load("path/to/this/repository", "ntrenet_resnet50", source="local", checkpoint="best.pt")
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model.backbones import BACKBONES
 from util.errors import UserError
-from util.segment.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
+from util.photos.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
 
 dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
 

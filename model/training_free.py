@@ -1,20 +1,20 @@
-"""Training-free segmentation: the target's and the non-target's features of the supports against a query's.
+"""Training-free segmentation: compares a query's features with those of the supports' target and non-target.
 
-This is ours and not the paper's network; it takes the paper's thought, to use what is not target, and needs no
-training. Its features are the stages of a frozen ImageNet backbone from stage 4 on, of the whole picture.
+This is ours and not the paper's network. It borrows the paper's idea of using non-target regions. Features are the
+frozen ImageNet backbone's stages from stage 4 on, of whole images.
 
 Shapes: C channels, n query positions, m positions of all supports together. q_j and s_i are features of unit length,
-t_i and o_i the shares of the support's position i that are target and non-target.
+t_i and o_i are the shares of the support position i that are target and non-target.
 
     P_t = unit(sum_i t_i s_i),  P_o = unit(sum_i o_i s_i)                                   prototypes
     d1_j = P_t . q_j - P_o . q_j                                                            prototype_difference
     d2_j = max over target i of s_i . q_j  -  max over non-target i of s_i . q_j            neighbour_difference
     score = d1 / std(d1) + d2 / std(d2)
-    twice: the query's own prototypes Q_t and Q_o, of its highest 5 % and lowest 30 % by score, join those of the
-    supports, and d3 = unit(P_t + Q_t) . q - unit(P_o + Q_o) . q;
+    twice: the query's own prototypes Q_t and Q_o, of its highest 5 % and lowest 30 % by score, are added to those of
+    the supports, and d3 = unit(P_t + Q_t) . q - unit(P_o + Q_o) . q;
     score = score / std(score) + d3 / std(d3)                                               self_support
 
-Above 0 is target. The nearest neighbours are PFENet's prior with a second side; the self-support pass follows SSP
+Above 0 is target. The nearest neighbours are PFENet's prior with a non-target side; the self-support pass follows SSP
 (Fan et al., ECCV 2022).
 """
 
@@ -26,28 +26,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.backbone import Backbone, build_backbone, describe, fold_batch_norm
+from model.backbone import Backbone, build_backbone, fuse_batch_norm, source_of
 from model.weights import read_weights
 
 PASSES = 2
 """self-support passes"""
 TARGET_SHARE, OTHER_SHARE = 0.05, 0.3
-"""of the query's positions, the most certain that make its own prototypes"""
+"""shares of the query's positions, by score, that make its own prototypes"""
 
 
 class Described(NamedTuple):
-    """What is known of the positions of a support, or of several."""
+    """The positions of one support or of several."""
 
     feature: Tensor
     """(C, m), of unit length"""
     target: Tensor
     """(m,) in [0, 1], the share of each position that is target"""
     other: Tensor
-    """(m,) in [0, 1], the share that is neither target nor ignored"""
+    """(m,) in [0, 1], the share of each position that is neither target nor ignored"""
 
 
 def join(supports: Sequence[Described]) -> Described:
-    """Join the positions of several supports; their number and their order do not matter."""
+    """Join the positions of several supports; their order does not matter."""
     features, targets, others = zip(*supports, strict=True)
     return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
 
@@ -60,8 +60,8 @@ def unit(x: Tensor) -> Tensor:
 def describe_support(feature: Tensor, layers: Tensor) -> Described:
     """Describe the positions of a support.
 
-    A position sees 9 x 9 pixels, every eighth pixel in its middle, so that the smallest target is seen. One that is
-    all ignored is neither target nor non-target.
+    A position averages 9 x 9 pixels, with a stride of 8, so that the smallest target is seen. A position of ignored
+    pixels only is neither target nor non-target.
 
     Args:
         feature: (C, h, w), of unit length
@@ -82,8 +82,8 @@ def prototype_difference(query: Tensor, target: Tensor, other: Tensor) -> Tensor
 def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
     """Compute d2, the similarity of (C, n) to the nearest target position minus that to the nearest other one, (n,).
 
-    A position counts as target, and as non-target, from half of the largest share on: a target of a few pixels fills
-    no position.
+    Positions with at least half of the largest share count as target, and likewise as non-target, because a target of
+    a few pixels fills no position.
     """
     nearest = []
     for share in (supports.target, supports.other):
@@ -93,13 +93,13 @@ def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
 
 
 def standardised(x: Tensor) -> Tensor:
-    """Divide (n,) by its deviation, without centring; zeros where everything is the same."""
+    """Divide (n,) by its standard deviation, without centring; zeros if all values are the same."""
     deviation = x.std(correction=0)
     return x / deviation if deviation > 1e-6 else torch.zeros_like(x)
 
 
 def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) -> Tensor:
-    """Score anew, (n,), with the query's own prototypes beside those of the supports."""
+    """Compute the score (n,) again with the query's own prototypes added to those of the supports."""
     order = score.argsort(descending=True, stable=True)
     highest, lowest = (max(1, round(share * len(order))) for share in (TARGET_SHARE, OTHER_SHARE))
     own_target = unit(query[:, order[:highest]].mean(1))
@@ -109,14 +109,14 @@ def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) ->
 
 
 def target_score(query: Tensor, supports: Described) -> Tensor:
-    """Measure how much more each query position is like the target than like what is not, in deviations; above 0 it is.
+    """Measure how much more similar each query position is to the target than to the non-target; above 0 is target.
 
-    Without any non-target position a query's mean similarity stands in its place.
+    Without any non-target position, similarities are compared with the query's mean similarity.
 
     Args:
         query: (C, h, w), of unit length
     Returns:
-        (h, w), of deviation 1 (0 where everything in the query is the same)
+        (h, w), of standard deviation 1 (0 if all positions of the query are the same)
     """
     size, query = query.shape[-2:], query.flatten(1)
     target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
@@ -130,20 +130,22 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
 
 
 class TrainingFree(nn.Module):
-    """A frozen backbone, as :func:`target_score` reads it. Build it with :func:`build_training_free`."""
+    """A frozen backbone with the features that :func:`target_score` compares."""
 
     def __init__(self, *, backbone: Backbone, last: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.last = None if last is None else last.requires_grad_(False).eval()
+        convolutions = [] if last is None else [m for m in last.modules() if isinstance(m, nn.Conv2d)]
+        self.channels = backbone.high_channels + (convolutions[-1].out_channels if convolutions else 0)
 
     @torch.no_grad()
     def describe(self, image: Tensor) -> Tensor:
-        """A normalised picture (3, H, W), sides 8n + 1 -> (C, h, w): stage 4, and the last blocks where there are any.
+        """Map a normalised image (3, H, W), sides 8n + 1, to (C, h, w): stage 4, and the last blocks if there are any.
 
-        Each stage is of unit length, and so are they together.
+        Each of the two is of unit length at each position, and so is their concatenation.
         """
-        stage4 = self.backbone.high(self.backbone(image[None]).stage3)
+        stage4 = self.backbone.features(image[None]).high
         stages = [stage4] if self.last is None else [stage4, self.last(stage4.float())]
         return unit(torch.cat([unit(stage[0].float()) for stage in stages]))
 
@@ -153,22 +155,21 @@ def build_training_free(
 ) -> TrainingFree:
     """Build the method on a backbone by name; see :func:`model.backbone.build_backbone`."""
     backbone, info = build_backbone(name, weights=weights, weights_dir=weights_dir)
-    backbone.fold_batch_norm()
     return on_backbone(name, backbone, weights if weights == "random" else info.source)
 
 
 def on_backbone(name: str, backbone: Backbone, weights: str = "imagenet") -> TrainingFree:
-    """Build the method on a backbone that is there, such as a network's.
+    """Build the method on a backbone that is there already, such as a network's.
 
-    EfficientNet-Lite0 is read to its last block: what the networks leave out tells classes apart best here.
+    EfficientNet-Lite0 is read to its last block: the blocks that the network leaves out separate classes best here.
 
     Args:
         weights: of those last blocks; 'imagenet' (from the pip package), 'random' or a file.
     """
-    described, last = describe(name), None
-    if described.last is not None:
-        path = described.imagenet(Path()) if weights == "imagenet" else Path(weights)
-        last = described.last(None if weights == "random" else read_weights(path)[0])
-        fold_batch_norm(last)
+    source, last = source_of(name), None
+    if source.last is not None:
+        path = source.imagenet(Path()) if weights == "imagenet" else Path(weights)
+        last = source.last(None if weights == "random" else read_weights(path)[0])
+        fuse_batch_norm(last)
         last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainingFree(backbone=backbone.to(memory_format=torch.channels_last), last=last)  # type: ignore[call-overload]
+    return TrainingFree(backbone=backbone, last=last)

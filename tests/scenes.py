@@ -1,4 +1,4 @@
-"""Small pictures with a known target, and a small checkpoint of the real network: for the tests of predictions."""
+"""Small images with a known target, and a small checkpoint of the real network, for the tests of predictions."""
 
 from pathlib import Path
 
@@ -8,10 +8,9 @@ from PIL import Image
 
 from util.config import load_config
 from util.data.transforms import normalize
-from util.engine.build import select_hardware
-from util.engine.checkpoint import load_checkpoint, save_checkpoint
-from util.engine.run_state import start_or_resume
-from util.segment.segmenter import NTRESegmenter
+from util.engine.build import build_model, select_hardware
+from util.engine.checkpoint import save_checkpoint
+from util.photos.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 65
@@ -27,49 +26,47 @@ SMALL = [
 
 
 def scene(seed: int, height: int = 48, width: int = 60) -> tuple[np.ndarray, np.ndarray]:
-    """A striped disc on a noisy slope, RGB uint8, and where it is, boolean."""
+    """A striped disc on a noisy slope, RGB uint8, and its mask, boolean."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     radius = rng.uniform(0.2, 0.3) * min(height, width)
     centre_y, centre_x = rng.uniform(radius, height - radius), rng.uniform(radius, width - radius)
     disc = (y - centre_y) ** 2 + (x - centre_x) ** 2 < radius**2
-    picture = rng.integers(0, 60, (height, width, 3)) + (100 * y / height + 40 * x / width)[..., None]
-    picture[disc] = np.where((x[disc] // 4 % 2)[:, None], (230, 40, 60), (250, 240, 90))
-    return picture.astype(np.uint8), disc
+    image = rng.integers(0, 60, (height, width, 3)) + (100 * y / height + 40 * x / width)[..., None]
+    image[disc] = np.where((x[disc] // 4 % 2)[:, None], (230, 40, 60), (250, 240, 90))
+    return image.astype(np.uint8), disc
 
 
 def write_pair(folder: Path, stem: str, *classes: int, side: int = 64) -> None:
-    """A noisy picture with a square of its own colour for each class, and its mask."""
+    """A noisy image with a square of its own colour for each class, and its mask."""
     rng = np.random.default_rng(sum(stem.encode()))
-    picture = rng.integers(60, 130, (side, side + 8, 3)).astype(np.uint8)
-    mask = np.zeros(picture.shape[:2], np.uint8)
+    image = rng.integers(60, 130, (side, side + 8, 3)).astype(np.uint8)
+    mask = np.zeros(image.shape[:2], np.uint8)
     for n, value in enumerate(classes):
         place = np.s_[4 + 30 * (n // 2) :, 4 + 34 * (n % 2) :]
-        picture[place][:26, :28] = 40 * value, 255 - 40 * value, 90
+        image[place][:26, :28] = 40 * value, 255 - 40 * value, 90
         mask[place][:26, :28] = value
-    for name, pixels, suffix in (("images", picture, "jpg"), ("masks", mask, "png")):
+    for name, pixels, suffix in (("images", image, "jpg"), ("masks", mask, "png")):
         path = folder / name / f"{stem}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(path)
 
 
 def write_checkpoint(path: Path, *overrides: str) -> Path:
-    """As train.py's first step finds it, but half of a scene's pixels are predicted instead of nearly none.
+    """An untrained network, but with half of a scene's pixels predicted instead of nearly none.
 
     The head has random weights; the backbone's come with the pip package.
     """
-    config = load_config(
-        ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml",
-        [*SMALL, *overrides, f"run_dir={path.parent}"],
-    )
-    training = start_or_resume(config, select_hardware(config), {})
-    training.model.backbone.measure_scale(normalize(torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None]))
-    training.save_best()
-    (path.parent / "best.pt").replace(path)
-    probability = np.median(NTRESegmenter.from_checkpoint(path).segment(*scene(0), scene(1)[0]).probability)
-    state = load_checkpoint(path)
-    state["model"]["fem.classifier.3.bias"] -= float(np.log(probability / (1 - probability)))
-    save_checkpoint(path, state)
+    config = load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", [*SMALL, *overrides])
+    torch.manual_seed(config.seed)
+    model, weights = build_model(config)
+    model.measure_scale(normalize(torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None]))
+    segmenter = NTRESegmenter(model, config, select_hardware(config))
+    probability = np.median(segmenter.segment(*scene(0), scene(1)[0]).probability)
+    state = model.state_dict()
+    state["fem.classifier.3.bias"] -= float(np.log(probability / (1 - probability)))
+    run = {"list_sha256": {}, "step": 0, "best_miou": -1.0, "seconds": 0.0}
+    save_checkpoint(path, {"config": config.model_dump(), "weights": weights._asdict(), "model": state, **run})
     return path
 
 

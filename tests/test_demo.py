@@ -1,21 +1,22 @@
-"""The demo: its steps as plain functions, its command line, and its page in a real browser.
+"""The demo: its answers as functions, its server, and its page in a real browser.
 
-The browser test needs chromium, and in the environment requirements-demo.txt and `pip install playwright==1.65.2`;
-without them it is skipped.
+The browser test needs chromium and `pip install playwright==1.55.0`; without them it is skipped.
 """
 
+import base64
 import importlib.util
-import io
+import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,12 +28,10 @@ from PIL import Image
 from scenes import ROOT, scene, write_checkpoint
 
 from util.data import synthetic
-from util.demo import server, steps
-from util.demo.server import is_own, require_free
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter, Segmentation
+from util.photos.demo import EXAMPLE_SEED, EXAMPLE_ZOOM, LONGEST, Demo, Server, example
+from util.photos.segmenter import NTRESegmenter
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 ORIENTATION = 0x0112
 CHROMIUM = shutil.which("chromium")
 
@@ -49,426 +48,228 @@ def segmenter(checkpoint: Path) -> NTRESegmenter:
     return NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
 
 
-def editor(seed: int, paint: bool = True) -> dict[str, Any]:
-    """What the page's editor gives for a scene: RGBA, with paint on the disc, half transparent as the brush."""
-    pixels, disc = scene(seed)
-    layer = np.zeros((*disc.shape, 4), np.uint8)
-    layer[disc & paint] = (*steps.PAINT, 140)
-    background = np.dstack([pixels, np.full(disc.shape, 255, np.uint8)])
-    return {"background": background, "layers": [layer], "composite": background}
+@pytest.fixture(scope="module")
+def demo(segmenter: NTRESegmenter) -> Demo:
+    return Demo(segmenter)
 
 
-def save(path: Path, pixels: np.ndarray, orientation: int = 1) -> str:
+def url(pixels: np.ndarray, orientation: int = 1, kind: str = "PNG") -> str:
+    """An image as the page sends it."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
-    Image.fromarray(pixels).save(path, exif=exif)
-    return str(path)
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, exif=exif)
+    return f"data:image/any;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def photo(seed: int, height: int = 48, width: int = 60) -> steps.Photo:
-    return steps.Photo(f"scene{seed}", scene(seed, height, width)[0], (height, width))
+def pixels_of(sent: str) -> np.ndarray:
+    return np.asarray(Image.open(BytesIO(base64.b64decode(sent.partition(",")[2]))))
 
 
-def test_what_is_painted_is_what_the_segmenter_is_given(segmenter: NTRESegmenter) -> None:
-    photos = [photo(4), photo(5, 97, 50)]
-    findings = steps.segment(segmenter, editor(1), [], photos)
-    for one in photos:
-        found = findings.of(one, 0)
-        assert found is not None
-        for values, wanted in zip(found, segmenter.segment(*scene(1), one.pixels), strict=True):
-            np.testing.assert_array_equal(values, wanted)
-    assert findings.sentence.startswith("2 photos from 1 support in ")
+def painted(mask: np.ndarray) -> str:
+    """Paint as the page sends it."""
+    return url(np.dstack([np.zeros((*mask.shape, 3), np.uint8), 255 * mask.astype(np.uint8)]))
 
 
-def test_kept_supports_are_used_with_the_one_in_the_editor(segmenter: NTRESegmenter) -> None:
-    kept = steps.add_support(editor(2), steps.add_support(editor(1), []))
-    expected = segmenter.segment([scene(n)[0] for n in (1, 2, 3)], [scene(n)[1] for n in (1, 2, 3)], scene(4)[0])
-    for last in (editor(3), editor(3, paint=False), None):
-        found = steps.segment(segmenter, last, kept, [photo(4)]).of(photo(4), 0)
-        assert found is not None
-        same = np.array_equal(found.probability, expected.probability)
-        assert same == (last is not None and last["layers"][0].any())
+def asked(support: tuple[np.ndarray, np.ndarray], photo: str, **changes: object) -> dict[str, Any]:
+    image, mask = support
+    request = {"support": url(image), "mask": painted(mask), "photo": photo, "name": "photo.png"}
+    return request | {"threshold": 0.5, "edges": False} | changes
 
 
-def test_what_is_found_is_of_its_own_photo_and_its_own_supports(segmenter: NTRESegmenter) -> None:
-    """Photos and supports that come while a request runs are not shown with what it finds."""
-    findings = steps.segment(segmenter, editor(1), [], [photo(4)], number=3)
-    assert findings.of(photo(4), 3) is not None
-    assert findings.of(photo(5), 3) is None
-    assert findings.of(photo(4), 4) is None
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())
 
 
-@pytest.mark.parametrize("unpainted", [None, editor(1, paint=False), {**editor(1), "background": None}])
-def test_nothing_painted_is_said_in_plain_words(segmenter: NTRESegmenter, unpainted: dict[str, Any] | None) -> None:
-    with pytest.raises(UserError, match=r"^paint the object first"):
-        steps.segment(segmenter, unpainted, [], [photo(4)])
-    with pytest.raises(UserError, match=r"^paint the object first"):
-        steps.add_support(unpainted, [])
+@pytest.mark.parametrize(("share", "edges"), [(0.5, False), (0.1, False), (0.5, True)])
+def test_what_is_painted_is_segmented(demo: Demo, segmenter: NTRESegmenter, share: float, edges: bool) -> None:
+    image, _ = scene(4)
+    threshold = float(np.quantile(segmenter.segment(*scene(1), image).probability, 1 - share))
+    found = segmenter.segment(*scene(1), image, threshold=threshold, edges=edges)
+    answer = demo.segment(asked(scene(1), url(image), threshold=threshold, edges=edges))
+    np.testing.assert_array_equal(pixels_of(answer["mask"]) == 255, found.mask)
+    assert answer["share"] == pytest.approx(found.mask.mean())
+    touched = np.abs(pixels_of(answer["overlay"]).astype(int) - image).sum(2)
+    assert touched[found.mask].mean() > 2 * touched[~found.mask].mean()
+    assert list(answer["maps"]) == ["probability", "prior: similar to the object", "background", "distracting objects"]
+    assert all(pixels_of(drawn).shape == image.shape for drawn in answer["maps"].values())
 
 
-def test_no_photo_is_said_in_plain_words(segmenter: NTRESegmenter) -> None:
-    with pytest.raises(UserError, match="drop a photo to search in"):
-        steps.segment(segmenter, editor(1), [], [])
+def test_another_threshold_takes_no_new_search(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = demo.segment(asked(scene(2), url(scene(5)[0])))
+    monkeypatch.setattr(demo, "segmenter", None)
+    again = demo.segment(asked(scene(2), url(scene(5)[0]), threshold=0.01))
+    assert again["share"] > first["share"]
 
 
-def a_segmentation(probability: np.ndarray) -> Segmentation:
-    return Segmentation(probability > 0.5, probability.astype(np.float32))
+def test_a_large_rotated_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(demo: Demo) -> None:
+    image, disc = scene(4, 1200, 1600)
+    stored = url(np.rot90(image).copy(), orientation=6)  # to be rotated clockwise
+    found = demo.find(*(base64.b64decode(u.partition(",")[2]) for u in (url(scene(1)[0]), painted(disc), stored)), "x")
+    assert (found.pixels.shape, found.size) == ((768, LONGEST, 3), disc.shape)
+    np.testing.assert_array_equal(found.pixels, cv2.resize(image, (LONGEST, 768), interpolation=cv2.INTER_AREA))
+    answer = demo.segment(asked((scene(1)[0], disc), stored))
+    assert pixels_of(answer["mask"]).shape == disc.shape
 
 
-@pytest.mark.parametrize("threshold", [0.05, 0.5, 0.9])
-def test_the_threshold_decides_the_mask_in_the_file_and_on_the_photo(threshold: float) -> None:
-    levels = np.linspace(0, 1, 48 * 60, dtype=np.float32).reshape(48, 60)
-    seen = steps.view(photo(5), a_segmentation(levels), threshold, False)
-    assert seen.mask is not None and seen.photo is not None
-    mask = np.asarray(Image.open(io.BytesIO(steps.mask_png(photo(5), seen.mask))))
-    np.testing.assert_array_equal(mask, np.where(levels > threshold, 255, 0))
-    untouched = (seen.photo == photo(5).pixels).all(axis=2)
-    assert untouched[mask == 0].mean() > 0.9
-    assert untouched[mask == 255].mean() < 0.1
-
-
-def test_before_the_network_ran_the_photo_is_shown_alone() -> None:
-    seen = steps.view(photo(4), None, 0.5, False)
-    np.testing.assert_array_equal(seen.photo, scene(4)[0])
-    assert seen[1:] == (None,) * 4
-
-
-def test_a_thumbnail_carries_the_mask() -> None:
-    large = photo(4, 480, 600)
-    plain, marked = (
-        steps.thumbnail(large, found, 0.5, False)
-        for found in (None, a_segmentation(scene(4, 480, 600)[1].astype(float)))
-    )
-    assert max(plain.shape) == steps.THUMBNAIL
-    touched = (plain != marked).any(2)
-    disc = steps.shrunk(scene(4, 480, 600)[1].astype(np.float32), steps.THUMBNAIL) > 0.5
-    assert (touched & disc).sum() / (touched | disc).sum() > 0.9
-
-
-def test_a_network_without_elimination_has_only_the_prior(tmp_path_factory: pytest.TempPathFactory) -> None:
-    off = ("model.bgem=false", "model.doem=false", "loss.pcl=false")
-    path = write_checkpoint(tmp_path_factory.mktemp("demo_pfenet") / "pfenet.pt", *off)
-    findings = steps.segment(NTRESegmenter.from_checkpoint(path, "cpu"), editor(1), [], [photo(4)])
-    path.unlink()
-    seen = steps.view(photo(4), findings.of(photo(4), 0), 0.5, False)
-    assert (seen.bg, seen.distractor) == (None, None)
-    assert seen.prior is not None and seen.prior.shape == (48, 60, 3)
-
-
-def test_a_large_turned_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(tmp_path: Path) -> None:
-    pixels, disc = scene(4, 1200, 1600)
-    path = save(tmp_path / "IMG_1.png", np.rot90(pixels).copy(), orientation=6)  # to be turned clockwise
-    one = steps.read_photo(path)
-    assert (one.pixels.shape, one.size) == ((768, 1024, 3), (1200, 1600))
-    np.testing.assert_array_equal(one.pixels, cv2.resize(pixels, (1024, 768), interpolation=cv2.INTER_AREA))
-    small = cv2.resize(disc.astype(np.float32), (1024, 768)) > 0.5
-    mask = np.asarray(Image.open(io.BytesIO(steps.mask_png(one, small)))) > 0
-    assert mask.shape == disc.shape
-    assert (mask & disc).sum() / (mask | disc).sum() > 0.98
-
-
-def test_sharpening_brings_rough_paint_to_the_objects_edges() -> None:
-    pixels, disc = scene(1, 240, 320)
+def test_rough_paint_and_a_box_are_brought_to_the_objects_edges(demo: Demo) -> None:
+    image, disc = scene(1, 240, 320)
     y, x = np.argwhere(disc).mean(0).round().astype(int)
     rough = np.zeros(disc.shape, np.uint8)
     cv2.circle(rough, (int(x) + 8, int(y) + 8), int(1.1 * np.sqrt(disc.sum() / np.pi)), 1, -1)
-    given = steps.editor_of(steps.Support(pixels, rough > 0))
-    (sharp,) = steps.painted(steps.sharpen(given))
-    before, after = ((m & disc).sum() / (m | disc).sum() for m in (rough > 0, sharp.mask))
-    assert before < 0.8 < 0.93 < after
-    np.testing.assert_array_equal(sharp.pixels, pixels)
+    sharp = pixels_of(demo.mask({"support": url(image), "mask": painted(rough > 0)})["mask"])[..., 3] > 0
+    assert iou(rough > 0, disc) < 0.8 < 0.93 < iou(sharp, disc)
+    ys, xs = np.nonzero(disc)
+    box = [float(xs.max()) + 4.5, float(ys.max()) + 4.5, float(xs.min()) - 4.5, float(ys.min()) - 4.5]  # upwards
+    boxed = pixels_of(demo.mask({"support": url(image), "box": box})["mask"])[..., 3] > 0
+    assert iou(boxed, disc) > 0.93
+    outside = demo.mask({"support": url(image), "box": [-50, -50, -20, -20]})
+    assert pixels_of(outside["mask"]).shape == (240, 320, 4)
+
+
+def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
+    image, disc = scene(1)
     with pytest.raises(UserError, match=r"^paint the object first"):
-        steps.sharpen(editor(1, paint=False))
-
-
-def test_what_cannot_be_read_is_named_and_the_other_photos_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "notes.png").write_text("not a picture")
-    good = save(tmp_path / "good.jpg", scene(4)[0])
-    photos, complaints = steps.read_photos([str(tmp_path / "notes.png"), good])
-    assert [one.name for one in photos] == ["good"]
-    assert complaints == ["notes.png is no picture in JPEG, PNG, WEBP, TIFF, BMP; convert it"]
-    with pytest.raises(UserError, match=r"^notes\.png is no picture"):
-        steps.open_support(str(tmp_path / "notes.png"))
-
-
-def test_too_many_photos_or_supports_are_refused(tmp_path: Path) -> None:
-    path = save(tmp_path / "a.png", scene(4)[0])
-    photos, complaints = steps.read_photos([path] * (steps.MOST + 2))
-    assert len(photos) == steps.MOST
-    assert complaints == [f"{steps.MOST} photos are the most at a time; 2 are left out"]
-    (tmp_path / "notes.png").write_text("not a picture")
-    photos, complaints = steps.read_photos([str(tmp_path / "notes.png")] * 2 + [path] * steps.MOST)
-    assert (len(photos), len(complaints)) == (steps.MOST, 2)  # what cannot be read takes no photo's place
-    with pytest.raises(UserError, match="are the most"):
-        steps.add_support(editor(1), steps.painted(editor(1)) * steps.MOST)
+        demo.segment(asked((image, disc & False), url(scene(4)[0])))
+    notes = f"data:text/plain;base64,{base64.b64encode(b'not an image').decode()}"
+    with pytest.raises(UserError, match=r"^photo\.png is no image in JPEG, PNG, WEBP, TIFF, BMP; convert it"):
+        demo.segment(asked(scene(1), notes))
 
 
 @pytest.mark.parametrize("fold", range(4))
 def test_the_example_shows_a_class_that_the_network_was_not_trained_on(segmenter: NTRESegmenter, fold: int) -> None:
-    data = segmenter.config.data.model_copy(update={"fold": fold})
-    support, photos = steps.example(data)
-    again, _ = steps.example(data)
-    np.testing.assert_array_equal(support.pixels, again.pixels)
-    held = [set(synthetic.classes_of(steps.EXAMPLE_SEED, "val", index)) for index in range(32)]
+    support, mask, *photos = example(segmenter.config.data.model_copy(update={"fold": fold}))
     novel = 5 * fold + 1
-    first, second, third = [index for index in range(32) if novel in held[index]][:3]
-    for one, index in zip(photos, (second, third), strict=True):
-        drawn = synthetic.make_image(steps.EXAMPLE_SEED, "val", index)[0]
-        assert one.size == tuple(steps.EXAMPLE_ZOOM * side for side in drawn.shape[:2])
-    labels = synthetic.make_image(steps.EXAMPLE_SEED, "val", first)[1]
-    share = (support.mask & np.kron(labels == novel, np.ones((4, 4), bool))).sum() / support.mask.sum()
-    assert share > 0.95
-    (painted,) = steps.painted(steps.editor_of(support))
-    np.testing.assert_array_equal(painted.mask, support.mask)
+    held = [set(synthetic.classes_of(EXAMPLE_SEED, "val", n)) for n in range(32)]
+    first, *others = [n for n in range(32) if novel in held[n]][:3]
+    for photo, n in zip(photos, others, strict=True):
+        drawn = synthetic.make_image(EXAMPLE_SEED, "val", n)[0]
+        assert photo.shape == (EXAMPLE_ZOOM * drawn.shape[0], EXAMPLE_ZOOM * drawn.shape[1], 3)
+    labels = synthetic.make_image(EXAMPLE_SEED, "val", first)[1]
+    assert support.shape[:2] == mask.shape
+    assert iou(mask > 0, np.kron(labels == novel, np.ones((EXAMPLE_ZOOM, EXAMPLE_ZOOM), bool))) > 0.9
 
 
-def demo(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "demo.py", *map(str, arguments)],
-        cwd=ROOT,
-        env={**ENVIRONMENT, **(environment or {})},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+# The server
 
 
-def test_without_gradio_the_command_says_what_to_install(tmp_path: Path) -> None:
-    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('hidden', name='gradio')\n")
-    done = demo("--checkpoint", "any.pt", environment={"PYTHONPATH": str(tmp_path), "TMPDIR": str(tmp_path)})
-    assert done.returncode == 2
-    assert done.stderr == "error: the demo needs gradio; pip install -r requirements-demo.txt\n"
-    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".pyc"] in (
-        ["gradio.py"],
-        ["__pycache__", "gradio.py"],
-        ["gradio.py", "__pycache__"],
-    )
+@pytest.fixture
+def address(demo: Demo) -> Iterator[str]:
+    with Server(demo, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
-def test_a_port_in_use_is_refused_with_the_remedy() -> None:
+def send(target: str, body: object = None, **headers: str) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(target, data, headers), timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_the_page_and_its_requests_are_answered(address: str, demo: Demo) -> None:
+    page = send(address)
+    assert "{{" not in page and "Synthetic-5i" in page and "http" not in page.replace("http.server", "")
+    request = asked(scene(1), url(scene(4)[0]))
+    assert json.loads(send(f"{address}/segment", request, Origin=address)) == demo.segment(request)
+    with pytest.raises(urllib.error.HTTPError, match="400") as refusal:
+        send(f"{address}/segment", request | {"photo": "data:,"})
+    assert "photo.png" in json.loads(refusal.value.read())["error"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"Host": "elsewhere.example"}, {"Origin": "http://127.0.0.1:8888"}, {"Origin": "null"}]
+)
+def test_other_pages_are_not_answered(address: str, headers: dict[str, str]) -> None:
+    for path, body in (("/", None), ("/example", {})):
+        with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
+            send(address + path, body, **headers)
+
+
+def test_a_port_in_use_is_refused_with_the_remedy(demo: Demo) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"^port {port} cannot be used .*choose another with --port$"):
-            require_free(port)
-    require_free(port)
+            Server(demo, port)
 
 
-def test_folders_of_demos_that_were_killed_are_removed_and_those_of_running_ones_are_not(
-    tmp_path: Path, monkeypatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    killed, unlocked = tmp_path / "ntrenet_demo_killed", tmp_path / "ntrenet_demo_other"
-    for folder in (killed, unlocked):
-        folder.mkdir()
-        (folder / "photo.png").write_text("")
-    (killed / server.LOCK).write_text("")
-    (tmp_path / "ntrenet_demo_link").symlink_to(killed)
-    code = "from util.demo.server import upload_folder\nwith upload_folder() as f: print(f, flush=True); input()"
-    running = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert running.stdout is not None
-    folder = Path(running.stdout.readline().strip())
-    server.remove_old_folders()
-    assert (killed.exists(), unlocked.exists(), folder.is_dir()) == (False, True, True)
-    running.send_signal(signal.SIGHUP)
-    running.communicate(timeout=60)
-    assert not folder.exists()
+# The page
 
 
-@pytest.mark.parametrize(
-    ("headers", "own"),
-    [
-        ({"host": "127.0.0.1:7860"}, True),
-        ({"host": "localhost:9000", "origin": "http://localhost:9000", "sec-fetch-site": "same-origin"}, True),
-        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),
-        ({"host": "127.0.0.1:7860", "sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, False),
-        ({"host": "127.0.0.1:7860", "origin": "http://127.0.0.1:8888"}, False),
-        ({"host": "127.0.0.1:7860", "origin": "null"}, False),
-        ({"host": "elsewhere.example:7860"}, False),
-        ({"host": "127.0.0.1.elsewhere.example"}, False),
-        ({}, False),
-    ],
-)
-def test_requests_of_other_pages_are_not_answered(headers: dict[str, str], own: bool) -> None:
-    assert is_own(headers) == own
-
-
-needs_browser = pytest.mark.skipif(
-    CHROMIUM is None or not all(map(importlib.util.find_spec, ("gradio", "playwright"))),
-    reason="needs chromium, requirements-demo.txt and playwright",
-)
-
-
-class Served:
-    """demo.py on a free port, with a temporary folder of its own."""
-
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.folder = folder
-        self.process = subprocess.Popen(
-            [sys.executable, "demo.py", "--checkpoint", str(checkpoint), "--port", str(self.port), "--device", "cpu"],
-            cwd=ROOT,
-            env={**ENVIRONMENT, "TMPDIR": str(folder)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line.startswith(f"open http://127.0.0.1:{self.port}"), line + self.process.stdout.read()
-        self.address = f"http://127.0.0.1:{self.port}"
-
-    def end(self, how: signal.Signals) -> str:
-        self.process.send_signal(how)
-        return self.process.communicate(timeout=30)[0]
-
-
-@needs_browser
 @pytest.mark.browser
-def test_the_page_works_in_a_browser_without_any_other_host_and_leaves_no_files(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+@pytest.mark.skipif(
+    CHROMIUM is None or importlib.util.find_spec("playwright") is None, reason="needs chromium and playwright"
+)
+def test_the_page_works_in_a_browser_without_any_other_host(checkpoint: Path, tmp_path: Path) -> None:
     from playwright.sync_api import sync_playwright
 
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    photo_file = save(tmp_path / "upright.jpg", np.rot90(scene(4, 300, 400)[0]).copy(), orientation=6)
-    support_file = save(tmp_path / "support.png", scene(1, 240, 320)[0])
-    (tmp_path / "notes.png").write_text("not a picture")
-    with sync_playwright() as playwright:
-        served = Served(checkpoint, folder)
-        assert CHROMIUM is not None
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        try:
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.set_default_timeout(120_000)  # a busy machine
-            walk(page, served.address, photo_file, support_file, str(tmp_path / "notes.png"), tmp_path)
-            refuse(served.address)
-            for width in (390, 360):
-                phone = browser.new_page(viewport={"width": width, "height": 800})
-                phone.set_default_timeout(120_000)
-                phone.goto(served.address)
-                phone.wait_for_selector("#found img")
-                phone.wait_for_timeout(1500)
-                assert phone.evaluate("document.documentElement.scrollWidth") == width
-                phone.screenshot(path=tmp_path / f"phone{width}.png", full_page=True)
-        finally:
-            browser.close()
-            printed = served.end(signal.SIGHUP)
-    assert served.process.returncode == 0
-    assert "Traceback" not in printed
-    assert list(folder.iterdir()) == []
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "demo.py", "--checkpoint", str(checkpoint), "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    served = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert served.stdout is not None and served.stdout.readline().startswith(f"open http://127.0.0.1:{port}")
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+            page = browser.new_page(viewport={"width": 1280, "height": 1400})
+            page.set_default_timeout(60_000)
+            walk(page, f"http://127.0.0.1:{port}", tmp_path)
+            phone = browser.new_page(viewport={"width": 360, "height": 800})
+            phone.goto(f"http://127.0.0.1:{port}")
+            phone.wait_for_selector("#results figure")
+            assert phone.evaluate("document.documentElement.scrollWidth") == 360
+    finally:
+        served.send_signal(signal.SIGINT)
+        assert served.wait(30) == 0
 
 
-def walk(page: Any, address: str, photo_file: str, support_file: str, text_file: str, out: Path) -> None:
-    """What a newcomer does, and what they see."""
+def walk(page: Any, address: str, folder: Path) -> None:
+    """What a newcomer does."""
     hosts: set[str | None] = set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
     page.goto(address)
-    page.wait_for_selector("#found img")
-    page.wait_for_timeout(3000)  # the editor draws itself
-    page.screenshot(path=out / "start.png", full_page=True)
-
-    first = mask_of(page)
-    assert segment(page) == "2 photos from 1 support"
-    np.testing.assert_array_equal(mask_of(page), first)  # the paint went to the browser and back unharmed
-
-    for changed in (True, False):  # edges on, and off again
-        page.click("#edges input")
-        page.wait_for_timeout(2500)
-        assert np.array_equal(mask_of(page), first) != changed
-
-    page.locator("#photos button").nth(1).click()
-    page.wait_for_timeout(1500)
-    assert not np.array_equal(mask_of(page), first)
+    page.wait_for_selector("#results figure")
+    assert page.locator("#results figure").count() == 2
+    assert page.locator(".maps").first.locator("img").count() == 4
     assert page.evaluate("[...document.images].every(image => image.alt)")
 
-    drop(page, "#support-file", text_file)
-    assert "notes.png is no picture" in toast(page)
-    drop(page, "#photo-files", text_file)
-    assert "notes.png is no picture" in toast(page)
-
-    drop(page, "#support-file", support_file)
-    page.wait_for_function("document.querySelector('#status').innerText == 'Paint the object, then press Segment.'")
-    assert page.locator("#download a").count() == 0  # the new support clears the old result
+    Image.fromarray(scene(1, 240, 320)[0]).save(folder / "support.png")
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.fromarray(np.rot90(scene(4, 300, 400)[0]).copy()).save(folder / "photo.jpg", exif=exif)
+    (folder / "notes.png").write_text("not an image")
+    page.set_input_files("#support", folder / "notes.png")
+    page.wait_for_selector("#status.error")
+    assert "cannot be read" in page.inner_text("#status")
+    page.set_input_files("#support", folder / "support.png")
+    page.wait_for_function("!document.querySelector('#results figure')")  # the old result is about another support
+    page.set_input_files("#photos", folder / "photo.jpg")
     page.click("#segment")
-    assert "paint the object first" in toast(page)
-    paint(page)
-    page.screenshot(path=out / "painted.png", full_page=True)
-    page.click("#sharpen")
-    page.wait_for_timeout(2000)
-    page.screenshot(path=out / "sharpened.png", full_page=True)
+    page.wait_for_selector("#status.error")
+    assert "paint the object first" in page.inner_text("#status")
+
+    drag(page)
     page.click("#segment")
-    drop(page, "#photo-files", photo_file)  # while the request runs
-    page.wait_for_function("document.querySelectorAll('#photos img').length == 1")
-    page.wait_for_function("document.querySelector('#segment').innerText == 'Segment'")
-    page.wait_for_timeout(1500)
-    assert page.locator("#download a").count() == 0  # it was about other photos
-    assert segment(page) == "1 photo from 1 support"
-    assert mask_of(page).shape == (300, 400)
-    page.screenshot(path=out / "own.png", full_page=True)
-
-    page.click("#add")
-    page.wait_for_selector("#supports img")
-    page.wait_for_timeout(1000)
-    assert segment(page) == "1 photo from 1 support"
-    page.screenshot(path=out / "kept.png", full_page=True)
-    page.click("#remove")
-    page.wait_for_selector("#supports", state="hidden")
-    assert hosts <= {"127.0.0.1", None}
-
-
-def refuse(address: str) -> None:
-    """What another page in the same browser might send."""
-    for headers in ({"Host": "elsewhere.example"}, {"Origin": "http://elsewhere.example"}):
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=20)
-
-
-def segment(page: Any) -> str:
-    """Press Segment; what the status says without the time."""
-    before = page.inner_text("#status")
-    page.click("#segment")
-    page.wait_for_function("text => document.querySelector('#status').innerText != text", arg=before)
-    page.wait_for_timeout(1500)
-    return str(page.inner_text("#status")).rsplit(" in ", 1)[0]
-
-
-def mask_of(page: Any) -> np.ndarray:
+    page.wait_for_selector("#results figure")
     with page.expect_download() as download:
-        page.click("#download a")
-    return np.asarray(Image.open(download.value.path()))
+        page.click("#results a")
+    assert download.value.suggested_filename == "photo_mask.png"
+    assert np.asarray(Image.open(download.value.path())).shape == (300, 400)
+    page.check("[value=box]")
+    drag(page)
+    page.wait_for_function("!document.querySelector('#results figure')")  # the box has made another mask
+    page.click("#segment")
+    page.wait_for_selector("#results figure")
+    assert hosts <= {"127.0.0.1", None, ""}
 
 
-def drop(page: Any, where: str, path: str) -> None:
-    page.set_input_files(f"{where} input[type=file]", path)
-
-
-def toast(page: Any) -> str:
-    """The message on screen, which is then closed."""
-    message = page.wait_for_selector(".toast-body").inner_text()
-    page.click(".toast-close")
-    page.wait_for_selector(".toast-body", state="detached")
-    return str(message)
-
-
-def paint(page: Any) -> None:
-    box = page.locator("#editor canvas").last.bounding_box()
-    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    page.mouse.move(x - 60, y)
+def drag(page: Any) -> None:
+    box = page.locator("#canvas").bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
     page.mouse.down()
-    for step in range(12):
-        page.mouse.move(x - 60 + 10 * step, y + (20 if step % 2 else -20))
+    page.mouse.move(box["x"] + 0.8 * box["width"], box["y"] + 0.8 * box["height"], steps=5)
     page.mouse.up()
-    page.wait_for_timeout(500)

@@ -1,8 +1,8 @@
-"""Pictures of the best, worst and random episodes."""
+"""Which episodes the panels show: the best, the worst and random ones."""
 
 import numpy as np
 
-from util.segment.panels import choose
+from util.engine.panels import choose
 
 
 def test_best_and_worst_are_the_highest_and_lowest_and_random_ones_are_others() -> None:

@@ -1,4 +1,4 @@
-"""The segmenter against the network's own forward, and what it makes of a user's pictures and masks."""
+"""The segmenter against the network's own forward, a user's images and masks, and a host program that imports it."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scenes import SIDE, scene, spread, write_checkpoint
+from scenes import ROOT, SIDE, scene, spread, write_checkpoint
 
 from model.ntrenet import NTRENetOutput
+from tests.harness import process, succeeded
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter, Segmentation
+from util.photos.segmenter import NTRESegmenter, Segmentation
 
 SUPPORTS = [scene(1), scene(2, 40, 90), scene(3, 130, 70)]
-SUPPORTS[1][1][:] = True  # a target that fills its picture, so that no position lies beside it but the padding
+SUPPORTS[1][1][:] = True  # a target that fills its image: only the padding is not target
 QUERY = scene(4, 50, 97)[0]
 
 
@@ -33,7 +34,7 @@ def segmenter(checkpoint: Path) -> NTRESegmenter:
 
 
 def fitted(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """The network's square: the longer side fills it, both sides rounded down to 8; normalised picture and mask."""
+    """The network's square: the longer side fills it, both sides rounded down to 8; normalised image and mask."""
     height, width = (int(side * SIDE / max(mask.shape)) // 8 * 8 for side in mask.shape)
     square, labels = np.zeros((SIDE, SIDE, 3), np.uint8), np.full((SIDE, SIDE), 255)
     square[:height, :width] = cv2.resize(image, (width, height))
@@ -44,16 +45,16 @@ def fitted(image: np.ndarray, mask: np.ndarray) -> tuple[torch.Tensor, torch.Ten
 
 
 def at_size(square: torch.Tensor, height: int, width: int) -> np.ndarray:
-    """(S, S) -> (H, W): the part that the picture fills, resized."""
+    """(S, S) -> (H, W): the part that the image fills, resized."""
     h, w = (int(side * SIDE / max(height, width)) // 8 * 8 for side in (height, width))
     return F.interpolate(square[None, None, :h, :w], (height, width), mode="bilinear")[0, 0].numpy()
 
 
 def forward(segmenter: NTRESegmenter, supports: list[tuple[np.ndarray, np.ndarray]]) -> NTRENetOutput:
-    pictures, masks = zip(*(fitted(*support) for support in supports), strict=True)
+    images, masks = zip(*(fitted(*support) for support in supports), strict=True)
     query, _ = fitted(QUERY, np.zeros(QUERY.shape[:2], bool))
     with torch.inference_mode():
-        return segmenter.model(query[None], torch.stack(pictures)[None], torch.stack(masks)[None])
+        return segmenter.model(query[None], torch.stack(images)[None], torch.stack(masks)[None])
 
 
 def same(a: Segmentation, b: Segmentation) -> None:
@@ -67,7 +68,7 @@ def test_supports_encoded_one_by_one_equal_one_forward_on_all(
 ) -> None:
     size = QUERY.shape[:2]
     output = forward(segmenter, supports)
-    result = segmenter.segment([picture for picture, _ in supports], [mask for _, mask in supports], QUERY)
+    result = segmenter.segment([image for image, _ in supports], [mask for _, mask in supports], QUERY)
     squares = {
         "prior": output.prior,
         "bg": output.query_bg_logits.sigmoid(),
@@ -81,36 +82,22 @@ def test_supports_encoded_one_by_one_equal_one_forward_on_all(
     assert spread(result.prior) > 0.5
 
 
-def test_the_encoded_target_equals_the_networks_own(segmenter: NTRESegmenter) -> None:
-    pictures, masks = zip(*(fitted(*support) for support in SUPPORTS), strict=True)
-    with torch.inference_mode():
-        whole, _ = segmenter.model.encode_supports(torch.stack(pictures)[None], torch.stack(masks)[None])
-    target = segmenter.encode([p for p, _ in SUPPORTS], [m for _, m in SUPPORTS])
-    torch.testing.assert_close(target.prototype, whole.prototype, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(target.high, whole.high, rtol=1e-3, atol=1e-4)
-
-
 def test_the_order_of_the_supports_does_not_matter(segmenter: NTRESegmenter) -> None:
-    pictures, masks = zip(*SUPPORTS, strict=True)
-    one = segmenter.segment(pictures, masks, QUERY)
-    other = segmenter.segment(pictures[::-1], masks[::-1], QUERY)
+    images, masks = zip(*SUPPORTS, strict=True)
+    one = segmenter.segment(images, masks, QUERY)
+    other = segmenter.segment(images[::-1], masks[::-1], QUERY)
     np.testing.assert_allclose(one.probability, other.probability, atol=1e-5)
 
 
-def test_another_target_gives_another_result(segmenter: NTRESegmenter) -> None:
-    picture, mask = SUPPORTS[0]
-    assert (
-        np.abs(segmenter.segment(picture, mask, QUERY).prior - segmenter.segment(picture, ~mask, QUERY).prior).max()
-        > 0.1
-    )
-
-
 def test_an_encoded_target_and_query_give_what_segment_gives(segmenter: NTRESegmenter) -> None:
-    picture, mask = SUPPORTS[0]
-    target = segmenter.encode(picture, mask)
-    expected = segmenter.segment([picture], [mask], QUERY)
+    image, mask = SUPPORTS[0]
+    target = segmenter.encode(image, mask)
+    expected = segmenter.segment([image], [mask], QUERY)
     same(segmenter.segment_encoded(target, QUERY), expected)
     same(segmenter.segment_encoded(target, segmenter.encode_query(QUERY)), expected)
+    np.testing.assert_array_equal(expected.mask, expected.probability > 0.5)
+    other = segmenter.segment(image, ~mask, QUERY)
+    assert np.abs(other.prior - expected.prior).max() > 0.1
 
 
 @pytest.mark.parametrize("size", [(50, 97), (97, 50), (7, 5), (300, 11)])
@@ -122,12 +109,6 @@ def test_every_map_has_the_querys_own_size(segmenter: NTRESegmenter, size: tuple
     for values in result[1:]:
         assert values.dtype == np.float32
         assert 0 <= values.min() <= values.max() <= 1
-
-
-def test_the_mask_is_where_the_probability_is_above_one_half(segmenter: NTRESegmenter) -> None:
-    result = segmenter.segment(*SUPPORTS[0], QUERY)
-    np.testing.assert_array_equal(result.mask, result.probability > 0.5)
-    assert 0 < result.mask.mean() < 1
 
 
 @pytest.mark.parametrize(
@@ -148,46 +129,34 @@ def test_an_ablation_lacks_only_the_maps_it_does_not_make(
     path.unlink()
 
 
-def test_bfloat16_gives_about_the_same(checkpoint: Path, segmenter: NTRESegmenter) -> None:
-    half = NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="bf16")
-    one, other = (s.segment(*SUPPORTS[0], QUERY) for s in (half, segmenter))
-    assert one.probability.dtype == np.float32
-    assert np.abs(one.probability - other.probability).max() < 0.1
-
-
-# Pictures and masks
+# Images and masks
 
 
 def test_a_mask_is_the_same_in_every_encoding(segmenter: NTRESegmenter) -> None:
-    picture, mask = SUPPORTS[0]
-    expected = segmenter.segment(picture, mask, QUERY)
+    image, mask = SUPPORTS[0]
+    expected = segmenter.segment(image, mask, QUERY)
     ones = mask.astype(np.uint8)
     palette = Image.fromarray(ones)
     palette.putpalette([0, 0, 0, 200, 10, 10])
-    alpha = Image.fromarray(picture).convert("RGBA")
+    alpha = Image.fromarray(image).convert("RGBA")
     alpha.putalpha(Image.fromarray(255 * ones))
     opaque = Image.fromarray(255 * ones).convert("RGBA")
-    grey_alpha = Image.merge("LA", (Image.fromarray(picture).convert("L"), Image.fromarray(255 * ones)))
-    encodings = [
-        ones,
-        255 * ones,
-        ones.astype(np.int64),
-        ones.astype(float),
-        *map(Image.fromarray, (mask, ones, 255 * ones)),
-    ]
+    grey_alpha = Image.merge("LA", (Image.fromarray(image).convert("L"), Image.fromarray(255 * ones)))
+    encodings = [255 * ones, ones.astype(float), *map(Image.fromarray, (mask, ones, 255 * ones))]
     for encoding in [*encodings, palette, alpha, grey_alpha, opaque, opaque.convert("RGB")]:
-        same(segmenter.segment(picture, encoding, QUERY), expected)
+        same(segmenter.segment(image, encoding, QUERY), expected)
 
 
 def test_class_id_chooses_one_class_and_255_is_ignored(segmenter: NTRESegmenter) -> None:
-    picture, mask = SUPPORTS[0]
+    image, mask = SUPPORTS[0]
     ids = np.where(mask, 3, 0).astype(np.uint8)
     ids[:4, :9] = 7
     ids[0, 0] = 255
-    same(segmenter.segment(picture, ids, QUERY, class_id=3), segmenter.segment(picture, mask, QUERY))
+    same(segmenter.segment(image, ids, QUERY, class_id=3), segmenter.segment(image, mask, QUERY))
 
 
-def test_pillow_pictures_are_converted(segmenter: NTRESegmenter) -> None:
+def test_pillow_images_are_converted(segmenter: NTRESegmenter) -> None:
+    """Grey, CMYK, palette and transparent images, with what each is converted to."""
     grey = QUERY[:, :, 0]
     stacked = np.stack([grey] * 3, 2)
     coloured = np.zeros((30, 40, 3), np.uint8)
@@ -203,15 +172,13 @@ def test_pillow_pictures_are_converted(segmenter: NTRESegmenter) -> None:
         (Image.fromarray(ink, "CMYK"), coloured),
         (Image.fromarray(coloured).quantize(4), coloured),
         (Image.fromarray(clear), on_white),
-        (Image.fromarray(grey).convert("LA"), stacked),
-        (Image.fromarray(grey > 99), 255 * (stacked > 99).astype(np.uint8)),
     ]
     target = segmenter.encode(*SUPPORTS[0])
     for given, pixels in pairs:
         same(segmenter.segment_encoded(target, given), segmenter.segment_encoded(target, pixels))
 
 
-PICTURE, MASK = SUPPORTS[0]
+IMAGE, MASK = SUPPORTS[0]
 TINY = np.zeros((4000, 4000), bool)
 TINY[1, 1] = True
 
@@ -219,24 +186,17 @@ TINY[1, 1] = True
 @pytest.mark.parametrize(
     ("supports", "masks", "class_id", "pieces"),
     [
-        ([PICTURE, PICTURE], [MASK], None, ["2 supports", "1 masks"]),
-        ([], [], None, ["0 supports"]),
-        ([PICTURE, PICTURE], [MASK, MASK[:-1]], None, ["support 2 of 2", "60 x 47", "60 x 48"]),
-        ([PICTURE, PICTURE], [MASK, 0 * MASK], None, ["support 2 of 2", "shows nothing"]),
-        (PICTURE, 3 * MASK.astype(np.uint8), None, ["holds 0, 3", "class_id"]),
-        (PICTURE, np.where(MASK, 1, 255), None, ["holds 1, 255", "class_id"]),
-        (PICTURE, np.where(MASK, 0.5, np.nan), None, ["class_id"]),
-        (PICTURE, 3 * MASK.astype(np.uint8), 4, ["nothing of class 4", "holds 0, 3"]),
-        (PICTURE, 3 * MASK.astype(np.uint8), 255, ["class_id", "255"]),
-        (PICTURE, 3 * MASK.astype(np.uint8), 0, ["class_id", "got 0"]),
-        (PICTURE, Image.fromarray(PICTURE), None, ["coloured"]),
-        (PICTURE, PICTURE, None, ["(H, W)", "(48, 60, 3)"]),
-        (PICTURE, "mask.png", None, ["str"]),
-        ("picture.jpg", MASK, None, ["the support", "str"]),
-        (PICTURE.astype(float), MASK, None, ["uint8", "float64"]),
-        (PICTURE[..., :2], MASK, None, ["RGB"]),
-        (np.zeros((0, 4, 3), np.uint8), MASK, None, ["RGB"]),
-        (Image.fromarray(PICTURE[:, :, 0].astype(np.uint16)), MASK, None, ["I;16", "8 bits"]),
+        ([IMAGE, IMAGE], [MASK], None, ["2 supports", "1 masks"]),
+        ([IMAGE, IMAGE], [MASK, MASK[:-1]], None, ["support 2 of 2", "60 x 47", "60 x 48"]),
+        ([IMAGE, IMAGE], [MASK, 0 * MASK], None, ["support 2 of 2", "shows nothing"]),
+        (IMAGE, 3 * MASK.astype(np.uint8), None, ["holds 0, 3", "class_id"]),
+        (IMAGE, 3 * MASK.astype(np.uint8), 4, ["nothing of class 4", "holds 0, 3"]),
+        (IMAGE, 3 * MASK.astype(np.uint8), 255, ["class_id", "255"]),
+        (IMAGE, Image.fromarray(IMAGE), None, ["coloured"]),
+        (IMAGE, IMAGE, None, ["(H, W)", "(48, 60, 3)"]),
+        ("image.jpg", MASK, None, ["the support", "str"]),
+        (IMAGE.astype(float), MASK, None, ["uint8", "float64"]),
+        (Image.fromarray(IMAGE[:, :, 0].astype(np.uint16)), MASK, None, ["I;16", "8 bits"]),
         (np.zeros((4000, 4000, 3), np.uint8), TINY, None, ["the support", "vanishes", "crop"]),
     ],
 )
@@ -249,7 +209,40 @@ def test_what_cannot_be_used_is_refused_by_name(
         assert piece in str(refusal.value)
 
 
-@pytest.mark.parametrize(("device", "precision"), [("cuda:7", "fp32"), ("cpu", "int8"), ("cpu", "fp16")])
-def test_unknown_hardware_is_refused(checkpoint: Path, device: str, precision: str) -> None:
-    with pytest.raises(UserError, match=r"device|precision"):
-        NTRESegmenter.from_checkpoint(checkpoint, device, precision)
+# A host program
+
+HOST = """
+import multiprocessing, signal, sys, time, warnings
+import cv2, scipy.sparse, torch, tqdm  # scipy sets a filter of warnings itself
+
+def settings():
+    return {
+        "signal handlers": [signal.getsignal(n) for n in range(1, 32) if n not in (9, 19)],
+        "OpenCV's threads": cv2.getNumThreads(),
+        "torch's threads": torch.get_num_threads(),
+        "tqdm's monitor": tqdm.tqdm.monitor_interval,
+        "warnings": (list(warnings.filters), warnings.showwarning),
+        "hooks": (sys.excepthook, sys.stdout, sys.stderr),
+        "start method": multiprocessing.get_start_method(allow_none=True),
+    }
+
+def child(path):
+    time.sleep(4)
+    open(path, "w").write("done")
+
+if __name__ == "__main__":
+    multiprocessing.Process(target=child, args=(sys.argv[2],)).start()
+    before = settings()
+    load = torch.hub.load
+    load({root!r}, "ntrenet_efficientnet_lite0", source="local", checkpoint=sys.argv[1], device="cpu")
+    load({root!r}, "training_free", source="local", device="cpu")
+    after = settings()
+    print([key for key in before if before[key] != after[key]])
+"""
+
+
+def test_a_host_program_keeps_its_settings_and_its_children(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "host.py").write_text(HOST.replace("{root!r}", repr(str(ROOT))))
+    result = succeeded(process(tmp_path / "host.py", checkpoint, tmp_path / "child", cwd=tmp_path))
+    assert result.out.strip() == "[]"
+    assert (tmp_path / "child").read_text() == "done"

@@ -16,9 +16,8 @@ from model.training_free import Described, describe_support, join, target_score
 from tests.harness import call, succeeded, test_command
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
-from util.errors import UserError
-from util.segment.edges import sharp_mask
-from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
+from util.photos.edges import sharp_mask
+from util.photos.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 
 def described(seed: int, positions: int = 24, channels: int = 6) -> Described:
@@ -37,7 +36,7 @@ def query(seed: int, height: int = 4, width: int = 5, channels: int = 6) -> Tens
     return F.normalize(torch.randn(channels, height, width, generator=generator), dim=0)
 
 
-def naive(picture: Tensor, supports: list[Described]) -> np.ndarray:
+def naive(image: Tensor, supports: list[Described]) -> np.ndarray:
     """The formulas of model/training_free.py, a position at a time, in float64."""
 
     def unit(v: np.ndarray) -> np.ndarray:
@@ -57,7 +56,7 @@ def naive(picture: Tensor, supports: list[Described]) -> np.ndarray:
     p_other = unit(sum(o * s for s, _, o in positions))
     on_target = [s for s, t, _ in positions if t > 0 and t >= 0.5 * max(t for _, t, _ in positions)]
     on_other = [s for s, _, o in positions if o > 0 and o >= 0.5 * max(o for _, _, o in positions)]
-    places = [q.double().numpy() for q in picture.flatten(1).T]
+    places = [q.double().numpy() for q in image.flatten(1).T]
     d1 = [q @ p_target - q @ p_other for q in places]
     d2 = [max(s @ q for s in on_target) - max(s @ q for s in on_other) for q in places]
     score = [a / deviation(d1) + b / deviation(d2) for a, b in zip(d1, d2, strict=True)]
@@ -68,7 +67,7 @@ def naive(picture: Tensor, supports: list[Described]) -> np.ndarray:
         q_other = unit(sum(places[n] for n in order[-lowest:]) / lowest)
         d3 = [q @ unit(p_target + q_target) - q @ unit(p_other + q_other) for q in places]
         score = [a / deviation(score) + b / deviation(d3) for a, b in zip(score, d3, strict=True)]
-    return (np.array(score) / deviation(score)).reshape(picture.shape[1:])
+    return (np.array(score) / deviation(score)).reshape(image.shape[1:])
 
 
 @pytest.mark.parametrize("shots", [1, 3])
@@ -100,7 +99,7 @@ def test_what_is_like_the_target_is_found_and_what_is_like_the_rest_is_not() -> 
 
 @pytest.mark.parametrize("case", ["no_target", "no_other", "nothing", "same_everywhere", "faint_target", "zeros"])
 def test_every_degenerate_support_or_query_gives_a_finite_score(case: str) -> None:
-    support, picture = described(0), query(0)
+    support, image = described(0), query(0)
     zeros = torch.zeros_like(support.target)
     if case in ("no_target", "nothing"):
         support = support._replace(target=zeros)
@@ -109,17 +108,17 @@ def test_every_degenerate_support_or_query_gives_a_finite_score(case: str) -> No
     if case == "faint_target":
         support = support._replace(target=zeros.index_fill(0, torch.tensor([3]), 0.02))
     if case == "same_everywhere":
-        picture = picture[:, :1, :1].expand_as(picture)
+        image = image[:, :1, :1].expand_as(image)
     if case == "zeros":
-        picture = torch.zeros_like(picture)
-    score = target_score(picture, support)
+        image = torch.zeros_like(image)
+    score = target_score(image, support)
     assert score.isfinite().all()
     if case in ("same_everywhere", "zeros"):
         assert not score.any()
     if case == "no_other":
         assert (score > 0).any() and (score < 0).any()  # not everything is target
     if case == "faint_target":
-        nearest = (support.feature[:, 3] @ picture.flatten(1)).argmax()
+        nearest = (support.feature[:, 3] @ image.flatten(1)).argmax()
         assert score.flatten()[nearest] > 0
 
 
@@ -130,14 +129,14 @@ def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
     layers[0, 5, 3], layers[1, 5, 3] = 1, 0
     found = describe_support(torch.ones(4, 3, 4), layers)
     target, other = found.target.reshape(3, 4), found.other.reshape(3, 4)
-    assert target[1, 0] == pytest.approx(1 / 45)  # 9 rows and 5 columns of it lie in the picture
+    assert target[1, 0] == pytest.approx(1 / 45)  # 9 rows and 5 columns of it lie in the image
     assert (target > 0).sum() == 1
     assert (other[:, 3] == 0).all() and (other[0, :2] == 1).all()
     with pytest.raises(ValueError, match="layers must be"):
         describe_support(torch.ones(4, 3, 4), layers[:, :16])
 
 
-# On pictures, with EfficientNet-Lite0 as it comes with pip
+# On images, with EfficientNet-Lite0's weights from pip
 
 
 @pytest.fixture(scope="module")
@@ -162,42 +161,17 @@ def test_a_disc_is_found_without_training_and_edges_find_its_border(segmenter: T
     assert iou(sharp.mask, truth_of[1]) > max(0.9, iou(found.mask, truth_of[1]))
 
 
-def test_supports_of_any_size_number_and_order_give_one_target(segmenter: TrainingFreeSegmenter) -> None:
-    scenes = [scene(1, 120, 150), scene(2, 60, 61), scene(3, 400, 90)]
-    pictures, masks = (list(part) for part in zip(*scenes, strict=True))
-    whole = segmenter.segment(pictures, masks, scene(4)[0]).probability
-    turned = segmenter.segment(pictures[::-1], masks[::-1], scene(4)[0]).probability
-    np.testing.assert_allclose(whole, turned, atol=1e-4)
-
-
-def test_a_target_that_fills_its_picture_and_one_of_a_few_pixels(segmenter: TrainingFreeSegmenter) -> None:
-    picture, disc = scene(1, 120, 150)
-    full = segmenter.segment(picture, np.ones_like(disc), scene(2)[0])
-    assert np.isfinite(full.probability).all()
-    few = np.zeros_like(disc)
-    few[tuple(np.argwhere(disc)[disc.sum() // 2])] = True
-    found = segmenter.segment(picture, few, picture)
-    assert found.probability[few].min() > 0.5
-    with pytest.raises(UserError, match="shows nothing"):
-        segmenter.encode(picture, np.zeros_like(disc))
-
-
-def test_weights_that_are_not_there_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="does not exist"):
-        NTRESegmenter.training_free(device="cpu", weights=str(tmp_path / "none.pth"))
-
-
 def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_empty() -> None:
-    picture, disc = scene(2, 120, 150)
+    image, disc = scene(2, 120, 150)
     blurred = F.avg_pool2d(torch.from_numpy(disc)[None].float(), 21, stride=1, padding=10)[0].numpy()
     probability = 0.05 + 0.6 * blurred
-    sharp = sharp_mask(probability, picture, 0.3)
+    sharp = sharp_mask(probability, image, 0.3)
     assert iou(sharp, disc) > 0.95 > iou(probability > 0.3, disc)
-    assert not sharp_mask(probability, picture, 0.9).any()
-    assert sharp_mask(probability, picture, 0.01).all()
-    assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), picture).any()
+    assert not sharp_mask(probability, image, 0.9).any()
+    assert sharp_mask(probability, image, 0.01).all()
+    assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), image).any()
     for side in (1, 9):
-        assert sharp_mask(np.eye(side, dtype=np.float32), picture[:side, :side]).shape == (side, side)
+        assert sharp_mask(np.eye(side, dtype=np.float32), image[:side, :side]).shape == (side, side)
 
 
 # On an evaluation's episodes
@@ -223,10 +197,10 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
     counts = {"training_free": np.zeros((5, 2)), "training_free_edges": np.zeros((5, 2))}  # class; intersection, union
     for number in range(2):
         episode = sampler(number)
-        pictures = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
+        images = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
         labels = [np.array(Image.open(index.items[i].mask)) for i in (episode.query, *episode.supports)]
-        target = method.encode(pictures[1:], labels[1:], episode.class_id)
-        query = method.encode_query(pictures[0])
+        target = method.encode(images[1:], labels[1:], episode.class_id)
+        query = method.encode_query(images[0])
         truth, valid = labels[0] == episode.class_id, labels[0] != 255
         for name, edges in zip(counts, (False, True), strict=True):
             mask = method.segment_encoded(target, query, edges=edges).mask
@@ -235,11 +209,3 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
         expected = 100 * (count[:, 0] / np.maximum(count[:, 1], 1)).mean()
         assert results["baselines"][name]["miou"] == pytest.approx(expected, abs=0.01)
         assert expected > 1
-
-
-@pytest.mark.parametrize(
-    ("words", "message"), [([], "--checkpoint, --baselines"), (["--baselines", "--panel", "p.png"], "show a network")]
-)
-def test_an_evaluation_of_nothing_is_refused(words: list[str], message: str) -> None:
-    done = call(test_command, "--config", ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", *words)
-    assert done.code == 2 and message in done.err

