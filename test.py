@@ -77,7 +77,7 @@ def main() -> None:
         loader = build_eval_loader(config, first_seed, range(min(PANEL_ROWS, len(episodes[0]))))
         save_picture(args.panel, draw_rows(episode_rows(network.model, loader, hardware=hardware)))
         print(f"image: {args.panel}")
-    if args.save_panels is not None and network is not None:
+    if args.save_panels is not None and network is not None and args.checkpoint is not None:
         folder, of_first = args.checkpoint.parent / "panels", counts["network"][: len(episodes[0])]
         save_panels(folder, args.save_panels, network.model, baseline, first_seed, of_first, config, hardware)
         print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")

@@ -85,7 +85,9 @@ class Backbone(ABC, nn.Module):
         step, offset = self.sides
         if side < step or side % step != offset:
             lower = max(side - offset, step) // step * step + offset
-            raise ValueError(f"an image side of {side} pixels does not fit the backbone: take {lower} or {lower + step}")
+            raise ValueError(
+                f"an image side of {side} pixels does not fit the backbone: take {lower} or {lower + step}"
+            )
 
 
 class Source(NamedTuple):

@@ -28,7 +28,7 @@ FEMInput = tuple[Tensor, Tensor, Tensor | None]
 
 
 class FEMScale(nn.Module):
-    """Merges one scale with the prototype, takes in the finer one before, and refines; in training it also classifies."""
+    """Merges one scale with the prototype, takes in the finer one before it, and refines; in training, classifies."""
 
     def __init__(self, *, channels: int, maps: int, first: bool) -> None:
         super().__init__()
@@ -59,15 +59,13 @@ class FEM(nn.Module):
         super().__init__()
         self.scale_sides = tuple(scales)
         self.maps = maps
-        self.scales = nn.ModuleList(
-            FEMScale(channels=channels, maps=maps, first=i == 0) for i in range(len(scales))
-        )
+        self.scales = nn.ModuleList(FEMScale(channels=channels, maps=maps, first=i == 0) for i in range(len(scales)))
         self.fuse = conv_relu(channels * len(scales), channels, 1)
         self.refine = refinement(channels)
         self.classifier = classifier(channels)
 
     def forward(self, feature: Tensor, prototype: Tensor, prior: Tensor | None = None) -> FEMOutput:
-        """feature (B, C, h, w), prototype (B, C, 1, 1), prior (B, maps, h, w) -> logits (B, 1, h, w) and one a scale."""
+        """Map feature (B, C, h, w), prototype (B, C, 1, 1) and prior (B, maps, h, w) to logits (B, 1, h, w)."""
         size = (feature.shape[-2], feature.shape[-1])
         inputs: list[FEMInput] = [
             (pool(feature, side), prototype, None if prior is None else resize(prior, side))

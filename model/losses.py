@@ -63,9 +63,7 @@ def background_mining_loss(bg_logits: Tensor, masks: Tensor, alpha: float, *, ig
     return mean_over_batch((on_target + alpha * everywhere).sum(), len(masks))
 
 
-def prototypical_contrastive_loss(
-    query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor
-) -> Tensor:
+def prototypical_contrastive_loss(query: Tensor, support: Tensor, negatives: Tensor, stored: Tensor) -> Tensor:
     """Compute L_PCL, which asks for a target prototype like the support's and unlike those of distracting objects.
 
         L_PCL = -log( exp cos(P^q, P^s) / sum_B exp cos(P^q, P_DO) )                                    (eq. 10)

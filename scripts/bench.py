@@ -38,6 +38,9 @@ from util.command import run_command
 import numpy as np
 import torch
 from PIL import Image
+from util.engine.compilation import compiled
+from util.engine.loops import evaluate, forward, loss_terms
+from util.engine.memory import return_freed_memory
 
 from model import IGNORE
 from model.ntrenet import NTRENet
@@ -61,9 +64,6 @@ from util.engine.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.engine.compilation import compiled
-from util.engine.loops import evaluate, forward, loss_terms
-from util.engine.memory import return_freed_memory
 from util.engine.metrics import scores
 from util.engine.record import environment
 from util.errors import UserError

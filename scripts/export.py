@@ -37,6 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from util.segment.segmenter import NTRESegmenter
 
 from model import IGNORE
 from model.ntrenet import NTRENet, QueryEncoding, SupportEncoding
@@ -44,7 +45,6 @@ from model.ops import foreground, masked_average_pool
 from util.data.transforms import normalize
 from util.errors import UserError
 from util.files import naming, require_writable, write_atomically
-from util.segment.segmenter import NTRESegmenter
 
 Episode = tuple[Tensor, Tensor, Tensor]
 """query, supports, support_masks, all uint8"""

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from util.engine.loops import evaluate
 
 from scripts.bench import build, make_config, read_peak, reset_peak, step_of, timed, training_batches
 from util.config import Config
@@ -38,7 +39,6 @@ from util.engine.build import (
     build_train_sampler,
     select_hardware,
 )
-from util.engine.loops import evaluate
 from util.engine.record import environment
 from util.errors import UserError
 from util.files import require_writable, write_text

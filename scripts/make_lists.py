@@ -28,6 +28,7 @@ from util.command import run_command
 import numpy as np
 import yaml
 from tabulate import tabulate as text_table
+from util.segment.pictures import SUFFIXES
 
 from scripts.check_data import check_item, copies_warning, turned_warning
 from util.data.class_index import Item, tabulate
@@ -35,7 +36,6 @@ from util.data.images import image_size
 from util.data.pool import on_all_cores
 from util.errors import UserError
 from util.files import require_writable, write_text
-from util.segment.pictures import SUFFIXES
 
 LARGEST_ID = 254
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from util.engine.loops import forward, loss_terms
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.transforms import normalize
@@ -38,7 +39,6 @@ from util.engine.build import (
     build_optimizer,
     prepare_precision,
 )
-from util.engine.loops import forward, loss_terms
 
 CPU = torch.device("cpu")
 

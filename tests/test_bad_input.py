@@ -31,6 +31,8 @@ import pytest
 import torch
 from PIL import Image
 from tqdm import tqdm
+from util.segment import pictures
+from util.segment.targets import read_targets
 
 from model.weights import load_exactly, read_weights
 from scripts import prepare_pascal
@@ -43,8 +45,6 @@ from util.data.images import MAX_PIXELS, read_class_ids, read_image
 from util.engine.checkpoint import load_checkpoint, saved_config
 from util.engine.record import keep_json_lines
 from util.errors import UserError
-from util.segment import pictures
-from util.segment.targets import read_targets
 
 CLASSES = ["cat", "dog", "Großer Hund", "猫"]
 HEIGHT, WIDTH = 40, 56

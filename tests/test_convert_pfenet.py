@@ -25,6 +25,7 @@ from pfenet import (
     vgg_shapes,
 )
 from torch import Tensor
+from util.engine.run_state import _checkpoint_to_resume
 
 from model.ntrenet import NTRENet
 from model.weights import sha256_of
@@ -33,7 +34,6 @@ from tests.harness import ROOT, Result, Trap, call, load, refused, succeeded, te
 from util.config import config_from_dict, load_config
 from util.data.synthetic import generate
 from util.engine.build import build_model
-from util.engine.run_state import _checkpoint_to_resume
 from util.errors import UserError
 
 State = dict[str, Tensor]

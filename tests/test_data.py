@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from scipy.sparse import csr_array
 from torch.utils.data import DataLoader
+from util.engine.rounds import EncodingSize, plan_rounds
 
 from util.config import Config, DataConfig, load_config
 from util.data import class_index
@@ -34,7 +35,6 @@ from util.engine.build import (
     build_train_loader,
     build_train_sampler,
 )
-from util.engine.rounds import EncodingSize, plan_rounds
 from util.errors import UserError
 from util.files import write_atomically
 

@@ -8,6 +8,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
+from util.segment.baselines import better_of
+from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 import train
 from scripts import diagnose
@@ -19,8 +21,6 @@ from util.engine import diagnosis
 from util.engine.build import build_eval_sampler, build_index, build_model, build_saved_model, find_hardware
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.engine.diagnosis import EDGES, THRESHOLDS, Counts, area_under_curve, miou_by_threshold, predicted_share
-from util.segment.baselines import better_of
-from util.segment.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"

@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from util.segment.segmenter import TrainingFreeSegmenter
+from util.segment.visualize import GAP, TILE
 
 from tests.harness import (
     NOVEL,
@@ -32,8 +34,6 @@ from tests.harness import (
 from util.config import Config, load_config
 from util.data.episodes import EpisodeSampler
 from util.engine.build import build_eval_sampler, build_index, build_model
-from util.segment.segmenter import TrainingFreeSegmenter
-from util.segment.visualize import GAP, TILE
 
 Tested = tuple[Result, dict[str, Any], Path]
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from scenes import SIDE, scene, spread, write_checkpoint
+from util.segment.segmenter import NTRESegmenter
 
 from scripts import export
 from tests.harness import call
 from util.data.transforms import fit, normalize
 from util.errors import UserError
-from util.segment.segmenter import NTRESegmenter
 
 LARGER = SIDE + 8
 

@@ -13,6 +13,12 @@ import pytest
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from util.engine.compilation import compile_where_it_pays
+from util.engine.loops import BASELINES, NETWORK, Frozen, encoding_size, evaluate, train
+from util.engine.monitor import monitored
+from util.engine.rounds import plan_rounds
+from util.engine.run_state import Training, start_or_resume
+from util.segment.segmenter import NTRESegmenter
 
 from model.backbone import Backbone
 from model.prior import prior_mask
@@ -34,14 +40,8 @@ from util.engine.build import (
     build_train_sampler,
     find_hardware,
 )
-from util.engine.compilation import compile_where_it_pays
-from util.engine.loops import BASELINES, NETWORK, Frozen, encoding_size, evaluate, train
-from util.engine.monitor import monitored
-from util.engine.rounds import plan_rounds
-from util.engine.run_state import Training, start_or_resume
 from util.errors import UserError
 from util.progress import progress
-from util.segment.segmenter import NTRESegmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 ABLATIONS = sorted(p.stem for p in (ROOT / "configs/ablation").glob("*.yaml") if not p.stem.startswith("channels_"))

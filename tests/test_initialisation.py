@@ -4,13 +4,13 @@ import pytest
 import torch
 from pfenet import episode
 from torch import nn
+from util.engine.loops import learning_rate
 
 from model.backbone import Backbone, Features, build_backbone
 from model.backbones import BACKBONES
 from model.losses import NTRELoss
 from model.ntrenet import NTRENet, build_ntrenet
 from model.prototype_bank import PrototypeBank
-from util.engine.loops import learning_rate
 
 
 def measured_backbone(name: str, factor: float = 1.0) -> Backbone:

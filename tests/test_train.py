@@ -20,6 +20,8 @@ import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
+from util.engine.events import Events
+from util.engine.monitor import BAR
 
 import train
 from tests.harness import (
@@ -40,9 +42,7 @@ from tests.harness import (
 from util.config import load_config
 from util.data.dataset import Episode, EpisodeDataset
 from util.engine.build import build_index, build_train_sampler
-from util.engine.events import Events
 from util.engine.metrics import Scores
-from util.engine.monitor import BAR
 
 BATCH, EPOCHS, LR, WARMUP, MIN_AREA = 2, 2, 0.03, 4, 256
 """of the tests' config"""

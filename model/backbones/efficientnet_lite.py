@@ -34,7 +34,7 @@ def source(name: str) -> Source:
     """Return the source of 'efficientnet_lite0'."""
     return Source(
         build=lambda deep_stem: EfficientNetLite0(),
-        cut=lambda network: StagedCNN(network.stages(), channels=(40, 80, 112)),
+        cut=_cut,
         imagenet=lambda folder: pip_file(name, PIP_PACKAGE, "0.1.0"),
         unused=("_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16))),
         last=last_blocks,
@@ -81,11 +81,13 @@ class EfficientNetLite0(nn.Module):
                 channels = outputs
         self._blocks = nn.ModuleList(blocks)
 
-    def stages(self) -> list[nn.Module]:
-        """Cut the network into the stem and stages 1 to 4."""
-        blocks = list(self._blocks)
-        stem = nn.Sequential(self._conv_stem, self._bn0, nn.ReLU6(inplace=True), blocks[0])
-        return [stem, *(nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11)))]
+
+def _cut(network: nn.Module) -> StagedCNN:
+    part = dict(network.named_children())
+    blocks = list(part["_blocks"].children())
+    stem = nn.Sequential(part["_conv_stem"], part["_bn0"], nn.ReLU6(inplace=True), blocks[0])
+    stages = [nn.Sequential(*blocks[a:b]) for a, b in ((1, 3), (3, 5), (5, 8), (8, 11))]
+    return StagedCNN([stem, *stages], channels=(40, 80, 112))
 
 
 def last_blocks(state: dict[str, Tensor] | None) -> nn.Sequential:

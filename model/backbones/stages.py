@@ -15,12 +15,16 @@ class StagedCNN(Backbone):
         channels: of stages 2, 3 and 4.
     """
 
+    stem: nn.Module
+    stage1: nn.Module
+    stage2: nn.Module
+    stage3: nn.Module
+    stage4: nn.Module
+
     def __init__(self, stages: list[nn.Module], *, channels: tuple[int, int, int], stride: int = 8) -> None:
         second, self.third, high = channels
         named = dict(zip(("stem", "stage1", "stage2", "stage3", "stage4"), stages, strict=True))
-        super().__init__(
-            named, middle_channels=self.third + second, high_channels=high, stride=stride, sides=(8, 1)
-        )
+        super().__init__(named, middle_channels=self.third + second, high_channels=high, stride=stride, sides=(8, 1))
 
     @torch.no_grad()
     def middle(self, images: Tensor) -> Tensor:

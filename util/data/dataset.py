@@ -64,11 +64,12 @@ class Episode(NamedTuple):
 
     def to(self, device: torch.device) -> "Episode":
         """Copy the tensors to a device."""
-        return Episode(*(x.to(device, non_blocking=True) for x in self[:3]), self.names)
+        pixels, class_id, target = (x.to(device, non_blocking=True) for x in self[:3])
+        return Episode(pixels, class_id, target, self.names)
 
     def pin_memory(self) -> "Episode":
         """Pin the tensors; the data loader calls this."""
-        return Episode(*(x.pin_memory() for x in self[:3]), self.names)
+        return Episode(self.pixels.pin_memory(), self.class_id.pin_memory(), self.target.pin_memory(), self.names)
 
 
 def target_of(ids: Tensor, value: Tensor | int) -> Tensor:
@@ -113,5 +114,5 @@ class EpisodeDataset(Dataset[Episode]):
 
 def collate(episodes: list[Episode]) -> Episode:
     """Make a batch of episodes."""
-    tensors = (default_collate(list(parts)) for parts in zip(*(episode[:3] for episode in episodes), strict=True))
-    return Episode(*tensors, [name for episode in episodes for name in episode.names])
+    pixels, class_id, target = (default_collate([episode[n] for episode in episodes]) for n in range(3))
+    return Episode(pixels, class_id, target, [name for episode in episodes for name in episode.names])

@@ -63,8 +63,8 @@ def select_hardware(config: Config) -> Hardware:
 def find_hardware(device: str, precision: str) -> Hardware:
     """Choose device and precision; no setting of torch is changed.
 
-    Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' is bfloat16 if the device computes it natively,
-    else float32.
+    Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' is bfloat16 if the device computes it
+    natively, else float32.
 
     Raises:
         UserError: the device is not there, or the name is not one of a device or precision.
@@ -214,7 +214,7 @@ def build_eval_sampler(
 
 
 def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> Generator[Episode]:
-    """Load the batches of steps ``start`` to ``stop``; step s holds episodes s * batch_size to (s + 1) * batch_size - 1.
+    """Yield the batches of steps ``start`` to ``stop``; step s begins with episode s * batch_size.
 
     One loader, iterated once, serves all epochs, so that its workers start once. Each process of a job loads its part
     of every batch, in the order of ranks.

@@ -30,7 +30,7 @@ CALIBRATION_EPISODES = 200
 
 
 def histogram(score: Tensor, ids: Tensor, value: int) -> Tensor:
-    """Count each region's scores in bins, the outermost bins open: a measure for :func:`util.engine.evaluation.evaluate`.
+    """Count each region's scores in bins, the outermost bins open: a measure for ``evaluate``.
 
     Args:
         score: (H, W)
@@ -105,9 +105,7 @@ def calibrated_threshold(
     episodes = [sampler(number) for number in range(min(config.eval.episodes, CALIBRATION_EPISODES))]
     method = NetworkMethod(model, config, hardware)
     with progress(total=len(episodes), desc="calibration", unit="episode", leave=False) as bar:
-        found = evaluate(
-            method, index, episodes, config=config, bar=bar, stop=stop, measure=histogram, alone=True
-        )
+        found = evaluate(method, index, episodes, config=config, bar=bar, stop=stop, measure=histogram, alone=True)
     class_ids = np.array([episode.class_id for episode in episodes])
     names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
     mious = miou_by_threshold(found["network"], class_ids, names)

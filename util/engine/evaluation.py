@@ -135,7 +135,7 @@ class NetworkMethod(Method):
             for part in dict.fromkeys(part for _, part in missing if part != IMAGE):
                 lines = [line for line, other in missing if other == part]
                 whole = [entries[line, IMAGE] for line in lines]
-                masks = None if part == QUERY else target_of(torch.cat([entry.fitted for entry in whole]), part)
+                masks = None if isinstance(part, str) else target_of(torch.cat([entry.fitted for entry in whole]), part)
                 high = backbone.high(torch.cat([entry.middle for entry in whole]), masks)
                 new.update(((line, part), high[n : n + 1].clone()) for n, line in enumerate(lines))
         return new
@@ -160,7 +160,7 @@ class NetworkMethod(Method):
         sizes = [held[e.query, IMAGE].ids.shape for e in episodes]
         return {
             name: [
-                to_original(logits, *size, self.geometry)[0]
+                to_original(logits, size[0], size[1], self.geometry)[0]
                 for logits, size in zip(predict(output).float(), sizes, strict=True)
             ]
             for name, predict in self.predictors.items()
@@ -245,9 +245,7 @@ class ImageDataset(Dataset[dict[int, Any]]):
         return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[number]}
 
 
-def load_images(
-    method: Method, index: ClassIndex, steps: Sequence[Step], config: Config
-) -> Generator[dict[int, Any]]:
+def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
     dataset = ImageDataset(method, index.items, [lines for lines in missing if lines])

@@ -1,11 +1,11 @@
 """Features of images that several episodes of an evaluation share, and that the next validation finds again."""
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-Key = tuple[int, Hashable]
-"""line of an image in the list, and what is kept of it"""
+Key = tuple[int, str | int]
+"""line of an image in the list, and the kind of entry or a class's value in the mask"""
 
 
 class Step(NamedTuple):

@@ -47,7 +47,7 @@ class Interruption:
             os.dup2(nowhere, 2)
 
     def check(self, *, alone: bool = False) -> None:
-        """Raise :class:`Stopped` in every process of the job if one was asked to stop; all must call it unless alone."""
+        """Raise :class:`Stopped` in every process of the job if one was asked to stop; all call it, unless alone."""
         number = self.requested
         if processes() > 1 and not alone:
             asked = torch.tensor(number, device="cuda" if dist.get_backend() == "nccl" else "cpu")

@@ -18,9 +18,9 @@ from model.parallel import processes, rank
 from model.weights import WeightsInfo
 from util.config import Config, config_from_dict, read_yaml
 from util.data.dataset import Episode
-from util.data.transforms import normalize
 from util.data.folds import base_classes, novel_classes
 from util.data.published import title_of
+from util.data.transforms import normalize
 from util.engine.build import Data, Hardware, build_loss, build_model, build_optimizer, forward, learning_rate
 from util.engine.checkpoint import load_checkpoint, require_same, save_checkpoint, saved_config
 from util.engine.distributed import first_process_first

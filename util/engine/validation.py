@@ -23,9 +23,7 @@ PANELS = 4
 """episodes shown in TensorBoard after each validation"""
 
 
-def validate(
-    training: Training, data: Data, epoch_steps: int, log: TrainingLog, stop: Interruption
-) -> float:
+def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog, stop: Interruption) -> float:
     """Evaluate on the fold's validation episodes, write scores and images, return the mIoU."""
     config = training.config
     episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
