@@ -21,6 +21,7 @@ from util.command import run_command
 
 from torch import Tensor
 
+from model.backbone import fuse_batch_norm
 from model.weights import WeightsError, read_weights
 from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
@@ -77,10 +78,10 @@ def main() -> None:
 
     config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"
     config = load_config(ROOT / config_file, ALL_OFF)
-    model, weights = build_model(config, "random", deep_stem=deep_stem, fold=False)
+    model, weights = build_model(config, "random", deep_stem=deep_stem, fuse=False)
     converted = convert(published, model.state_dict(), f"{args.pfenet} looks like PFENet with {backbone}, but")
     model.load_state_dict(model.state_dict() | converted)
-    model.backbone.fold_batch_norm()
+    fuse_batch_norm(model.backbone)
     state = {
         "config": config.model_dump(),
         "unknown": UNKNOWN,

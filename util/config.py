@@ -254,7 +254,7 @@ class TrainConfig(Section):
     """steps over which the learning rate rises to lr; 0 for none"""
     checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
     """longest time between checkpoints; one is written at the end of each epoch in any case"""
-    compile: Annotated[Switch, MACHINE] = "auto"
+    compile: Annotated[bool, MACHINE] = False
     """whether torch.compile makes the training step; auto is on for long runs on CUDA (util/engine/compilation.py)"""
 
 

@@ -30,7 +30,7 @@ LOG_EVERY = 10
 """steps between two readings of the losses"""
 LOADER_IS_THE_LIMIT = 0.25
 """share of an epoch's time spent waiting for images above which a line says so"""
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 
 
 class TrainingLog:
