@@ -30,10 +30,13 @@ from util.engine.record import ROOT
 from util.errors import UserError
 from util.files import require_writable
 
-ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
+ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
 
-UNKNOWN = [*sorted(keys_with(TASK)), "model.fem_scales", "model.prototype_channels", "seed"]
-"""config keys of which PFENet's file says nothing: test.py does not compare them"""
+UNKNOWN = [
+    *sorted(key for key in keys_with(TASK) if key.startswith("data.")),
+    *("model.fem_scales", "model.prototype_channels", "seed"),
+]
+"""config keys that PFENet's file does not record: test.py does not compare them"""
 
 LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
 """last index with parameters in layer3: of 6 blocks, of 23 blocks, of VGG's last batch norm there"""

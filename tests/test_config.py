@@ -215,7 +215,7 @@ def test_numbers_with_an_exponent_are_numbers(text: str, value: float, tmp_path:
     assert load_config(write(tmp_path / "d.yaml", MINIMAL), [f"train.lr={text}"]).train.lr == value
 
 
-# ---------------------------------------------------------------- what is refused, and how
+# ---------------------------------------------------------------- refusals
 
 WRONG = {
     # a wrong value: the words of the message after file and key

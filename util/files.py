@@ -75,7 +75,7 @@ def write_atomically(
             keep.unlink(missing_ok=True)
             try:
                 keep.hardlink_to(path)
-            except OSError:  # a file system without hard links: path is missing until the next line but one
+            except OSError:  # a file system without hard links: path is missing until the rename below
                 path.replace(keep)
         temporary.replace(path)
     except BaseException:
