@@ -1,8 +1,8 @@
-"""Import torchvision's Python parts beside a CPU-only torch.
+"""Import torchvision's Python parts with a CPU-only torch.
 
-The torchvision wheel of the package index is built for CUDA. Beside a CPU build of torch its compiled
-operators cannot load, and then ``import torchvision`` itself fails, because it attaches shape functions to two
-operators that do not exist. Declaring their schemas first is enough: this project uses none of the operators.
+The torchvision wheel of the package index is built for CUDA. With a CPU build of torch its compiled operators cannot
+load, and then ``import torchvision`` fails, because it attaches shape functions to two operators that do not exist.
+Declaring their schemas first is enough: this project uses none of the operators.
 """
 
 import importlib
@@ -14,7 +14,7 @@ _SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
 
 
 def import_models() -> ModuleType:
-    """Return ``torchvision.models``, declaring the two missing operators where the import needs them."""
+    """Return ``torchvision.models``, declaring the two missing operators if the import needs them."""
     try:
         return importlib.import_module("torchvision.models")
     except RuntimeError as error:

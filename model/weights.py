@@ -1,7 +1,7 @@
 """ImageNet weights of the backbones: where they come from, and errors that say how to get them.
 
-A file whose name carries a hash (``resnet50-0676ba61.pth``) is checked against it. Every loaded file's SHA-256
-is reported, so that a run can be traced to its weights.
+A file whose name holds a hash (``resnet50-0676ba61.pth``) is checked against it. The SHA-256 of every loaded file is
+reported, so that a run can be traced to its weights.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ class WeightsError(RuntimeError):
 
 
 class WeightsInfo(NamedTuple):
-    """What was loaded; stored in every checkpoint."""
+    """The weights that were loaded; stored in every checkpoint."""
 
     source: str
     """file path, or 'random'"""
@@ -62,7 +62,7 @@ def torchvision_file(backbone: str, weights_dir: Path) -> Path:
 
 
 def pip_file(backbone: str, package: str, version: str) -> Path:
-    """Find the ImageNet file that a pip package brings in its folder ``models``.
+    """Find the ImageNet file in the folder ``models`` of a pip package.
 
     Raises:
         WeightsError: the package is not installed, or holds no file.
@@ -84,11 +84,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
-    try:
-        digest = sha256_of(path)
-    except OSError as error:
-        raise WeightsError(f"weights file {path} cannot be read ({error.strerror}); check its permissions") from error
-    expected = _hash_in_name(path.name)
+    digest, expected = sha256_of(path), _hash_in_name(path.name)
     if expected and not digest.startswith(expected):
         raise WeightsError(
             f"weights file {path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {expected};"
@@ -96,7 +92,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         )
     try:
         state: Any = load_data(path)
-    except Exception as error:  # torch raises many kinds here, from EOFError to UnpicklingError
+    except Exception as error:  # torch raises many kinds, from EOFError to UnpicklingError
         raise WeightsError(
             f"weights file {path} cannot be read: it is damaged, or holds more than tensors; fetch it again"
         ) from error
@@ -110,69 +106,40 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_data(path: Path) -> Any:
-    """Read what ``torch.save`` wrote, tensors and plain values, onto the CPU; code in the file is not run.
-
-    ``torch.load`` does not compare the checksums of the zip file: a flipped bit would be another weight. Files of
-    before torch 1.6 are no zip files and have no checksums.
+    """Read tensors and plain values that ``torch.save`` wrote, onto the CPU; code in the file is not run.
 
     Raises:
         Exception: zipfile and torch raise many kinds for damaged files.
     """
-    with path.open("rb") as file:
-        zipped = file.read(2) == b"PK"
-    if zipped:
+    if zipfile.is_zipfile(path):  # torch.load does not compare the checksums: a flipped bit would change a weight
         with zipfile.ZipFile(path) as archive:
-            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it holds more than its size")  # torch.save compresses nothing
             if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} has another checksum")
+                raise ValueError(f"the checksum of {damaged} is wrong")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def strange_entry(state: dict[str, Any]) -> str | None:
-    """Say which entry of a state dict has no name or is no dense tensor of finite numbers, where there is one."""
-    strange = (name for name, value in state.items() if not _is_plain(name, value))
-    return next((f"{name!r:.80} is no dense tensor of finite numbers" for name in strange), None)
-
-
-def _is_plain(name: object, value: object) -> bool:
-    return (
-        isinstance(name, str)
-        and isinstance(value, Tensor)
-        and (value.layout, value.device.type) == (torch.strided, "cpu")
-        and not (value.is_quantized or value.is_complex())
-        and bool(torch.isfinite(_stored(value)).all())
-    )
-
-
-def _stored(value: Tensor) -> Tensor:
-    """The numbers in the file, flat: a tensor can claim to be larger than any memory by repeating them."""
-    storage = value.untyped_storage()
-    return torch.empty(0, dtype=value.dtype).set_(storage, 0, (storage.nbytes() // value.element_size(),), (1,))
+    """Name the first entry of a state dict that is no tensor of finite numbers, if there is one."""
+    strange = (name for name, value in state.items() if not (isinstance(value, Tensor) and value.isfinite().all()))
+    return next((f"{name!r:.80} is no tensor of finite numbers" for name in strange), None)
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:
-    """Load ``state`` into ``network``; every name and shape must fit, but for prefixes in ``ignore``.
+    """Load ``state`` into ``network``; every name and shape must fit, except for names with a prefix in ``ignore``.
 
-    Batch-norm step counters (``num_batches_tracked``) may be absent: old files lack them, and nothing reads them.
+    Batch-norm step counters (``num_batches_tracked``) may be missing: old files lack them, and nothing reads them.
 
     Raises:
-        WeightsError: naming the first few entries that are missing, left over, or of another shape or type.
+        WeightsError: naming the first few entries that are missing, left over, or of another shape.
     """
     wanted = network.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(ignore)} if ignore else state
     missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in wanted]
     wrong = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
-    whole = [n for n in wanted if n in state and wanted[n].is_floating_point() and not state[n].is_floating_point()]
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in (
-            (missing, "missing"),
-            (extra, "unknown"),
-            (wrong, "of another shape"),
-            (whole, "of whole numbers"),
-        )
+        for names, what in ((missing, "missing"), (extra, "unknown"), (wrong, "of another shape"))
         if names
     ]
     if problems:

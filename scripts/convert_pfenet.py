@@ -21,6 +21,7 @@ from util.command import run_command
 
 from torch import Tensor
 
+from model.backbone import fuse_batch_norm
 from model.weights import WeightsError, read_weights
 from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
@@ -29,10 +30,13 @@ from util.engine.record import ROOT
 from util.errors import UserError
 from util.files import require_writable
 
-ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=false"]
+ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
 
-UNKNOWN = [*sorted(keys_with(TASK)), "model.fem_scales", "model.prototype_channels", "seed"]
-"""config keys of which PFENet's file says nothing: test.py does not compare them"""
+UNKNOWN = [
+    *sorted(key for key in keys_with(TASK) if key.startswith("data.")),
+    *("model.fem_scales", "model.prototype_channels", "seed"),
+]
+"""config keys that PFENet's file does not record: test.py does not compare them"""
 
 LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
 """last index with parameters in layer3: of 6 blocks, of 23 blocks, of VGG's last batch norm there"""
@@ -77,10 +81,10 @@ def main() -> None:
 
     config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"
     config = load_config(ROOT / config_file, ALL_OFF)
-    model, weights = build_model(config, "random", deep_stem=deep_stem, fold=False)
+    model, weights = build_model(config, "random", deep_stem=deep_stem, fuse=False)
     converted = convert(published, model.state_dict(), f"{args.pfenet} looks like PFENet with {backbone}, but")
     model.load_state_dict(model.state_dict() | converted)
-    model.backbone.fold_batch_norm()
+    fuse_batch_norm(model.backbone)
     state = {
         "config": config.model_dump(),
         "unknown": UNKNOWN,

@@ -1,8 +1,8 @@
 """Say why a checkpoint scores as it does: python scripts/diagnose.py --config YAML --checkpoint RUN/best.pt [--out F]
 
-On episodes of novel and of base classes, all from the validation list: how much of the target, of other objects and of
-the background is predicted, how well the logits tell the target from the two others (AUC; 0.5 is chance), mIoU by
-threshold, and what Y_DO covers. The threshold that is best on base classes is fair to use on novel ones.
+On episodes of novel and of base classes, all from the validation list: which share of the target, of other objects and
+of the background is predicted and covered by Y_DO, how well the logits tell the target from the two others (AUC; 0.5 is
+chance), and mIoU by threshold. The threshold that is best on base classes is fair to use on novel ones.
 """
 
 import argparse
@@ -16,22 +16,19 @@ from util.command import run_command
 
 import numpy as np
 from tabulate import tabulate
+from torch import Tensor
 
-from model.ntrenet import NTRENet
+from model.ntrenet import NTRENetOutput
+from model.ops import resize
 from util.config import add_config_argument, load_config, parse_arguments
 from util.data.folds import base_classes, novel_classes
-from util.engine.build import build_eval_sampler, build_index, build_saved_model, select_hardware
-from util.engine.checkpoint import load_checkpoint, require_same, saved_config
-from util.engine.diagnosis import (
-    REGIONS,
-    Counts,
-    area_under_curve,
-    count,
-    miou_by_threshold,
-    predicted_share,
-)
+from util.engine.build import build_eval_sampler, build_index, select_hardware
+from util.engine.checkpoint import load_network
+from util.engine.diagnosis import REGIONS, area_under_curve, histogram, miou_by_threshold, predicted_share
+from util.engine.evaluation import NETWORK, NetworkMethod, Predictor, evaluate
 from util.engine.record import environment
 from util.files import require_writable, write_json
+from util.progress import progress
 
 
 def main() -> None:
@@ -46,18 +43,17 @@ def main() -> None:
     if args.out is not None:
         require_writable(args.out, ".json")
     hardware, index = select_hardware(config), build_index(config, "val")
-    checkpoint = load_checkpoint(args.checkpoint)
-    require_same(saved_config(checkpoint, args.checkpoint), config, args.checkpoint)
-    model = build_saved_model(config, checkpoint, args.checkpoint).to(hardware.device)
+    model = load_network(config, hardware, args.checkpoint).model
+    mined: dict[str, Predictor] = {"distracting": distracting} if config.model.doem else {}
+    method = NetworkMethod(model, config, hardware, NETWORK | mined)
     found: dict[str, Any] = {}
     for kind, classes in (("novel", novel_classes(config.data)), ("base", base_classes(config.data))):
         sampler = build_eval_sampler(config, index, seed=0, classes=classes)
-        names = {c: config.data.classes[c - 1] for c in classes}
         episodes = [sampler(number) for number in range(config.eval.episodes)]
-        found[kind] = summary(count(model, index, episodes, config=config, hardware=hardware), names)
-        if reads_one_prototype(model):
-            swapped = count(model, index, episodes, config=config, hardware=hardware, target_as_distractor=True)
-            found[kind]["miou_with_the_target_as_distractor"] = summary(swapped, names)["miou"]
+        with progress(total=len(episodes), desc=kind, unit="episode", leave=False) as bar:
+            counts = evaluate(method, index, episodes, config=config, bar=bar, measure=histogram)
+        class_ids = np.array([episode.class_id for episode in episodes])
+        found[kind] = summary(counts, class_ids, {c: config.data.classes[c - 1] for c in classes})
     print(table(found))
     if args.out is not None:
         record = {"checkpoint": str(args.checkpoint), "episodes": config.eval.episodes, "unit": "percent"}
@@ -65,29 +61,33 @@ def main() -> None:
         print(f"figures: {args.out}")
 
 
-def reads_one_prototype(model: NTRENet) -> bool:
-    """Whether FEM takes one prototype of distracting objects, which another can replace."""
-    return len(model.eliminations) == 1 and not model.per_scale and model.base_learner is None
+def distracting(output: NTRENetOutput) -> Tensor:
+    """Y_DO as a prediction: above 0 where it covers the query."""
+    size = (output.logits.shape[-2], output.logits.shape[-1])
+    return resize(output.eliminated[0].do_mask.float(), size) - 0.5
 
 
-def summary(counts: Counts, classes: dict[int, str]) -> dict[str, Any]:
-    """The figures of one kind of classes, in percent; what is not defined is None."""
+def summary(counts: dict[str, np.ndarray], class_ids: np.ndarray, classes: dict[int, str]) -> dict[str, Any]:
+    """Return the figures of one kind of classes, in percent; None for those that are not defined."""
 
     def percent(value: float) -> float | None:
         return None if np.isnan(value) else round(100 * float(value), 2)
 
-    with np.errstate(invalid="ignore"):
-        covered = [np.nanmean(column) if (~np.isnan(column)).any() else np.nan for column in counts.distracting.T]
+    network = counts["network"]
+    covered = np.full(len(REGIONS), np.nan)
+    if "distracting" in counts:
+        shares = predicted_share(counts["distracting"])
+        covered = np.array([np.nanmean(share) if (~np.isnan(share)).any() else np.nan for share in shares.T])
     return {
-        "miou": {str(t): percent(miou) for t, miou in miou_by_threshold(counts, classes).items()},
-        "predicted": dict(zip(REGIONS, map(percent, predicted_share(counts)), strict=True)),
-        "auc": {name: percent(area_under_curve(counts, r)) for r, name in enumerate(REGIONS) if r > 0},
+        "miou": {str(t): percent(miou) for t, miou in miou_by_threshold(network, class_ids, classes).items()},
+        "predicted": dict(zip(REGIONS, map(percent, predicted_share(network.sum(0))), strict=True)),
+        "auc": {name: percent(area_under_curve(network, r)) for r, name in enumerate(REGIONS) if r > 0},
         "distracting": dict(zip(REGIONS, map(percent, covered), strict=True)),
     }
 
 
 def table(found: dict[str, Any]) -> str:
-    """The figures as a person reads them: a column for novel and one for base classes."""
+    """Return the figures as text: a column for novel and one for base classes."""
 
     def row(name: str, *path: str) -> list[str]:
         cells = [name]
@@ -100,9 +100,6 @@ def table(found: dict[str, Any]) -> str:
 
     by_base = max(found["base"]["miou"], key=lambda t: found["base"]["miou"][t])
     lines = [row(f"mIoU, cut at {t}", "miou", t) for t in found["novel"]["miou"]]
-    if "miou_with_the_target_as_distractor" in found["novel"]:
-        name = f"the same, the target's prototype as P_DO, {by_base}"
-        lines.append(row(name, "miou_with_the_target_as_distractor", by_base))
     for region in REGIONS:
         lines.append(row(f"predicted at 0.5, of {region}", "predicted", region))
     for region in REGIONS[1:]:

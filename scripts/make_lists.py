@@ -1,4 +1,4 @@
-r"""Lists for a data set of your own, from a folder of images and a folder of masks.
+r"""Lists for your own data set, from a folder of images and one of masks, or from one folder for each class.
 
     python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \
         --out data/mine/lists
@@ -6,9 +6,22 @@ r"""Lists for a data set of your own, from a folder of images and a folder of ma
 An image and its mask have the same name but for the suffix; subfolders are searched, the same on both sides. Masks are
 palette or greyscale PNGs whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every
 file is opened and checked. train.txt and val.txt hold 'image mask' lines relative to --root, the same for the same
-files and --seed. Every class has about --val of its images in val and, where there are enough, at least two in each
-list, which is what a 1-shot episode needs. A config for these data is written beside the lists, here
-data/mine/lists/mine.yaml. A config that is there already is left as it is, and the new text is printed instead.
+files and --seed. Every class has about --val of its images in val and, if there are enough, at least two in each list,
+which a 1-shot episode needs. A config for these data is written next to the lists, here data/mine/lists/mine.yaml. An
+existing config is not changed; the new text is printed instead.
+
+    python scripts/make_lists.py --root data/fss --out lists/fss
+
+ROOT holds a folder for each class, named after it, such as FSS-1000's: images with their masks, 1.jpg with 1.png and so
+on. A mask is black and white, the class in white (util/data/readers.py: read_binary_mask). Written are
+
+  OUT/classes.txt                    all classes, in the order of their ids
+  OUT/{train,val,test}_classes.txt   the classes that are for training, validation and test
+  OUT/train.txt                      'image mask' lines of the training classes
+  OUT/val.txt                        those of the other classes
+
+24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of test_classes.txt and
+val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a config are printed.
 """
 
 import argparse
@@ -27,92 +40,58 @@ from util.command import run_command
 
 import numpy as np
 import yaml
-from tabulate import tabulate as text_table
-from util.segment.pictures import SUFFIXES
+from tabulate import tabulate
 
 from scripts.check_data import check_item, copies_warning, turned_warning
-from util.data.class_index import Item, tabulate
-from util.data.images import image_size
+from util.data.class_index import Item
+from util.data.images import FORMATS, image_size
 from util.data.pool import on_all_cores
-from util.errors import UserError
+from util.errors import UserError, first_of
 from util.files import require_writable, write_text
 
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 LARGEST_ID = 254
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"
 """the base of the config that is written"""
-CUSTOM_SIZE = 321
-"""data.image_size of CUSTOM"""
+CUSTOM_SIZE, BATCH_SIZE = 321, 8
+"""data.image_size and train.batch_size of CUSTOM"""
 EPISODE = 2
 """images of a class that a 1-shot episode needs"""
-STEPS, BATCH_SIZE = 600, 8
-"""steps after which something is learned, however few pictures there are; train.batch_size of CUSTOM"""
+STEPS = 600
+"""training steps, however few images there are"""
 VALIDATIONS = 4
-"""how often a training validates: with the 200 episodes of CUSTOM, a small part of the time"""
+"""in a training; with the 200 episodes of CUSTOM they take a small part of the time"""
 MIN_SHARE = 0.005
-"""share of a picture that a class needs to be an example of it"""
+"""share of an image that a class needs to be an example of it"""
 MOST_FOLDS = 4
+TEST_SHARE = 0.24
+"""share of the classes for test, and share of those for validation, in folders of classes"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
-    parser.add_argument("--masks", type=Path, required=True, help="folder of masks")
-    parser.add_argument("--root", type=Path, required=True, help="folder that holds both; data.root of the config")
+    parser.add_argument("--root", type=Path, required=True, help="data.root of the config; it holds all files")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.txt and val.txt")
+    parser.add_argument("--images", type=Path, help="folder of images; without it, ROOT holds a folder for each class")
+    parser.add_argument("--masks", type=Path, help="folder of masks")
     parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
     parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     args = parser.parse_args()
     if not 0 < args.val < 1:
         raise UserError(f"--val must lie between 0 and 1, got {args.val:g}")
+    if (args.images is None) != (args.masks is None):
+        raise UserError("--images and --masks go together; without both, --root holds a folder for each class")
     lists = [args.out / "train.txt", args.out / "val.txt"]
     for path in lists:
         require_writable(path, ".txt")
-
-    images, masks = find_files(args.images), find_files(args.masks)
-    for missing, files, others in (("mask", images, masks), ("image", masks, images)):
-        for stem in sorted(files.keys() - others.keys()):
-            print(f"left out, it has no {missing}: {files[stem]}")
-    items = [Item(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
-    if not items:
-        raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
-    lines = [f"{in_list(item.image, args.root)} {in_list(item.mask, args.root)}" for item in items]
-    pixels = count_classes(items)
-    names = class_names(args.classes, pixels)
-
-    pixels = pixels[:, 1 : len(names) + 1]
-    order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
-    in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
-    if in_val.all() or not in_val.any():
-        raise UserError(f"{len(items)} images with masks are too few to split; give more")
-    for path, chosen in zip(lists, (~in_val, in_val), strict=True):
-        write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
-    print(table(names, pixels, in_val))
-    config = args.out / f"{args.root.resolve().name}.yaml"
-    write_config(config, config_for(args.root, lists, names, items, pixels[~in_val]))
+    if args.images is None:
+        list_folders(args.root, args.out, args.seed)
+    else:
+        list_pairs(args, lists)
 
 
-def find_files(folder: Path) -> dict[str, Path]:
-    """Pictures below a folder by their path without the suffix, relative to it.
-
-    Raises:
-        UserError: no folder, no pictures, two of the same stem.
-    """
-    if not folder.is_dir():
-        raise UserError(f"folder {folder} does not exist")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
-            found[stem] = path
-    if not found:
-        raise UserError(f"folder {folder} holds no pictures ({', '.join(SUFFIXES)})")
-    return found
-
-
-def in_list(path: Path, root: Path) -> str:
+def name_in_list(path: Path, root: Path) -> str:
     """A path as a list has it: relative to the root, without spaces."""
     try:
         name = path.absolute().relative_to(root.absolute()).as_posix()
@@ -126,31 +105,75 @@ def in_list(path: Path, root: Path) -> str:
     return name
 
 
-def count_classes(items: list[Item]) -> np.ndarray:
-    """Pixels of each value in each mask, (images, 255).
+# ---------------------------------------------------------------- a folder of images and one of masks
 
-    Raises:
-        UserError: after all files were opened, with every file that is wrong.
-    """
+
+def list_pairs(args: argparse.Namespace, lists: list[Path]) -> None:
+    images, masks = find_files(args.images), find_files(args.masks)
+    for missing, files, others in (("mask", images, masks), ("image", masks, images)):
+        for stem in sorted(files.keys() - others.keys()):
+            print(f"left out, it has no {missing}: {files[stem]}")
+    items = [Item(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
+    if not items:
+        raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
+    lines = [f"{name_in_list(item.image, args.root)} {name_in_list(item.mask, args.root)}" for item in items]
+    pixels = count_classes(items)
+    names = class_names(args.classes, pixels)
+    pixels = pixels[:, : len(names)]
+    order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
+    in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
+    if in_val.all() or not in_val.any():
+        raise UserError(f"{len(items)} images with masks are too few to split; give more")
+    for path, chosen in zip(lists, (~in_val, in_val), strict=True):
+        write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
+    print(table(names, pixels, in_val))
+    config = args.out / f"{args.root.resolve().name}.yaml"
+    text = config_for(args.root, lists, names, items, pixels[~in_val])
+    if not config.exists():
+        write_text(config, text)
+        print(f"\nconfig: {config}")
+    elif config.read_text(encoding="utf-8") != text:
+        print(f"\n{config} exists and was not changed; for these lists it could be:\n\n{text}")
+    print(f"next: python scripts/check_data.py --config {config}")
+
+
+def find_files(folder: Path) -> dict[str, Path]:
+    """Images below a folder by their path without the suffix, relative to it; a UserError if two are the same."""
+    if not folder.is_dir():
+        raise UserError(f"folder {folder} does not exist")
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
+            stem = path.relative_to(folder).with_suffix("").as_posix()
+            if stem in found:
+                raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
+            found[stem] = path
+    if not found:
+        raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)})")
+    return found
+
+
+def count_classes(items: list[Item]) -> np.ndarray:
+    """Pixels of the values 1 ... 254 in each mask, (images, 254); a UserError after all files were opened."""
     checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
     problems = [found.problem for found in checked if found.problem is not None]
     if problems:
         for problem in problems[1:]:
             print(f"also: {problem}", file=sys.stderr)
         raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
-    photos = [(item.image, found.photo) for item, found in zip(items, checked, strict=True)]
-    for warning in turned_warning(items, checked) + copies_warning(photos):
+    hashes = [(item.image, found.sha256) for item, found in zip(items, checked, strict=True)]
+    for warning in turned_warning(items, checked) + copies_warning(hashes):
         print(f"note: {warning}")
-    return tabulate([found.counts for found in checked if found.counts is not None], LARGEST_ID).pixels.toarray()
+    return np.stack([found.counts for found in checked if found.counts is not None])[:, 1:-1]
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
-    """Names of the classes 1, 2, ...; every one of them must be in some mask.
+    """Names of the classes 1, 2, ...
 
     Raises:
         UserError: no class in any mask, gaps between the ids, or names that do not fit the ids.
     """
-    found = [int(value) for value in np.flatnonzero(pixels[:, 1:].any(0)) + 1]
+    found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
     if not found:
         raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
     if found[-1] != len(found):
@@ -171,8 +194,8 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     """Which images go to val, (images,) boolean.
 
     Rare classes choose first. A class moves its images to val, in the given order, until there are as many as it
-    wants: ``share`` of them, at least the two of an episode. An image stays in train where one of its classes needs
-    it there. With three images of a class train keeps two; a single one stays in train.
+    wants: ``share`` of them, at least the two of an episode. An image stays in train if one of its classes needs it
+    there. Of three images of a class train keeps two; a single one stays in train.
 
     Args:
         present: (images, classes) boolean
@@ -180,8 +203,7 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     """
     in_val = np.zeros(len(present), bool)
     totals = present.sum(0)
-    least = np.minimum(EPISODE, totals // 2)
-    wanted = np.maximum(np.rint(share * totals), least)
+    wanted = np.maximum(np.rint(share * totals), np.minimum(EPISODE, totals // 2))
     kept = np.minimum(EPISODE, totals - totals // 2)
     for c in np.argsort(totals, kind="stable"):
         for n in order:
@@ -196,26 +218,26 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
 
 
 def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
-    """Images and pixels of each class in both lists, and the classes of which there are too few."""
+    """Images and pixels of each class in both lists, and notes on classes with too few."""
     rows: list[list[Any]] = []
     notes = []
     for c, name in enumerate(names):
-        counts = [(int((pixels[chosen, c] > 0).sum()), int(pixels[chosen, c].sum())) for chosen in (~in_val, in_val)]
-        (train, train_pixels), (val, val_pixels) = counts
-        rows.append([c + 1, name, train, train_pixels, val, val_pixels])
-        for where, images, role in (("train", train, "base"), ("val", val, "novel")):
+        row: list[Any] = [c + 1, name]
+        for title, chosen, role in (("train", ~in_val, "base"), ("val", in_val, "novel")):
+            images = int((pixels[chosen, c] > 0).sum())
+            row += [images, int(pixels[chosen, c].sum())]
             if images < EPISODE:
-                notes.append(f"note: {name} has {images} images in {where}, too few for a {role} class")
+                notes.append(f"note: {name} has {images} images in {title}, too few for a {role} class")
+        rows.append(row)
     rows.append(["", "all images", int((~in_val).sum()), "", int(in_val.sum()), ""])
     headers = ["id", "class", "train images", "pixels", "val images", "pixels"]
-    align = ["right", "left", *["right"] * 4]
-    return "\n".join([text_table(rows, headers, "plain", colalign=align, disable_numparse=True), *notes])
+    return "\n".join([tabulate(rows, headers, "plain", disable_numparse=True), *notes])
 
 
 def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
-    """Return the text of a config: what the data are, how long to train, and how often to validate.
+    """Return the text of a config: the data, the length of the training, and how often to validate.
 
-    In training a picture is scaled to about the size that it is evaluated at. Every class is held back in one fold.
+    In training an image is scaled to about the size that it is evaluated at. Every class is held back in one fold.
 
     Args:
         pixels: (training images, classes) of each class.
@@ -241,18 +263,80 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
         "# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n"
         f"# Fold 0 has {usable} training images of base classes, {epoch_steps} steps an epoch. scale is {CUSTOM_SIZE} /"
         f" {side:g}, the median longer side, +-10 %;\n"
-        f"# it goes with data.image_size. min_area is {MIN_SHARE:.1%} of the median picture.\n{text}"
+        f"# it goes with data.image_size. min_area is {MIN_SHARE:.1%} of the median image.\n{text}"
     )
 
 
-def write_config(path: Path, text: str) -> None:
-    """Write a config's text, unless a config is there already; say what was done and which command comes next."""
-    if not path.exists():
-        write_text(path, text)
-        print(f"\nconfig: {path}")
-    elif path.read_text(encoding="utf-8") != text:
-        print(f"\n{path} is there and was left as it is; for these lists it could say:\n\n{text}")
-    print(f"next: python scripts/check_data.py --config {path}")
+# ---------------------------------------------------------------- one folder for each class
+
+
+def list_folders(root: Path, out: Path, seed: int) -> None:
+    lines = find_lines(root)
+    chosen = split_classes(sorted(lines), out, seed)
+    texts = {"classes": sorted(lines)} | {f"{part}_classes": sorted(chosen[part]) for part in ("train", "val", "test")}
+    for title, parts in (("train", chosen["train"]), ("val", chosen["val"] | chosen["test"])):
+        texts[title] = [line for name in sorted(parts) for line in lines[name]]
+    paths = {title: out / f"{title}.txt" for title in texts}
+    for title, rows in texts.items():
+        write_text(paths[title], "".join(f"{row}\n" for row in rows))
+        print(f"{len(rows):7,}  {paths[title]}")
+    data = {
+        "root": str(root),
+        "train_list": str(paths["train"]),
+        "val_list": str(paths["val"]),
+        "reader": "class_folders",
+        "classes": str(paths["classes"]),
+        "base_classes": str(paths["train_classes"]),
+        "folds": [str(paths["val_classes"]), str(paths["test_classes"])],
+    }
+    print(
+        "\nfor a config such as configs/base/fss.yaml:\n\n" + yaml.safe_dump({"data": data}, sort_keys=False).rstrip()
+    )
+
+
+def find_lines(root: Path) -> dict[str, list[str]]:
+    """Find the 'image mask' lines of each class by the class's name.
+
+    Raises:
+        UserError: ``root`` holds fewer than 3 classes, an image has no mask, or a name has a space.
+    """
+    suffixes = [suffix for suffix in SUFFIXES if suffix not in FORMATS["PNG"]]
+    images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in suffixes)
+    if bare := [str(image) for image in images if not image.with_suffix(".png").exists()]:
+        raise UserError(f"these images have no mask, of the same name with .png: {first_of(bare, separator=', ')}")
+    lines: dict[str, list[str]] = {}
+    for image in images:
+        line = f"{name_in_list(image, root)} {name_in_list(image.with_suffix('.png'), root)}"
+        lines.setdefault(image.parent.name, []).append(line)
+    if len(lines) < 3:
+        raise UserError(
+            f"{root} holds {len(lines)} folders with images ({', '.join(suffixes)}), one for each class; there must be"
+            " 3. For a folder of images and one of masks give --images and --masks"
+        )
+    return lines
+
+
+def split_classes(names: list[str], out: Path, seed: int) -> dict[str, set[str]]:
+    """Split the classes into 'train', 'val' and 'test': as files in ``out`` say, the others drawn by the seed.
+
+    Raises:
+        UserError: such a file names a class that has no folder, or the files leave no class for training.
+    """
+    chosen: dict[str, set[str]] = {}
+    for part in ("test", "val"):
+        path = out / f"{part}_classes.txt"
+        if path.exists():
+            chosen[part] = set(path.read_text(encoding="utf-8").split())
+            if unknown := sorted(chosen[part].difference(names)):
+                raise UserError(f"{path} names classes without a folder: {first_of(unknown, separator=', ')}")
+    drawn = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
+    for part in ("test", "val"):
+        left = [name for name in drawn if not any(name in taken for taken in chosen.values())]
+        chosen.setdefault(part, set(left[: max(1, round(TEST_SHARE * len(names)))]))
+    chosen["train"] = set(names) - chosen["test"] - chosen["val"]
+    if not chosen["train"] or chosen["test"] & chosen["val"]:
+        raise UserError(f"the classes in {out} leave none for training, or are for both validation and test")
+    return chosen
 
 
 if __name__ == "__main__":

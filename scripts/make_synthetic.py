@@ -15,14 +15,12 @@ from util.progress import progress
 
 
 def main() -> None:
-    """Parse the command line and generate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/synthetic"), help="folder to write to")
     parser.add_argument("--train", type=int, default=600, help="number of training images")
     parser.add_argument("--val", type=int, default=300, help="number of validation images")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files, byte for byte")
     args = parser.parse_args()
-
     cv2.setNumThreads(1)
     written = generate(args.out, args.train, args.val, args.seed, lambda items: progress(items, unit="image"))
     size = f"{args.train} training and {args.val} validation images of {len(CLASS_NAMES)} classes"

@@ -1,745 +1,273 @@
-"""No bad input passes: every kind of file that a user gives, damaged, is refused in one line or read right.
-
-A case damages one sound file and reads it as the commands do. Its verdict is one of
-
-    refused: exit code 2 and one line that names the file
-    same: what the sound file gives
-    either: one of the two; where the damage may hit a place that nothing reads
-
-Never a traceback, other numbers, or code that runs. What the commands themselves refuse is in test_refusals.py.
-"""
+"""How commands end, files that are written whole or not at all, damaged weights, code in files, and progress bars."""
 
 from util.command import run_command
 
-import functools
+import ast
+import errno
 import io
 import json
 import os
-import pickle
-import random
-import shutil
-import struct
+import re
+import resource
+import subprocess
 import sys
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from tqdm import tqdm
-from util.segment import pictures
-from util.segment.targets import read_targets
+import yaml
 
-from model.weights import load_exactly, read_weights
-from scripts import prepare_pascal
-from tests.harness import ROOT, Trap, ended, refused
-from tests.scenes import scene
-from util.config import load_config
-from util.data.class_index import load_class_index
-from util.data.episodes import EpisodeSampler, read_episodes, write_episodes
-from util.data.images import MAX_PIXELS, read_class_ids, read_image
-from util.engine.checkpoint import load_checkpoint, saved_config
-from util.engine.record import keep_json_lines
+import train
+from model.weights import WeightsError, load_exactly, read_weights, torchvision_file
+from scripts import make_synthetic, prepare_pascal
+from scripts.prepare_coco import read_jobs
+from tests.harness import ROOT, Trap, call, ended, load, refused, test_command
+from util import progress as progress_module
 from util.errors import UserError
-
-CLASSES = ["cat", "dog", "Großer Hund", "猫"]
-HEIGHT, WIDTH = 40, 56
-Damage = Callable[[Path], Path | None]
-"""changes the file at a path, or puts another thing there; returns a path where that is another"""
-
-CONFIG = """\
-data:
-  dataset: small
-  root: {root}
-  train_list: {root}/train.txt
-  val_list: {root}/train.txt
-  classes: [cat, dog, Großer Hund, 猫]
-  fold: 1
-  min_area: 100
-  image_size: 65
-model: {{backbone: efficientnet_lite0, fem_scales: [1, 0.5], prototype_channels: 16}}
-seed: 7
-device: cpu
-"""
-
-
-# ---------------------------------------------------------------- the sound files
-
-
-def labels(seed: int) -> np.ndarray:
-    """Mask (H, W) with an ignored border, one class as a disc and a little of another."""
-    disc = scene(seed, HEIGHT, WIDTH)[1]
-    mask = np.where(disc, seed % len(CLASSES) + 1, 0).astype(np.uint8)
-    mask[0] = 255
-    mask[-3:, :5] = (seed + 1) % len(CLASSES) + 1
-    return mask
-
-
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def palette(mask: np.ndarray) -> Image.Image:
-    picture = Image.fromarray(mask)
-    picture.putpalette([value for n in range(256) for value in (n, 255 - n, n // 2)])
-    return picture
-
-
-def saved(content: object, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
-
-
-PICTURE, MASK = scene(3, HEIGHT, WIDTH)[0], labels(3)
-STATE = {"weight": torch.arange(60.0).reshape(5, 12), "bias": torch.linspace(-1, 1, 5)}
-
-
-def contents(**changes: Any) -> dict[str, Any]:
-    """Of a checkpoint, but for its model a real one."""
-    config = load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml")
-    return {
-        "format": 3,
-        "config": config.model_dump(),
-        "weights": {"source": "somewhere", "stem": "standard", "sha256": ""},
-        "list_sha256": {"lists/train.txt": "0" * 64},
-        "step": 3,
-        "best_miou": 0.5,
-        "seconds": 1.5,
-        "model": STATE,
-        **changes,
-    }
-
-
-@functools.cache
-def bytes_of(kind: str) -> bytes:
-    """The sound file of a kind that is the same everywhere."""
-    if kind == "checkpoint":
-        return saved(contents())
-    if kind == "weights":
-        return saved(STATE)
-    return encoded(palette(MASK) if "mask" in kind else Image.fromarray(PICTURE), "PNG")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A data set of 8 pictures, its list, config, episodes and targets."""
-    root = tmp_path_factory.mktemp("world")
-    lines = []
-    for n in range(8):
-        Image.fromarray(scene(n, HEIGHT, WIDTH)[0]).save(root / f"ü{n}.jpg", quality=90)
-        palette(labels(n)).save(root / f"ü{n}.png")
-        lines.append(f"ü{n}.jpg ü{n}.png\n")
-    (root / "train.txt").write_text("".join(lines), encoding="utf-8")
-    (root / "config.yaml").write_text(CONFIG.format(root=root), encoding="utf-8")
-    index = load_class_index(root / "train.txt", root, len(CLASSES), progress=False)
-    sampler = EpisodeSampler(index, classes=(2,), shots=1, min_area=100, seed=0, class_names=CLASSES)
-    write_episodes(root / "episodes.jsonl", sampler, 6, root=root, class_names=CLASSES)
-    (root / "targets.yaml").write_text("Hündin: {supports: [ü1.jpg, ü5.jpg], masks: [ü1.png, ü5.png], class_id: 2}\n")
-    yield root
-    shutil.rmtree(root)
-
-
-FILES = {
-    "mask": "mask.png",
-    "photo mask": "mask.png",
-    "image": "image.png",
-    "photo": "photo.png",
-    "checkpoint": "best.pt",
-    "weights": "weights.pth",
-    "config": "config.yaml",
-    "list": "train.txt",
-    "cache": "train.txt.index.npz",
-    "episodes": "episodes.jsonl",
-    "targets": "targets.yaml",
-}
-IN_WORLD = ("config", "list", "cache", "episodes", "targets")
-
-
-def sound(kind: str, world: Path, folder: Path) -> Path:
-    """A sound file of a kind in ``folder``, with what belongs to it."""
-    path = folder / FILES[kind]
-    if kind in IN_WORLD:
-        for file in world.iterdir():
-            if file.suffix != ".npz" or kind == "cache":
-                shutil.copy2(file, folder)
-    else:
-        path.write_bytes(bytes_of(kind))
-    return path
-
-
-def read(kind: str, path: Path, world: Path) -> Any:
-    """Read a file as the commands do."""
-    if kind == "mask":
-        return read_class_ids(path)
-    if kind == "photo mask":
-        return pictures.target_mask(pictures.read_mask_on(pictures.Picture(PICTURE, 1), path), 4, str(path))
-    if kind == "image":
-        return read_image(path)
-    if kind == "photo":
-        return pictures.read_picture(path).pixels
-    if kind == "checkpoint":
-        state = load_checkpoint(path)
-        saved_config(state, path)
-        return state
-    if kind == "weights":
-        state, _ = read_weights(path)
-        layer = torch.nn.Linear(12, 5)
-        load_exactly(layer, state, source=str(path))
-        return layer.state_dict()
-    if kind == "config":
-        return load_config(path)
-    if kind in ("list", "cache"):
-        folder = path.parent
-        index = load_class_index(folder / "train.txt" if kind == "cache" else path, folder, 4, progress=False)
-        return {item[:2]: index.pixels[[n]].toarray()[0] for n, item in enumerate(index.items)}
-    if kind == "episodes":
-        index = load_class_index(world / "train.txt", world, len(CLASSES), progress=False)
-        return [list(e) for e in read_episodes(path, index, root=world, classes=(2,), shots=1)]
-    return read_targets(path)
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray | torch.Tensor):
-        return type(a) is type(b) and a.shape == b.shape and bool((a == b).all())
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    return bool(a == b)
-
-
-# ---------------------------------------------------------------- damage to bytes, and to files of any kind
-
-
-def cut(share: float) -> Damage:
-    def damage(path: Path) -> None:
-        data = path.read_bytes()
-        path.write_bytes(data[: min(int(share * len(data)), len(data) - 1)])
-
-    return damage
-
-
-def flip(seed: int) -> Damage:
-    def damage(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[random.Random(seed).randrange(len(data))] ^= 1 << seed % 8
-        path.write_bytes(data)
-
-    return damage
-
-
-def becomes(data: Callable[[], bytes]) -> Damage:
-    def damage(path: Path) -> None:
-        path.write_bytes(data())
-
-    return damage
-
-
-def edited(change: Callable[[bytes], bytes]) -> Damage:
-    def damage(path: Path) -> None:
-        path.write_bytes(change(path.read_bytes()))
-
-    return damage
-
-
-def as_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def as_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def missing(path: Path) -> None:
-    path.unlink()
-
-
-def renamed(path: Path) -> Path:
-    return path.rename(path.with_name("größer 猫 файл 😀" + path.suffix))
-
-
-ANY_FILE: dict[str, tuple[str, Damage]] = {
-    "is missing": ("refused", missing),
-    "is empty": ("refused", becomes(bytes)),
-    "is a folder": ("refused", as_folder),
-    "is a pipe": ("refused", as_pipe),
-    "is noise": ("refused", becomes(lambda: random.Random(1).randbytes(5000))),
-    "has a name of many scripts": ("same", renamed),
-}
-
-
-# ---------------------------------------------------------------- damage to pictures
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, depth: int, colour: int, data: bytes, *chunks: bytes, interlace: int = 0) -> bytes:
-    """A PNG with sound checksums; ``data`` are rows, each with its filter's byte."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace)
-    parts = [chunk(b"IHDR", header), *chunks, chunk(b"IDAT", zlib.compress(data)), chunk(b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def rows(values: np.ndarray) -> bytes:
-    return b"".join(b"\0" + row.tobytes() for row in values)
-
-
-def packed(bits: int) -> bytes:
-    """Mask of class 4 and 0 as PNG of grey with few bits, its values the ids."""
-    ids = np.where(MASK == 4, 4 if bits == 4 else 1, 0)
-    places = (ids[..., None] >> np.arange(bits - 1, -1, -1)) & 1
-    return png(WIDTH, HEIGHT, bits, 0, rows(np.packbits(places.reshape(HEIGHT, -1).astype(np.uint8), axis=1)))
-
-
-def interlaced() -> bytes:
-    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
-    data = b"".join(rows(MASK[y::dy, x::dx]) for x, y, dx, dy in passes)
-    return png(WIDTH, HEIGHT, 8, 0, data, interlace=1)
-
-
-def grey16(values: np.ndarray) -> bytes:
-    return png(WIDTH, HEIGHT, 16, 0, rows(values.astype(">u2")))
-
-
-def rgb16() -> bytes:
-    return png(WIDTH, HEIGHT, 16, 2, rows((PICTURE.astype(np.uint16) * 256 + 77).astype(">u2").reshape(HEIGHT, -1)))
-
-
-def text_bomb() -> bytes:
-    """A compressed comment that unpacks to 200 MB."""
-    return png(WIDTH, HEIGHT, 8, 0, rows(MASK), chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"0" * 200_000_000, 1)))
-
-
-def tiff_inverted() -> bytes:
-    """Grey where 0 is white: Pillow turns value 4 into 251."""
-    return encoded(Image.fromarray(MASK), "TIFF", tiffinfo={262: 0})
-
-
-def huge(width: int, height: int) -> Damage:
-    return becomes(lambda: png(width, height, 8, 0, b"\0" * 500))
-
-
-SCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 56 40\n%%EndComments\n(/tmp/x) (w) file closefile\nshowpage\n"
-"""a program in PostScript, which Pillow would hand to Ghostscript"""
-
-PICTURES: dict[str, tuple[str, Damage]] = {
-    "is a PostScript program": ("refused", becomes(lambda: SCRIPT)),
-    "has a comment of 200 MB": ("refused", becomes(text_bomb)),
-    "is 100000x100000": ("refused", huge(100_000, 100_000)),
-    "is a pixel more than the limit": ("refused", huge(MAX_PIXELS + 1, 1)),
-    "is 0x0": ("refused", huge(0, 0)),
-}
-MASKS: dict[str, tuple[str, Damage]] = {
-    "is grey": ("same", becomes(lambda: encoded(Image.fromarray(MASK), "PNG"))),
-    "is interlaced": ("same", becomes(interlaced)),
-    "has a transparent colour": ("same", becomes(lambda: encoded(palette(MASK), "PNG", transparency=4))),
-    "is grey of 2 bits": ("refused", becomes(lambda: packed(2))),
-    "is grey of 4 bits": ("refused", becomes(lambda: packed(4))),
-    "is coloured": ("refused", becomes(lambda: encoded(palette(MASK).convert("RGB"), "PNG"))),
-    "is coloured with 16 bits": ("refused", becomes(rgb16)),
-    "is a lossy JPEG": ("refused", becomes(lambda: encoded(Image.fromarray(MASK), "JPEG"))),
-    "is a lossy WebP": ("refused", becomes(lambda: encoded(Image.fromarray(MASK), "WEBP"))),
-    "is an inverted TIFF": ("refused", becomes(tiff_inverted)),
-}
-IMAGES: dict[str, tuple[str, Damage]] = {
-    "is grey of 16 bits": ("refused", becomes(lambda: grey16(MASK.astype(np.uint16) * 256))),
-    "is of floats": ("refused", becomes(lambda: encoded(Image.fromarray(MASK.astype(np.float32)), "TIFF"))),
-    "is a GIF": ("refused", becomes(lambda: encoded(palette(MASK), "GIF"))),
-    "is coloured with 16 bits": ("same", becomes(rgb16)),
-}
-
-
-def in_three(grey: np.ndarray) -> np.ndarray:
-    return np.repeat(grey[..., None], 3, 2).astype(np.uint8)
-
-
-READ: dict[str, tuple[Callable[[], bytes], Callable[[], np.ndarray]]] = {
-    "opaque": (lambda: encoded(Image.fromarray(PICTURE).convert("RGBA"), "PNG"), lambda: PICTURE),
-    "grey of 4 bits": (lambda: packed(4), lambda: in_three(np.where(MASK == 4, 4 * 17, 0))),
-    "of 1 bit": (lambda: encoded(Image.fromarray(MASK == 4), "PNG"), lambda: in_three(255 * (MASK == 4))),
-    "a palette": (lambda: bytes_of("mask"), lambda: np.dstack([MASK, 255 - MASK, MASK // 2])),
-    "CMYK in a TIFF": (
-        lambda: encoded(Image.fromarray(np.dstack([255 - PICTURE, np.zeros_like(MASK)]), "CMYK"), "TIFF"),
-        lambda: PICTURE,
-    ),
-}
-
-
-# ---------------------------------------------------------------- damage to text
-
-
-def replaced(old: str, new: str) -> Damage:
-    def damage(path: Path) -> None:
-        text = path.read_text(encoding="utf-8")
-        assert old in text
-        path.write_text(text.replace(old, new, 1), encoding="utf-8")
-
-    return damage
-
-
-def added(text: str) -> Damage:
-    return edited(lambda data: data + text.encode("utf-8", "surrogatepass"))
-
-
-TEXT: dict[str, tuple[str, Damage]] = {
-    "has Windows line ends": ("same", edited(lambda data: data.replace(b"\n", b"\r\n"))),
-    "has a byte order mark": ("same", edited(lambda data: b"\xef\xbb\xbf" + data)),
-    "is Latin-1": ("refused", edited(lambda data: data.decode().replace("猫", "x").encode("latin-1") + b"\xff")),
-    "has a NUL in it": ("refused", edited(lambda data: data[:20] + b"\0" + data[20:])),
-}
-YAML: dict[str, tuple[str, Damage]] = {
-    "nests lists a hundred thousand deep": ("refused", added("x: " + "[" * 100_000)),
-    "makes an object": ("refused", added("x: !!python/object/apply:os.mkdir [exploded]\n")),
-    "has an empty !!int": ("refused", added("x: !!int ''\n")),
-    "has month 13": ("refused", added("x: 2020-13-01\n")),
-    "is a list": ("refused", becomes(lambda: b"- a\n- b\n")),
-    "is null": ("refused", becomes(lambda: b"~\n")),
-}
-FIRST = "ü0.jpg ü0.png"
-
-
-def beside(name: str, damage: Damage) -> Damage:
-    """Damage to a file that the list names."""
-
-    def to_other(path: Path) -> None:
-        damage(path.with_name(name))
-
-    return to_other
-
-
-def mask_file(mask: np.ndarray) -> Damage:
-    return becomes(lambda: encoded(palette(mask), "PNG"))
-
-
-LISTS: dict[str, tuple[str, Damage]] = {
-    "has blank lines and spaces": ("same", edited(lambda data: b"\n \n" + data.replace(b" ", b" \t ") + b"  \n\n")),
-    "has a leading slash": ("same", replaced(FIRST, "/ü0.jpg /ü0.png")),
-    "has one column": ("refused", replaced(FIRST, "ü0.jpg")),
-    "has a name with a space": ("refused", replaced(FIRST, "u 0.jpg ü0.png")),
-    "has a line twice in other words": ("refused", added("./ü0.jpg .//ü0.png\n")),
-    "has blanks alone": ("refused", becomes(lambda: b" \n\t\n\n")),
-    "has a name of 300 letters": ("refused", replaced("ü0.png", "a" * 300)),
-    "has a Unicode line end": ("refused", replaced(FIRST, "ü0.jpg\u2028ü0.png")),
-    "has image and mask swapped": ("refused", replaced(FIRST, "ü0.png ü0.jpg")),
-    "has a folder as mask": ("refused", replaced("ü0.png", ".")),
-    "names a mask of another size": ("refused", beside("ü3.png", mask_file(MASK[1:]))),
-    "names a mask that is missing": ("refused", beside("ü3.png", missing)),
-    "names an image that is missing": ("refused", beside("ü3.jpg", missing)),
-    "names a mask with a turned bit": ("refused", beside("ü3.png", flip(5))),
-    "names a mask of class 5": ("refused", beside("ü3.png", mask_file(MASK + (MASK == 4)))),
-    "names a huge image": ("refused", beside("ü3.jpg", huge(100_000, 100_000))),
-}
-
-
-def change_first(**changes: Any) -> Damage:
-    """Change the first of a file's episodes."""
-
-    def damage(path: Path) -> None:
-        first, *others = path.read_text().splitlines(keepends=True)
-        path.write_text(json.dumps(json.loads(first) | changes) + "\n" + "".join(others))
-
-    return damage
-
-
-EPISODES: dict[str, tuple[str, Damage]] = {
-    "lacks its last line end": ("same", edited(lambda data: data.rstrip(b"\n"))),
-    "nests lists deep": ("refused", edited(lambda data: b"[" * 100_000 + b"\n" + data)),
-    "has null": ("refused", edited(lambda data: b"null\n" + data)),
-    "has a line without keys": ("refused", edited(lambda data: b"{}\n" + data)),
-    **{
-        f"has {what}": ("refused", change_first(**changes))
-        for what, changes in {
-            "a class that is true": {"class_id": True},
-            "a fraction as class": {"class_id": 2.0},
-            "class -2": {"class_id": -2},
-            "a base class": {"class_id": 1},
-            "two supports": {"supports": ["ü1.jpg ü1.png", "ü5.jpg ü5.png"]},
-            "itself as support": {"query": "ü1.jpg ü1.png", "supports": ["ü1.jpg ü1.png"]},
-            "text as supports": {"supports": "ü1.jpg ü1.png"},
-            "a foreign image": {"query": "other.jpg"},
-            "the hash of another list": {"list_sha256": "0" * 64},
-        }.items()
-    },
-}
-TARGETS: dict[str, tuple[str, Damage]] = {
-    f"has {what}": ("refused", becomes(text.encode))
-    for what, text in {
-        "text as target": "dog: ü1.jpg\n",
-        "no masks": "dog: {supports: [ü1.jpg]}\n",
-        "a mask too few": "dog: {supports: [ü1.jpg, ü5.jpg], masks: [ü1.png]}\n",
-        "a fraction as class": "dog: {supports: [ü1.jpg], masks: [ü1.png], class_id: 2.5}\n",
-        "an unknown key": "dog: {supports: [ü1.jpg], masks: [ü1.png], class: 2}\n",
-        "a missing support": "dog: {supports: [none.jpg], masks: [ü1.png]}\n",
-        "255 targets": "".join(f"t{n}: {{supports: [ü1.jpg], masks: [ü1.png]}}\n" for n in range(255)),
-    }.items()
-}
-
-
-# ---------------------------------------------------------------- damage to tensors
-
-
-def holds(content: Callable[[Path], Any], **options: Any) -> Damage:
-    """Saved with torch.save; the argument is the path of a folder that code in it would make."""
-
-    def damage(path: Path) -> None:
-        torch.save(content(path.with_name("exploded")), path, **options)
-
-    return damage
-
-
-def pickled(path: Path) -> None:
-    path.write_bytes(pickle.dumps(Trap(path.with_name("exploded")), protocol=2))
-
-
-def bomb(path: Path) -> None:
-    """The same entries, compressed, and a storage of 100 MB of zeros."""
-    data = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            with new.open(entry.filename, "w", force_zip64=True) as file:
-                for _ in range(100 if entry.filename.endswith("/data/0") else 0):
-                    file.write(bytes(1_000_000))
-                if not entry.filename.endswith("/data/0"):
-                    file.write(old.read(entry))
-
-
-def deflated(path: Path) -> None:
-    data = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
-        for entry in old.infolist():
-            new.writestr(entry.filename, old.read(entry) + bytes(50_000 if entry.filename.endswith("version") else 0))
-
-
-def a_weight(change: Callable[[torch.Tensor], Any]) -> dict[str, Any]:
-    return {**STATE, "weight": change(STATE["weight"].clone())}
-
-
-TENSORS: dict[str, Callable[[], Any]] = {
-    "NaN": lambda: a_weight(lambda w: w.fill_(float("nan"))),
-    "complex numbers": lambda: a_weight(lambda w: w.to(torch.complex64)),
-    "a tensor without storage": lambda: a_weight(lambda w: w.to("meta")),
-    "lists for tensors": lambda: a_weight(lambda w: w.tolist()),
-    "names that are numbers": lambda: {1: torch.zeros(2)},
-    "a list for a state": lambda: [torch.zeros(3)],
-}
-WEIGHTS: dict[str, Damage] = {
-    **{f"has {name}": holds(lambda _, make=make: make()) for name, make in TENSORS.items()},  # type: ignore[misc]
-    "has one number for a million million": holds(lambda _: a_weight(lambda _: torch.zeros(()).expand(10**6, 10**6))),
-    "has whole numbers": holds(lambda _: a_weight(lambda w: w.long())),
-    "has another shape": holds(lambda _: a_weight(lambda w: w.T)),
-    "has a tensor too many": holds(lambda _: {**STATE, "more": torch.zeros(1)}),
-    "lacks a tensor": holds(lambda _: {"weight": STATE["weight"]}),
-    "has code in a state_dict": holds(lambda folder: {"state_dict": Trap(folder)}),
-}
-CHECKPOINTS: dict[str, Damage] = {
-    **{f"has {name}": holds(lambda _, make=make: contents(model=make())) for name, make in TENSORS.items()},  # type: ignore[misc]
-    **{
-        f"lacks its {key}": holds(lambda _, key=key: {k: v for k, v in contents().items() if k != key})  # type: ignore[misc]
-        for key in contents()
-    },
-    **{
-        f"has {what}": holds(lambda _, changes=changes: contents(**changes))  # type: ignore[misc]
-        for what, changes in {
-            "format 1": {"format": 1},
-            "a list as config": {"config": [1]},
-            "an unknown key in its config": {"config": contents()["config"] | {"sede": 1}},
-            "a huge network": {"config": contents()["config"] | {"model": {"prototype_channels": 10**12}}},
-            "a strange stem": {"weights": {"source": "", "stem": "thin", "sha256": ""}},
-            "text as step": {"step": "3"},
-            "a negative step": {"step": -3},
-            "numbers as list hashes": {"list_sha256": {"a": 1}},
-        }.items()
-    },
-    "has code in it": holds(lambda folder: {**contents(), "extra": Trap(folder)}),
-    "is weights alone": holds(lambda _: STATE),
-}
-TORCH_FILES: dict[str, Damage] = {
-    "is a pickle with code": pickled,
-    "is of torch before 1.6 with code": holds(Trap, _use_new_zipfile_serialization=False),
-    "is a zip bomb": bomb,
-    "is compressed and swells": deflated,
-    "has bytes before it": edited(lambda data: b"more" + data),
-    "has a number changed": edited(lambda data: data.replace(struct.pack("<f", 33), struct.pack("<f", 34))),
-}
-
-
-def stored_cache(**arrays: Any) -> Damage:
-    """A cache with its own key and other arrays."""
-
-    def damage(path: Path) -> None:
-        with np.load(path) as stored:
-            held = dict(stored) | arrays
-        np.savez_compressed(path, **{key: value for key, value in held.items() if value is not None})
-
-    return damage
-
-
-CACHES: dict[str, Damage] = {
-    "has areas of text": stored_cache(areas=np.full(20, "many")),
-    "has areas of objects": stored_cache(areas=np.array([[Trap(Path("exploded"))]], object)),
-    "lacks its areas": stored_cache(areas=None),
-    "lacks its key": stored_cache(key=None),
-}
-
-
-# ---------------------------------------------------------------- the cases
-
-
-class Case(NamedTuple):
-    kind: str
-    verdict: str
-    damage: Damage
-
-
-def all_cases() -> dict[str, Case]:
-    cases = {}
-    texts, pictures_ = ("config", "list", "episodes", "targets"), ("mask", "photo mask", "image", "photo")
-    for kind in FILES:
-        for name, (verdict, damage) in ANY_FILE.items():
-            if not (kind == "cache" and damage is renamed):  # a cache has one name
-                cases[f"{kind} {name}"] = Case(kind, "same" if kind == "cache" else verdict, damage)
-        if kind not in texts:
-            verdict = "same" if kind == "cache" else "either"
-            for share in (0.01, 0.5, 0.99):
-                cases[f"{kind} cut at {share:.0%}"] = Case(kind, verdict, cut(share))
-            for seed in range(4):
-                cases[f"{kind} with bit {seed} turned"] = Case(kind, verdict, flip(seed))
-    groups: list[tuple[tuple[str, ...], dict[str, tuple[str, Damage]]]] = [
-        (texts, TEXT),
-        (("config", "targets"), YAML),
-        (("list",), LISTS),
-        (("episodes",), EPISODES),
-        (("targets",), TARGETS),
-        (("checkpoint", "weights"), {name: ("refused", damage) for name, damage in TORCH_FILES.items()}),
-        (("checkpoint",), {name: ("refused", damage) for name, damage in CHECKPOINTS.items()}),
-        (("weights",), {name: ("refused", damage) for name, damage in WEIGHTS.items()}),
-        (("cache",), {name: ("same", damage) for name, damage in CACHES.items()}),
-        (pictures_, PICTURES),
-        (pictures_[:2], MASKS),
-        (pictures_[2:], IMAGES),
-    ]
-    for kinds, group in groups:
-        for kind in kinds:
-            cases |= {f"{kind} {name}": Case(kind, verdict, damage) for name, (verdict, damage) in group.items()}
-    return cases
-
-
-CASES = all_cases()
-
-
-@pytest.mark.filterwarnings(
-    "ignore::PIL.Image.DecompressionBombWarning", "ignore::UserWarning", "ignore::DeprecationWarning"
-)
-@pytest.mark.parametrize("name", CASES)
-def test_a_damaged_file_is_refused_by_name_or_read_right(name: str, world: Path, tmp_path: Path) -> None:
-    kind, verdict, damage = CASES[name]
-    path = sound(kind, world, tmp_path)
-    whole = read(kind, path, world)
-    if kind in ("mask", "image", "photo"):
-        assert same(whole, MASK if kind == "mask" else PICTURE)
-    if kind == "list":
-        (tmp_path / "train.txt.index.npz").unlink(missing_ok=True)
-    path = damage(path) or path
-    values: list[Any] = []
-    result = ended(lambda: values.append(read(kind, path, world)))
-    assert not list(tmp_path.glob("**/exploded")) and not Path("exploded").exists(), "code in the file has run"
-    if result.code == 2:
-        refused(result, tmp_path if kind == "list" else path)
-        assert verdict != "same", result.err
-        return
-    assert result.code == 0 and verdict != "refused", result
-    if kind == "config":
-        assert values[0].model_dump(exclude={"run_dir"}) == whole.model_dump(exclude={"run_dir"})
-    else:
-        assert same(values[0], whole)
-
-
-@pytest.mark.parametrize("name", READ)
-def test_a_picture_of_any_encoding_is_read_right(name: str, tmp_path: Path) -> None:
-    data, wanted = READ[name]
-    path = tmp_path / "picture.png"
-    path.write_bytes(data())
-    for pixels in (read_image(path), pictures.read_picture(path).pixels):
-        assert np.abs(pixels.astype(int) - wanted()).max() <= (1 if "CMYK" in name else 0)
-
-
-def test_a_picture_that_exif_turns_is_read_as_stored(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(PICTURE).save(tmp_path / "i.png", exif=exif)
-    assert same(read_image(tmp_path / "i.png"), PICTURE)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_mask_damaged_in_its_archive_is_not_prepared(seed: int, tmp_path: Path) -> None:
-    data, target = bytearray(bytes_of("mask")), tmp_path / "2007_000001.png"
-    start = data.index(b"IDAT")
-    data[random.Random(seed).randrange(start, len(data) - 12)] ^= 1 << seed % 8
-    with pytest.raises(UserError, match=r"voc\.tar: a\.png is damaged"):
-        prepare_pascal.write_mask((bytes(data), target, "voc.tar: a.png"))
-    assert not target.exists()
-    prepare_pascal.write_mask((bytes_of("mask"), target, "voc.tar: a.png"))
-    assert target.read_bytes() == bytes_of("mask")
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", "null", "{}", '{"step": "2"}', "", "\0", "[" * 100_000, "\udcff"])
-def test_a_record_with_a_damaged_line_is_refused_and_left(line: str, tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    data = f'{{"step": 1}}\n{line}\n{{"step": 3}}\n'.encode(errors="surrogateescape")
-    path.write_bytes(data)
-    refused(ended(lambda: keep_json_lines(path, lambda record: record["step"] <= 2)), path)
-    assert path.read_bytes() == data
-
-
-def test_a_record_loses_a_last_line_that_was_cut_short(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
-    keep_json_lines(path, lambda record: record["step"] <= 2)
-    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
-
+from util.files import held_alone, write_atomically, write_text
+from util.progress import progress
 
 # ---------------------------------------------------------------- how a command ends
 
 
-def test_a_refusal_is_one_line_of_printable_text_whatever_it_names() -> None:
+def raising(error: BaseException) -> Callable[[], None]:
     def main() -> None:
-        raise UserError("list a\nb\x1b[31m.txt does not exist")
+        raise error
 
-    assert ended(main).err == "error: list a b\\x1b[31m.txt does not exist\n"
-
-
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_nothing_but_text_is_printed_whatever_a_name_holds(stream: str, capsys: pytest.CaptureFixture[str]) -> None:
-    name = "a\x1b[2J\x9b1A\x07\u202eb\x1b[A\ud800"
-
-    def main() -> None:
-        print(f"left out: {name}\tgr\xfc\xdfe", file=getattr(sys, stream))
-        tqdm.write(name, getattr(sys, stream))
-
-    with pytest.raises(SystemExit) as end:
-        run_command(main)
-    assert end.value.code == 0
-    escaped = r"a\x1b[2J\x9b1A\x07\u202eb\x1b[A\ud800"
-    assert getattr(capsys.readouterr(), stream[3:]) == f"left out: {escaped}\tgr\xfc\xdfe\n{escaped}\n"
+    return main
 
 
-def test_too_little_memory_is_no_traceback() -> None:
+def test_mistakes_end_in_one_line_with_exit_code_2() -> None:
+    assert ended(raising(UserError("list a\nb.txt does not exist"))).err == "error: list a b.txt does not exist\n"
+    refused(ended(raising(WeightsError("no weights"))), "error: no weights")
+    refused(ended(Path("/no/such/file").read_bytes), "cannot write or read /no/such/file: No such file")
     for allocate in (lambda: torch.empty(2**50), lambda: np.zeros(2**50)):
-        refused(ended(allocate), "out of memory", "train.batch_size")
+        refused(ended(allocate), "out of memory", "lower train.batch_size")
 
 
-def test_other_errors_keep_their_traceback() -> None:
-    def main() -> None:
-        raise RuntimeError("a mistake of ours")
+def test_ctrl_c_and_success_have_their_exit_codes() -> None:
+    assert ended(raising(KeyboardInterrupt())) == (130, "", "interrupted\n")
+    assert ended(lambda: print("done")) == (0, "done\n", "")
 
-    with pytest.raises(RuntimeError, match="of ours"):
-        run_command(main)
+
+@pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), OSError(errno.EPIPE, "Broken pipe")])
+def test_other_errors_keep_their_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)):
+        run_command(raising(error))
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A limit of the system on the size of files, with the effect of a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_old_file_and_its_name_in_the_error(tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    write_text(path, "old")
+    with files_of_at_most(100):
+        refused(ended(lambda: write_text(path, "new" * 100)), path, "File too large")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_old_file_stays_until_the_new_one_is_whole_and_is_kept_under_another_name(tmp_path: Path) -> None:
+    path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for text in ("first", "second", "third"):
+        write_atomically(path, lambda file, text=text: file.write(text.encode()), keep=kept)  # type: ignore[misc]
+        assert path.read_text() == text
+    assert kept.read_text() == "second"
+
+    def fail(file: Any) -> None:
+        file.write(b"half")
+        raise ValueError("of ours")
+
+    with pytest.raises(ValueError, match="of ours"):
+        write_atomically(path, fail, keep=kept)
+    assert (path.read_text(), kept.read_text()) == ("third", "second") and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_temporary_file_follows_no_symbolic_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    victim, path = tmp_path / "victim", tmp_path / "a.txt"
+    victim.write_text("precious")
+    monkeypatch.setattr("util.files.secrets.token_hex", lambda _: "0")
+    (tmp_path / "a.txt.0.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write_text(path, "new")
+    assert victim.read_text() == "precious" and not path.exists()
+
+
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def full(file: int) -> None:
+        name = Path(f"/proc/self/fd/{file}").resolve().name
+        if name.startswith("last.pt") and (tmp_path / "last.pt").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = call(train, "--config", config, f"run_dir={tmp_path}")
+    refused(result, tmp_path / "last.pt", "No space left on device")
+    assert load(tmp_path / "last.pt")["step"] > 0 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_full_disk_ends_other_commands_in_one_line(config: Path, short: Path, tmp_path: Path) -> None:
+    command = ["--config", config, "--checkpoint", short / "best.pt", "--episodes", 2, "--out", tmp_path / "r.json"]
+    with files_of_at_most(0):
+        refused(call(test_command, *command), tmp_path / "r.json", "File too large")
+        made = call(make_synthetic, "--out", tmp_path / "made", "--train", 20, "--val", 20)
+    refused(made, tmp_path / "made/JPEGImages/train_00000.jpg", "File too large")
+
+
+def test_a_held_folder_is_clean_and_leaves_nothing_if_nothing_is_written(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with held_alone(folder):
+        assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    assert not folder.exists()
+    folder.mkdir()
+    for name in ("last.pt", "last.pt.0123.tmp"):  # the second is of a process that was killed while it wrote
+        (folder / name).touch()
+    with held_alone(folder):
+        assert {path.name for path in folder.iterdir()} == {"last.pt", "lock"}
+
+
+# ---------------------------------------------------------------- weights
+
+STATE = {"weight": torch.arange(60.0).reshape(5, 12), "bias": torch.linspace(-1, 1, 5)}
+
+
+def test_sound_weights_are_read_in_each_form(tmp_path: Path) -> None:
+    for content in (STATE, {"state_dict": {f"module.{name}": value for name, value in STATE.items()}}):
+        torch.save(content, tmp_path / "w.pth")
+        layer = torch.nn.Linear(12, 5)
+        load_exactly(layer, read_weights(tmp_path / "w.pth")[0], source="w.pth")
+        assert torch.equal(layer.weight, STATE["weight"])
+
+
+@pytest.mark.parametrize(
+    ("content", "piece"),
+    [
+        (STATE | {"weight": torch.full((5, 12), torch.nan)}, "'weight' is no tensor of finite numbers"),
+        (STATE | {"weight": STATE["weight"].T}, "1 of another shape (weight)"),
+        (STATE | {"more": torch.zeros(1)}, "1 unknown (more)"),
+        ({"weight": STATE["weight"]}, "1 missing (bias)"),
+        ({"weight": [1.0]}, "does not hold a state dict"),
+        ([torch.zeros(3)], "does not hold a state dict"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(content: object, piece: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(content, path)
+    refused(ended(lambda: load_exactly(torch.nn.Linear(12, 5), read_weights(path)[0], source=str(path))), path, piece)
+
+
+def test_damaged_weights_and_code_are_refused_and_code_is_not_run(tmp_path: Path) -> None:
+    path, exploded = tmp_path / "w.pth", tmp_path / "exploded"
+    torch.save(STATE, path)
+    data = path.read_bytes()
+    assert data.count(np.float32(33).tobytes()) == 1
+    for damaged in (data.replace(np.float32(33).tobytes(), np.float32(34).tobytes()), data[:-200], b"", b"text"):
+        path.write_bytes(damaged)
+        refused(ended(lambda: read_weights(path)), path, "fetch it again")
+    for zipped in (True, False):
+        torch.save({"state_dict": Trap(exploded)}, path, _use_new_zipfile_serialization=zipped)
+        refused(ended(lambda: read_weights(path)), path, "fetch it again")
+    assert not exploded.exists()
+
+
+# ---------------------------------------------------------------- nothing that is read or fetched is run
+
+MAY_FETCH = {"util/data/download.py", "model/weights.py"}
+"""sources that open addresses: each compares a hash with the file"""
+
+
+def test_tensors_and_arrays_are_loaded_without_code_and_only_two_sources_fetch() -> None:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "*.py"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {name for name in listed if not name.startswith("tests/") and (ROOT / name).is_file()}
+    assert {"train.py", *MAY_FETCH} <= found
+    for name in found:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        calls = [ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)]
+        assert all("weights_only=True" in call for call in calls if call.startswith("torch.load(")), name
+        assert "allow_pickle=True" not in text, name
+        assert name in MAY_FETCH or not re.search(r"urlopen|urlretrieve|import requests|httpx|from_url\(", text), name
+
+
+def test_every_download_has_a_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name, *urls, md5 in prepare_pascal.DOWNLOADS.values():
+        assert Path(name).name == name and urls and re.fullmatch("[0-9a-f]{32}", md5)
+    asked: list[str | None] = []
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, hash_prefix=None: asked.append(hash_prefix))
+    for backbone in ("resnet50", "resnet101", "vgg16_bn"):
+        path = torchvision_file(backbone, tmp_path)
+        assert path.parent == tmp_path and asked[-1] is not None and f"-{asked[-1]}." in path.name
+
+
+@pytest.mark.parametrize("name", ["../evil.jpg", "/evil.jpg", "a\n.jpg"])
+def test_annotations_cannot_name_a_file_elsewhere(name: str, tmp_path: Path) -> None:
+    names = yaml.safe_load((ROOT / "configs/base/coco.yaml").read_text(encoding="utf-8"))["data"]["classes"]
+    good = {"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": 4, "width": 5}
+    shown = {"id": 7, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 3, 0, 3, 3]]}
+    data = {"categories": [{"id": n, "name": c} for n, c in enumerate(names, 1)], "annotations": [shown]}
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({**data, "images": [good]}))
+    assert [job.mask for job in read_jobs(path)] == ["COCO_train2014_000000000001.png"]
+    path.write_text(json.dumps({**data, "images": [good | {"file_name": name}]}))
+    with pytest.raises(UserError, match=r"instances\.json is damaged"):
+        read_jobs(path)
+
+
+# ---------------------------------------------------------------- progress bars
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Closed(Terminal):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def bar(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, steps: int, **options: object) -> list[str]:
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress(total=steps, desc="title", unit="step", mininterval=0, **options) as shown:
+        for n in range(steps):
+            shown.set_postfix(loss=n, refresh=False)
+            shown.update()
+    return stream.getvalue().splitlines()
+
+
+def test_a_log_gets_a_first_and_a_last_line_and_one_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = bar(io.StringIO(), monkeypatch, 500)
+    assert "title:   0%" in first and "0/500" in first
+    assert "title: 100%" in last and "500/500" in last and "loss=499" in last
+    assert bar(io.StringIO(), monkeypatch, 500, leave=False) == []
+    monkeypatch.setattr(progress_module, "LOG_SECONDS", 0.0)
+    assert len(bar(io.StringIO(), monkeypatch, 5)) > 5
+
+
+def test_a_terminal_shows_every_update_and_a_closed_one_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "\r".join(bar(Terminal(), monkeypatch, 5)).count("title") > 5
+    assert bar(Closed(), monkeypatch, 5) == bar(ClosedPipe(), monkeypatch, 5) == []

@@ -1,6 +1,7 @@
-"""What make_lists.py makes of two folders; tests/test_readme.py goes on from there to a prediction."""
+"""make_lists.py on a folder of images and one of masks; tests/test_readme.py continues to a prediction."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from scenes import ROOT, write_pair
 
 from scripts import make_lists
+from tests.harness import ROOT, process, succeeded
+from tests.scenes import write_pair
 from util.config import load_config
 from util.engine.build import build_index, build_train_sampler
 from util.errors import UserError
@@ -18,24 +20,32 @@ from util.errors import UserError
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """data/mine as README says: 20 pictures, two of four classes in each."""
+    """data/mine as in README: 20 images, two of four classes in each."""
     root = tmp_path / "data/mine"
     for n in range(20):
         write_pair(root, f"{n + 1:03}", 1 + n % 4, 1 + (n + 1) % 4)
     return root
 
 
-def lists(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> tuple[list[str], list[str]]:
-    """Lines of train.txt and val.txt."""
-    places = ["--root", root, "--images", root / "images", "--masks", root / "masks", "--out", root / "lists"]
-    monkeypatch.setattr(sys, "argv", ["make_lists.py", *map(str, places), *options])
-    make_lists.main()
+def command(root: Path) -> list[object]:
+    return ["--root", root, "--images", root / "images", "--masks", root / "masks", "--out", root / "lists"]
+
+
+def written_lists(root: Path) -> tuple[list[str], list[str]]:
     train, val = ((root / "lists" / f"{name}.txt").read_text().splitlines() for name in ("train", "val"))
     return train, val
 
 
-def test_lists_hold_every_pair_once_relative_to_the_root(mine: Path, monkeypatch) -> None:
-    train, val = lists(monkeypatch, mine)
+def lists(monkeypatch: pytest.MonkeyPatch, root: Path, *options: str) -> tuple[list[str], list[str]]:
+    """Lines of train.txt and val.txt."""
+    monkeypatch.setattr(sys, "argv", ["make_lists.py", *map(str, command(root)), *options])
+    make_lists.main()
+    return written_lists(root)
+
+
+def test_lists_hold_every_pair_once_relative_to_the_root(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    succeeded(process(ROOT / "scripts/make_lists.py", *command(mine), cwd=mine))
+    train, val = written_lists(mine)
     assert sorted(train + val) == [f"images/{n:03}.jpg masks/{n:03}.png" for n in range(1, 21)]
     assert lists(monkeypatch, mine) == (train, val)
     assert lists(monkeypatch, mine, "--seed", "1") != (train, val)
@@ -45,36 +55,36 @@ def written(root: Path) -> dict[str, Any]:
     return yaml.safe_load((root / f"lists/{root.name}.yaml").read_text())
 
 
-def test_scale_brings_pictures_to_the_size_they_are_evaluated_at(mine: Path, monkeypatch) -> None:
-    lists(monkeypatch, mine)
-    low, high = written(mine)["data"]["scale"]
-    assert (low + high) / 2 * 72 == pytest.approx(321, abs=1)
-
-
-def test_the_config_of_these_pictures_says_what_the_shipped_one_explains(tmp_path, monkeypatch, mine) -> None:
+def test_the_config_fits_the_one_that_explains_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: Path) -> None:
     monkeypatch.chdir(tmp_path)
     lists(monkeypatch, Path("data/mine"))
     shipped, found = yaml.safe_load((ROOT / "configs/custom.yaml").read_text()), written(mine)
     assert (mine / "lists" / found.pop("base")).resolve() == ROOT / "configs/custom.yaml"
     for section, values in found.items():
-        for key in values.keys() - {"scale", "min_area"}:  # they go with the pictures' size
+        for key in values.keys() - {"scale", "min_area"}:  # they depend on the images' size
             assert shipped[section][key] == values[key], key
+    low, high = found["data"]["scale"]
+    assert (low + high) / 2 * 72 == pytest.approx(321, abs=1), "images have the size that they are evaluated at"
 
 
-def test_a_config_that_was_changed_is_left_as_it_is(mine: Path, monkeypatch, capsys) -> None:
+def test_an_existing_config_is_not_changed(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lists(monkeypatch, mine)
     path = mine / "lists/mine.yaml"
     text = path.read_text()
     lists(monkeypatch, mine)
-    assert "left as it is" not in capsys.readouterr().out
+    assert "was not changed" not in capsys.readouterr().out
     path.write_text(f"{text}seed: 3\n")
     lists(monkeypatch, mine)
     assert path.read_text() == f"{text}seed: 3\n"
-    assert f"left as it is; for these lists it could say:\n\n{text}" in capsys.readouterr().out
+    assert f"was not changed; for these lists it could be:\n\n{text}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("count", [12, 40])
-def test_the_config_takes_enough_steps_whatever_the_data(tmp_path: Path, monkeypatch, count: int) -> None:
+def test_the_config_takes_enough_steps_whatever_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     for n in range(count):
         write_pair(tmp_path / "mine", f"{n:03}", 1 + n % 3)
     lists(monkeypatch, tmp_path / "mine")
@@ -86,7 +96,9 @@ def test_the_config_takes_enough_steps_whatever_the_data(tmp_path: Path, monkeyp
     assert config.data.min_area == round(0.005 * 64 * 72)
 
 
-def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(mine: Path, monkeypatch, capsys) -> None:
+def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     both = lists(monkeypatch, mine)
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for c in range(1, 5):
@@ -97,7 +109,7 @@ def test_the_table_counts_images_and_pixels_of_each_class_in_both_lists(mine: Pa
         assert [str(c), f"class_{c}", *expected] in rows
 
 
-def test_every_class_is_in_both_lists_twice_where_there_are_four_images_of_it() -> None:
+def test_every_class_is_in_both_lists_twice_if_it_has_four_images() -> None:
     rng = np.random.default_rng(0)
     for trial in range(30):
         present = rng.random((60, 8)) < rng.uniform(0.02, 0.3, 8)
@@ -110,7 +122,9 @@ def test_every_class_is_in_both_lists_twice_where_there_are_four_images_of_it() 
         assert in_val.mean() < 0.6
 
 
-def test_files_without_a_partner_are_named_and_left_out(mine: Path, monkeypatch, capsys) -> None:
+def test_files_without_a_partner_are_named_and_left_out(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (mine / "masks/003.png").unlink()
     (mine / "images/005.jpg").unlink()
     train, val = lists(monkeypatch, mine)
@@ -119,81 +133,56 @@ def test_files_without_a_partner_are_named_and_left_out(mine: Path, monkeypatch,
     assert f"no mask: {mine / 'images/003.jpg'}" in out and f"no image: {mine / 'masks/005.png'}" in out
 
 
-def test_names_come_from_a_file(mine: Path, monkeypatch) -> None:
+def test_names_come_from_a_file(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = mine / "names.txt"
     names.write_text("cat\ndog\nyes\ncoffee cup\n")
     lists(monkeypatch, mine, "--classes", str(names))
     assert written(mine)["data"]["classes"] == ["cat", "dog", "yes", "coffee cup"]
+    names.write_text("cat\ndog\n")
+    with pytest.raises(UserError, match="must hold 4 different names"):
+        lists(monkeypatch, mine, "--classes", str(names))
 
 
-def replaced(path: Path, values: dict[int, int]) -> None:
-    mask = np.array(Image.open(path))
-    Image.fromarray(np.vectorize(lambda v: values.get(v, v), otypes=[np.uint8])(mask)).save(path)
-
-
-def with_space(root: Path) -> None:
-    for path in (root / "images/001.jpg", root / "masks/001.png"):
-        path.rename(path.with_stem("my picture"))
-
-
-def coloured(root: Path) -> None:
-    Image.open(root / "masks/001.png").convert("RGB").save(root / "masks/001.png")
-
-
-def other_size(root: Path) -> None:
-    Image.open(root / "masks/002.png").resize((30, 30)).save(root / "masks/002.png")
-
-
-def only_255(root: Path) -> None:
+def each_mask(root: Path, values: dict[int, int]) -> None:
     for path in (root / "masks").iterdir():
-        replaced(path, {1: 255, 2: 255, 3: 255, 4: 255})
+        mask = np.array(Image.open(path))
+        Image.fromarray(np.vectorize(lambda v: values.get(v, v), otypes=[np.uint8])(mask)).save(path)
 
 
-def with_gaps(root: Path) -> None:
-    for path in (root / "masks").iterdir():
-        replaced(path, {2: 7, 4: 38})
+def other_names(folder: Path, name: str) -> None:
+    for path in folder.iterdir():
+        path.rename(path.with_stem(path.stem + name))
 
 
-def same_stem(root: Path) -> None:
-    Image.new("RGB", (72, 64)).save(root / "images/001.png")
+MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "space": (lambda at: other_names(at / "images", " x") or other_names(at / "masks", " x"), "has a space .* rename"),
+    "colour": (lambda at: Image.new("RGB", (72, 64)).save(at / "masks/001.png"), "001.png has mode RGB"),
+    "other size": (
+        lambda at: Image.new("L", (30, 30)).save(at / "masks/002.png"),
+        "002.jpg is 72x64 but mask .* 30x30",
+    ),
+    "only 255": (lambda at: each_mask(at, dict.fromkeys(range(1, 5), 255)), "nothing but 0 .background. and 255"),
+    "gaps": (lambda at: each_mask(at, {2: 7, 4: 38}), r"\[1, 3, 7, 38\]; write 3 as 2, 7 as 3, 38 as 4"),
+    "same stem": (
+        lambda at: Image.new("RGB", (72, 64)).save(at / "images/001.png"),
+        "001.jpg and .* have the same name",
+    ),
+    "no partners": (lambda at: other_names(at / "masks", "_mask"), "has a mask of the same name"),
+    "no images": (lambda at: (at / "images").rename(at / "x") and (at / "images").mkdir(), "holds no images"),
+}
 
 
-def no_partners(root: Path) -> None:
-    for path in (root / "masks").iterdir():
-        path.rename(path.with_stem(path.stem + "_mask"))
-
-
-def no_pictures(root: Path) -> None:
-    for path in (root / "images").iterdir():
-        path.unlink()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "words"),
-    [
-        (with_space, "my picture.jpg.* has a space .* rename"),
-        (coloured, "001.png has mode RGB"),
-        (other_size, "002.jpg is 72x64 but mask .*002.png is 30x30"),
-        (only_255, "nothing but 0 .background. and 255"),
-        (with_gaps, r"\[1, 3, 7, 38\]; write 3 as 2, 7 as 3, 38 as 4"),
-        (same_stem, "001.jpg and .*001.png have the same name"),
-        (no_partners, "has a mask of the same name"),
-        (no_pictures, "holds no pictures"),
-    ],
-)
-def test_what_no_list_can_be_made_of_is_refused_with_the_remedy(mine: Path, monkeypatch, spoil, words) -> None:
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused_with_the_remedy(mine: Path, monkeypatch: pytest.MonkeyPatch, mistake: str) -> None:
+    spoil, words = MISTAKES[mistake]
     spoil(mine)
     with pytest.raises(UserError, match=words):
         lists(monkeypatch, mine)
     assert list((mine / "lists").iterdir()) == []
 
 
-def test_folders_beside_the_root_and_wrong_names_are_refused(mine: Path, monkeypatch) -> None:
+def test_wrong_arguments_are_refused(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="not below --root"):
         lists(monkeypatch, mine, "--root", str(mine / "images"))
-    names = mine / "names.txt"
-    names.write_text("cat\ndog\n")
-    with pytest.raises(UserError, match="must hold 4 different names"):
-        lists(monkeypatch, mine, "--classes", str(names))
     with pytest.raises(UserError, match="--val must lie between 0 and 1"):
         lists(monkeypatch, mine, "--val", "1")

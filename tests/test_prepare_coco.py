@@ -59,14 +59,14 @@ def annotation(number: int, image: int, category: int, segmentation: Any, crowd:
 
 CODE = coco_mask.encode(np.asfortranarray(box(3, 4, 13, 24)))["counts"].decode()
 TRAIN = [
-    annotation(11, 9, 18, [polygon(5, 5, 10, 10)]),  # the smaller stands first in the file, and is on top
+    annotation(11, 9, 18, [polygon(5, 5, 10, 10)]),  # the smaller is first in the file, and on top
     annotation(12, 9, 1, [polygon(2, 2, 20, 20)]),
     annotation(14, 9, 3, [polygon(30, 10, 36, 16)]),  # equal areas: the higher id is on top
     annotation(13, 9, 2, [polygon(27, 10, 33, 16)]),
     annotation(21, 25, 90, [polygon(1, 1, 9, 9), polygon(12, 1, 39, 29)]),  # larger than the crowd, yet on top
     annotation(22, 25, 1, runs(box(5, 0, 15, 30)), crowd=1),
     annotation(31, 30, 84, {"size": [HEIGHT, WIDTH], "counts": CODE}),
-    annotation(41, 34, 17, [[3, 3, 30, 20]]),  # pycocotools would take it for a box
+    annotation(41, 34, 17, [[3, 3, 30, 20]]),  # pycocotools would take this for a box
     annotation(42, 34, 17, [[5, 5, 20, 5, 5, 5]]),
     annotation(43, 34, 17, []),
     annotation(44, 34, 88, [[1, 1, 2, 2], polygon(2, 3, 4, 5)]),
@@ -99,9 +99,9 @@ def coco(tmp_path: Path) -> Path:
         for image in images:
             Image.new("RGB", (WIDTH, HEIGHT)).save(root / f"{split}2014" / f"{name(split, image)}.jpg")
         size = {"height": HEIGHT, "width": WIDTH}
-        pictures = [{"id": image, "file_name": f"{name(split, image)}.jpg", **size} for image in images]
+        entries = [{"id": image, "file_name": f"{name(split, image)}.jpg", **size} for image in images]
         categories = [{"id": i, "name": n} for i, n in reversed(list(zip(IDS, NAMES, strict=True)))]
-        text = {"info": {}, "images": pictures, "annotations": annotations, "categories": categories, "licenses": []}
+        text = {"info": {}, "images": entries, "annotations": annotations, "categories": categories, "licenses": []}
         (root / f"annotations/instances_{split}2014.json").write_text(json.dumps(text))
     return root
 
@@ -130,8 +130,8 @@ def same(masks: dict[str, np.ndarray]) -> bool:
 
 
 def counts(out: str) -> tuple[int, ...]:
-    """Images, masks made and masks kept of the training split, from the table."""
-    return tuple(map(int, out.splitlines()[1].split()[1:4]))
+    """Images, masks made and masks kept of the training split, as printed."""
+    return tuple(map(int, re.findall(r"\d+", out.splitlines()[0])))
 
 
 def edit(coco: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -140,7 +140,7 @@ def edit(coco: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     path.write_text(json.dumps(data))
 
 
-def test_masks_lists_and_table(coco: Path, run: Run) -> None:
+def test_masks_and_lists(coco: Path, run: Run) -> None:
     code, out, _ = run()
     assert code == 0 and same(made(Path("data/coco")))
     with Image.open(f"data/coco/annotations/train2014/{name('train', 9)}.png") as mask:
@@ -151,10 +151,7 @@ def test_masks_lists_and_table(coco: Path, run: Run) -> None:
         assert path.read_text() == "".join(f"{line}\n" for line in lines)
         assert len(read_list(path, Path("data/coco"))) == TINY[split]
         load_class_index(path, Path("data/coco"), 80, progress=False)  # images and masks exist and have one size
-    ignored = float(np.mean([wanted()[name("train", i)] == 255 for i in (9, 25, 30, 34)]))
-    rows = [line.split() for line in out.splitlines()]
-    assert rows[1] == ["train", "4", "4", "0", f"{ignored:.2%}"] and rows[2] == ["val", "1", "1", "0", "0.00%"]
-    assert prepare_coco.OVERLAPS in out
+    assert out.splitlines()[:2] == ["train: 4 images, 4 masks made, 0 kept", "val: 1 images, 1 masks made, 0 kept"]
     assert out.endswith("next: python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.yaml\n")
 
 
@@ -166,7 +163,7 @@ def test_continues_and_keeps_what_is_finished(coco: Path, run: Run) -> None:
     assert [path.stat().st_mtime_ns for path in masks] == before
     masks[0].rename(f"{masks[0]}.tmp")
     Path(f"{masks[0]}.tmp").write_bytes(b"half")
-    masks[1].write_bytes(masks[1].read_bytes()[:-40])
+    masks[1].unlink()
     assert counts(run()[1]) == (4, 2, 2)
     assert same(made(Path("data/coco"))) and sorted(Path("data/coco/annotations/train2014").iterdir()) == masks
     assert [path.stat().st_mtime_ns for path in masks[2:]] == before[2:]
@@ -209,13 +206,6 @@ def test_a_part_has_a_name_that_says_so(coco: Path, run: Run) -> None:
     assert "val2014 holds none of the images" in run("--limit", "1")[2]
 
 
-def test_hard_links_where_symbolic_ones_fail(coco: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: Path("nowhere").stat())  # an OSError
-    assert run()[0] == 0 and run()[0] == 0
-    linked = Path("data/coco/val2014", f"{name('val', 7)}.jpg")
-    assert not linked.parent.is_symlink() and linked.samefile(coco / "val2014" / linked.name)
-
-
 def test_as_a_process(coco: Path, tmp_path: Path) -> None:
     script = str(ROOT / "scripts/prepare_coco.py")
     arguments = ["--root", str(coco), "--out", str(tmp_path / "o"), "--lists", str(tmp_path / "l")]
@@ -228,21 +218,7 @@ def test_as_a_process(coco: Path, tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", pooled], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert "loading" not in done.stdout and same(made(tmp_path / "o"))
-
-
-def test_preparations_at_the_same_time_disturb_neither(coco: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "symlink_to", lambda *_, **__: Path("nowhere").stat())  # so that every image is linked
-    for turn in range(3):
-        children = []
-        for _ in range(3):
-            pid = os.fork()
-            if pid == 0:
-                os._exit(run("--out", f"o{turn}", "--lists", "l")[0])
-            children.append(pid)
-        assert [os.waitpid(pid, 0)[1] for pid in children] == [0, 0, 0]
-        assert same(made(Path(f"o{turn}"))) and len(list(Path("l").iterdir())) == 2
-        assert not list(Path(f"o{turn}").rglob("*.tmp"))
+    assert same(made(tmp_path / "o"))
 
 
 def test_categories_by_name(coco: Path, run: Run) -> None:
@@ -254,10 +230,13 @@ def test_categories_by_name(coco: Path, run: Run) -> None:
 
 
 SIZE = [HEIGHT, WIDTH]
-BAD_SHAPES: list[Any] = [{"size": SIZE, "counts": None}, {"size": [HEIGHT + 1, WIDTH], "counts": "zz"}]
-BAD_SHAPES += [{"size": SIZE, "counts": counts} for counts in ("32", [3, 2], [HEIGHT * WIDTH + 1])]
-BAD_SHAPES += [{"size": SIZE[::-1], "counts": [HEIGHT * WIDTH]}]
-BAD_SHAPES += [[[0.0, 0.0, far, 0.0, 9.0, 9.0]] for far in (float("nan"), float("inf"), -1e9)]
+BAD_SHAPES: list[Any] = [
+    {"size": SIZE, "counts": None},
+    {"size": SIZE, "counts": [3, 2]},
+    {"size": SIZE, "counts": [HEIGHT * WIDTH + 1]},
+    {"size": SIZE[::-1], "counts": [HEIGHT * WIDTH]},
+    {"size": [HEIGHT + 1, WIDTH], "counts": CODE},
+]
 BAD = [({"segmentation": shape}, "annotation 31 .*cannot be drawn") for shape in BAD_SHAPES]
 BAD += [({"category_id": 12}, "annotation 31 .*category 12,"), ({"image_id": 1}, "annotation 31 .*image 1 ")]
 BAD += [({"segmentation": ["x"]}, "is damaged")]

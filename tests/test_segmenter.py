@@ -114,8 +114,8 @@ def test_every_map_has_the_querys_own_size(segmenter: NTRESegmenter, size: tuple
 @pytest.mark.parametrize(
     ("overrides", "lacking"),
     [
-        (("model.doem=false", "loss.pcl=false"), {"distractor"}),
-        (("model.bgem=false", "model.doem=false", "loss.pcl=false"), {"bg", "distractor"}),
+        (("model.doem=false", "loss.pcl=0"), {"distractor"}),
+        (("model.bgem=false", "model.doem=false", "loss.pcl=0"), {"bg", "distractor"}),
         (("model.elimination=per_scale",), set()),
     ],
     ids=["bgem only", "pfenet", "per scale"],

@@ -1,8 +1,7 @@
 """Typed, strict configuration: a YAML file with at most one ``base:``, files that vary it, ``key=value`` overrides.
 
-The value written is the value used. Unknown keys, duplicate keys, wrong types and values out of range are errors
-that name the file, the key and the remedy. Every field is documented where it is declared, and so is what it means
-elsewhere, see :class:`Meaning`.
+The value written is the value used. Unknown keys, duplicate keys, wrong types and values out of range are errors that
+name the file, the key and the remedy. Every key is documented where it is declared, with its default.
 """
 
 import argparse
@@ -12,67 +11,46 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum, auto
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from model.backbones import BACKBONES
 from util.errors import UserError
-from util.files import refuse_pipe
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-
-
-if TYPE_CHECKING:
-    BackboneName = str
-else:
-    BackboneName = Literal[tuple(BACKBONES)]
+Count = Annotated[int, Field(ge=1)]
 
 
 def _names_of(value: Any) -> Any:
-    """What stands in a file of names, one a line, where the file is given instead of the names."""
+    """Read the names if the path of a file of names is given instead of them."""
     if not isinstance(value, str):
         return value
-    path = Path(value)
     try:
-        refuse_pipe(path)
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        return [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise ValueError(f"the file of names {value} cannot be read ({error})") from error
 
 
-Names = Annotated[list[str], BeforeValidator(_names_of)]
-"""names, or the path of a file that holds them, one a line; the names are what a run and its checkpoints keep"""
-
-Switch = Annotated[
-    Literal["auto", "on", "off"],
-    BeforeValidator(lambda value: ("off", "on")[value] if isinstance(value, bool) else value),
-]
-"""YAML reads on and off as true and false"""
+Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_names_of)]
+"""names, or the path of a file that holds one name a line; the config holds the names themselves"""
 
 
-class Meaning(Enum):
-    """What a key means outside the config. A key without a meaning of its own has that of its section."""
+class Kind(Enum):
+    """Which configs must agree on a key. A key without a tag has the kind of its section, by default RUN."""
 
     TASK = auto()
-    """what a checkpoint was trained to do: a test must say the same"""
-    NETWORK = auto()
-    """what the weights fit: a test must say the same"""
-    VARIANT = auto()
-    """anything but its default makes another network than the paper's: the report never counts the run as NTRENet"""
-    COMPARED = auto()
-    """the runs of one table should share it: the report warns where they do not"""
-    SHOWN = auto()
-    """the report shows it beside the figures"""
+    """a checkpoint can only be tested or resumed with the value it was trained with"""
+    RUN = auto()
+    """a run can only be resumed with the same value; a test may have another"""
     MACHINE = auto()
-    """it changes no figure: it may change when a run is resumed"""
+    """changes no figure, so it may change when a run is resumed"""
 
 
-TASK, NETWORK, VARIANT = Meaning.TASK, Meaning.NETWORK, Meaning.VARIANT
-COMPARED, SHOWN, MACHINE = Meaning.COMPARED, Meaning.SHOWN, Meaning.MACHINE
+TASK, RUN, MACHINE = Kind.TASK, Kind.RUN, Kind.MACHINE
 
 
 class Section(BaseModel):
@@ -82,66 +60,56 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """Which data, which classes are novel, and how a picture reaches the network."""
+    """Which data, which classes are novel, and how an image reaches the network."""
 
-    dataset: Annotated[str, TASK, COMPARED]
+    dataset: Annotated[str, TASK]
     """name in tables and results"""
     root: Annotated[str, MACHINE]
-    """folder to which the lists' paths are relative"""
+    """folder to which the paths in the lists are relative"""
     train_list: Annotated[str, MACHINE]
-    """file of 'image mask' lines: the base classes are trained on it"""
+    """file of 'image mask' lines; the base classes are trained on it"""
     val_list: Annotated[str, MACHINE]
-    """the same kind of file: the novel classes are evaluated on it"""
+    """file of 'image mask' lines; the novel classes are evaluated on it"""
     reader: str = "class_ids"
     """how masks are read: 'class_ids' or 'class_folders', see util/data/readers.py"""
-    classes: Annotated[Names, TASK, COMPARED]
+    classes: Annotated[Names, TASK]
     """names of the classes, or a file of them; their mask values are 1, 2, ... in this order (0 background, 255
-    ignored), at most 254 where masks hold class ids"""
-    fold_scheme: Annotated[Literal["contiguous", "interleaved"], TASK, COMPARED] = "contiguous"
-    """novel classes of fold i of 4: a run of neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
-    folds: Annotated[list[Names] | None, TASK, COMPARED] = None
+    ignored), at most 254 if masks hold class ids"""
+    fold_scheme: Annotated[Literal["contiguous", "interleaved"], TASK] = "contiguous"
+    """novel classes of fold i of 4: neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
+    folds: Annotated[list[Names] | None, TASK] = None
     """class names of each fold, or a file of them for each, instead of a scheme"""
-    base_classes: Annotated[Names | None, TASK, COMPARED] = None
-    """class names that every fold trains on, or a file of them, where classes are split once into training, validation
-    and test (FSS-1000); the folds are then the splits to evaluate on. By default a fold trains on all that are not
-    its own."""
+    base_classes: Annotated[Names | None, TASK] = None
+    """class names that every fold trains on, or a file of them, if classes are split into training, validation and test
+    (FSS-1000); the folds are then the splits to evaluate on. By default a fold trains on all classes but its own"""
     fold: Annotated[int, Field(ge=0), TASK] = 0
-    shots: Annotated[Count, SHOWN] = 1
-    """supports an episode"""
+    shots: Count = 1
+    """supports of an episode"""
     min_area: Count = 2048
-    """pixels a class needs in an image to qualify it as a support, and for the fold"""
+    """pixels of a class that make an image a possible support for it, and part of the class's fold"""
     novel_in_train: Literal["keep", "drop"] = "keep"
-    """training images that also hold novel classes: keep them with those pixels as background, or drop them"""
-    image_size: Annotated[int, Field(ge=9, le=10_001), TASK, COMPARED] = 473
-    """side of the network's square input; 8n + 1"""
-    scale: Annotated[list[Annotated[float, Field(ge=0.01, le=100)]], Field(min_length=2, max_length=2)] = [0.9, 1.1]
+    """training images that also show novel classes: keep them, with those pixels as background, or drop them"""
+    image_size: Annotated[int, Field(ge=16), TASK] = 473
+    """side of the network's square input; the backbone says which sides it takes (the CNNs: 8n + 1)"""
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] = [0.9, 1.1]
     """random scaling in training, from and to"""
     rotation: Annotated[float, Field(ge=0, le=180)] = 10.0
     """random rotation in training, degrees either way, in half of the images"""
     blur: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """share of the images that are blurred in training, with a Gaussian of 5x5 pixels (the authors' code: 0.5)"""
+    """share of the training images that are blurred, with a 5x5 Gaussian (the authors' code: 0.5)"""
 
     @model_validator(mode="after")
-    def _check_geometry(self) -> "DataConfig":
-        if self.image_size % 8 != 1:
-            lower = max(self.image_size // 8, 1) * 8 + 1
-            raise ValueError(f"image_size must be 8n + 1, such as {lower} or {lower + 8}")
+    def _check(self) -> "DataConfig":
         if self.scale[0] > self.scale[1]:
             raise ValueError("scale must be [from, to] with from <= to")
-        return self
-
-    @model_validator(mode="after")
-    def _check_classes(self) -> "DataConfig":
         most = 254 if self.reader == "class_ids" else 10**6
         if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= most:
             raise ValueError(f"classes must be 2 to {most} different names")
         for key, names in [*(("folds", fold) for fold in self.folds or []), ("base_classes", self.base_classes or [])]:
             if foreign := [name for name in names if name not in self.classes]:
                 raise ValueError(f"{key} names '{foreign[0]}', which is not among classes")
-        if any(not 0 < len(set(fold)) < len(self.classes) or len(set(fold)) < len(fold) for fold in self.folds or []):
-            raise ValueError("each fold must hold some, and not all, of the classes, and none twice")
-        if self.base_classes == []:
-            raise ValueError("base_classes must name a class")
+        if any(len(set(fold)) < len(fold) or len(fold) == len(self.classes) for fold in self.folds or []):
+            raise ValueError("a fold must not hold all classes, nor one of them twice")
         if self.folds is None and len(self.classes) % 4:
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
@@ -150,38 +118,38 @@ class DataConfig(Section):
 
     @property
     def num_folds(self) -> int:
-        """Return how many folds the classes make."""
-        return 4 if self.folds is None else len(self.folds)
+        """Folds the classes are divided into."""
+        return len(self.folds) if self.folds is not None else 4
 
 
 class ModelConfig(Section):
-    """The network; its defaults are NTRENet."""
+    """The network. The defaults are NTRENet; everything that departs from them is another network in reports."""
 
-    backbone: Annotated[BackboneName, NETWORK, SHOWN] = "resnet50"
-    weights: Annotated[str, COMPARED] = "imagenet"
+    backbone: Literal[*BACKBONES] = "resnet50"  # type: ignore
+    weights: Annotated[str, RUN] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
     bgem: bool = True
     """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
     doem: bool = True
     """match, mine and eliminate distracting objects (eq. 5-9); needs bgem"""
     elimination: Literal["single", "per_scale", "authors"] = "single"
-    """eq. 4-8 once (the paper), anew at each of FEM's scales, or that with the authors' deeper BGMM and FM"""
+    """eq. 4-8 once (the paper), at each of FEM's scales, or at each scale with the authors' deeper BGMM and FM"""
     do_average: Literal["image", "region"] = "image"
     """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
     fem_prior: bool = True
-    """FEM takes C_p beside P_DO where eq. 4-8 run once (at each scale FM has just taken it)"""
+    """FEM takes C_p in addition to P_DO if eq. 4-8 run once (at each scale FM has just taken it)"""
     do_similarity: bool = True
     """S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = True
-    """y_ini learns from X_act without shaping it: its loss makes X_act tell base classes, which FEM cannot use on novel
-    ones; never with elimination=authors"""
+    """y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones; not used with
+    elimination=authors"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
     """C, the channels of X^q and X^s and of all that follows; fewer train faster, 64 on a CPU"""
     prototype_channels: Count = 640
     """D of the background prototype (Fig. 6)"""
-    fem_scales: Annotated[list[Positive], Field(min_length=1), NETWORK, COMPARED] = [60, 30, 15, 8]
+    fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
     """FEM's scales, fine to coarse: sides above 1, or shares of the feature's side up to 1"""
 
     @model_validator(mode="after")
@@ -195,49 +163,43 @@ class ModelConfig(Section):
         return self
 
 
-class LossConfig(Section):
-    """The terms of the loss (eq. 11), their weights and the prototype bank."""
+class LossWeights(Section):
+    """Weight of each term of the loss, by the names in model/losses.py; 0 switches a term off."""
+
+    final: NonNegative = 1.0
+    """the final prediction against the mask (eq. 12; beta in eq. 11)"""
+    initial: NonNegative = 1.0
+    """y_ini against the mask (eq. 12; 0.6 in the authors' code)"""
+    fem_aux: NonNegative = 0.4
+    """FEM's per-scale predictions against the mask (the authors' code; the paper does not give a weight)"""
+    bg: NonNegative = 1.0
+    """L_BG (eq. 3; lambda in eq. 11)"""
+    pcl: NonNegative = 0.01
+    """L_PCL (eq. 10; gamma in eq. 11, its value from the authors' code); needs model.doem"""
+    base: NonNegative = 3.0
+    """the base learner's cross-entropy; without model.base_learner there is none"""
+
+
+class LossConfig(LossWeights):
+    """The loss (eq. 11) and its prototype bank."""
 
     alpha: NonNegative = 0.5
     """weight of the second term of L_BG (eq. 3)"""
-    beta: NonNegative = 1.0
-    """weight of L_T (eq. 11)"""
-    lambda_bg: NonNegative = 1.0
-    """weight of L_BG (eq. 11)"""
-    gamma: NonNegative = 0.01
-    """weight of L_PCL (eq. 11)"""
-    initial: NonNegative = 1.0
-    """weight of y_ini's term of L_T (eq. 12; 0.6 in the authors' code)"""
-    fem_aux: NonNegative = 0.4
-    """weight of FEM's per-scale predictions"""
     bg_ignored: bool = False
     """ignored pixels count in the second term of L_BG, as in the authors' code"""
-    pcl: bool = True
-    """the contrastive loss (eq. 10); needs model.doem"""
     pcl_negatives: Literal["do", "bg", "non_target"] = "do"
-    """what the bank stores (Table 4)"""
+    """prototypes that the bank stores (Table 4)"""
     pcl_regions: Literal["predicted", "ground_truth"] = "predicted"
-    """where eq. 10 looks for the target in a query: in the prediction, or in its mask (the authors' code)"""
-    pcl_temperature: Positive = 1.0
-    """what the cosines of eq. 10 are divided by (1 as printed)"""
-    pcl_drawn: Annotated[int, Field(ge=0, le=10**9)] = 0
+    """target region of a query in eq. 10: the prediction, or the mask (the authors' code)"""
+    pcl_drawn: Annotated[int, Field(ge=0)] = 0
     """prototypes of the bank, drawn at random, that eq. 10 sums over (the authors' code: 1000); 0 for all"""
-    base: NonNegative = 3.0
-    """weight of the base learner's cross-entropy (model.base_learner)"""
     bank_size: Count = 2000
-    """prototypes kept a class"""
+    """prototypes kept of each class"""
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term of model.losses.NTRELoss in the total."""
-        return {
-            "final": self.beta,
-            "initial": self.beta * self.initial,
-            "fem_aux": self.beta * self.fem_aux,
-            "bg": self.lambda_bg,
-            "pcl": self.gamma,
-            "base": self.base,
-        }
+        """The weight of each term, by name."""
+        return {name: getattr(self, name) for name in LossWeights.model_fields}
 
 
 class TrainConfig(Section):
@@ -245,17 +207,18 @@ class TrainConfig(Section):
 
     epochs: Count = 200
     batch_size: Count = 32
+    """episodes of a step, over all processes"""
     lr: Positive = 0.03
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     weight_decay: NonNegative = 1e-4
     power: NonNegative = 0.9
-    """exponent of the polynomial decay of the learning rate, a step at a time"""
-    warmup: Annotated[int, Field(ge=0, le=10**9)] = 100
+    """exponent of the polynomial decay of the learning rate, which is set at each step"""
+    warmup: Annotated[int, Field(ge=0)] = 100
     """steps over which the learning rate rises to lr; 0 for none"""
     checkpoint_minutes: Annotated[NonNegative, MACHINE] = 10.0
-    """longest time between checkpoints; one is written at the end of each epoch in any case"""
-    compile: Annotated[Switch, MACHINE] = "auto"
-    """whether torch.compile makes the training step; auto is on for long runs on CUDA (util/engine/compilation.py)"""
+    """longest time between checkpoints; one is also written at the end of each epoch"""
+    compile: Annotated[bool, MACHINE] = False
+    """compile the training step with torch.compile; worth its minutes for long runs on a GPU"""
 
 
 class EvalConfig(Section):
@@ -265,45 +228,41 @@ class EvalConfig(Section):
     batch_size: Annotated[Count, MACHINE] = 1
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
-    """memory for what episodes share: features of the images they have in common, and what else fits in of the
-    backbone's features from one validation in training to the next"""
-    geometry: Annotated[Literal["lineage", "exact"], COMPARED] = "exact"
-    """how logits return to the original size: as PFENet's code does ('lineage', 3 px off at 500x375), or exactly"""
+    """memory for backbone features of images that episodes share; kept from one validation to the next"""
+    geometry: Literal["lineage", "exact"] = "exact"
+    """how logits return to the original size: as in PFENet's code ('lineage', 3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
     """epochs between evaluations in training"""
-    select: Annotated[Literal["miou", "last"], COMPARED] = "miou"
-    """what best.pt is: the highest novel-fold mIoU, as in the authors' code, or simply the last"""
-
-
-RETIRED = ("resume_changed_code",)
-"""keys that mean nothing any more; records that were written with them are still read"""
+    select: Literal["miou", "last"] = "miou"
+    """the checkpoint that becomes best.pt: the highest novel-fold mIoU, as in the authors' code, or the last"""
 
 
 class Config(Section):
-    """Everything that a command can be told in YAML or as ``key=value``."""
+    """All settings of a command, from YAML or given as ``key=value``."""
 
-    data: Annotated[DataConfig, COMPARED]
-    model: Annotated[ModelConfig, NETWORK, VARIANT] = ModelConfig()
-    loss: Annotated[LossConfig, VARIANT] = LossConfig()
-    train: Annotated[TrainConfig, COMPARED] = TrainConfig()
-    eval: Annotated[EvalConfig, SHOWN] = EvalConfig()
-    seed: Annotated[int, Field(ge=0, lt=2**63), SHOWN] = 0
-    """settles weights, dropout, training episodes and augmentation"""
+    data: DataConfig
+    model: Annotated[ModelConfig, TASK] = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """seed of weights, dropout, training episodes and augmentation"""
     run_dir: Annotated[str, MACHINE] = ""
-    """everything a run writes; by default runs/, the config's own path, its variants and a seed other than 0"""
+    """folder for everything a run writes; by default runs/, the config's own path, its variants and a seed other than
+    0"""
     resume: Annotated[str, MACHINE] = "none"
     """'none', 'auto' (from run_dir's last.pt if there is one), or a checkpoint's path"""
     device: Annotated[Literal["auto", "cpu", "cuda"], MACHINE] = "auto"
-    precision: Annotated[Literal["auto", "fp32", "tf32", "bf16", "fp16"], SHOWN] = "auto"
-    """numbers of the forward and backward pass; auto is bf16 where the device computes it natively, else fp32. tf32 is
-    float32 that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """number format of the forward and backward pass; auto is bf16 if the device computes it natively, else fp32. tf32
+    is float32 that CUDA rounds in convolutions and matrix products; fp32 is never rounded"""
     workers: Annotated[int, Field(ge=0), MACHINE] = 4
     """loader processes, at most one a core; the results do not depend on it"""
 
     @model_validator(mode="after")
     def _check(self) -> "Config":
         if self.loss.pcl and not self.model.doem:
-            raise ValueError("loss.pcl needs model.doem; set loss.pcl=false")
+            raise ValueError("loss.pcl needs model.doem; set loss.pcl=0")
         if self.model.base_learner and len(self.data.classes) > 254:
             raise ValueError("model.base_learner takes at most 254 classes; set model.base_learner=false")
         return self
@@ -319,15 +278,11 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for source, layer in _layers(path, variants, overrides):
-        try:
-            _merge(values, layer, source, origin)
-        except RecursionError as error:
-            raise UserError(
-                f"{source}: nested too deep; an alias such as *name may lie inside its own value"
-            ) from error
+        _merge(values, layer, source, origin)
+        origin[""] = source  # keys that contradict each other: the last source is to blame
     if values.get("run_dir") is None:
         values.pop("run_dir", None)
-    config = _validate(values, origin, str(path), contradiction="command line" if overrides else str(path))
+    config = _validate(values, origin, str(path))
     if config.run_dir:
         return config
     of_seed = [f"seed{config.seed}"] if config.seed else []
@@ -335,34 +290,38 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     return config.model_copy(update={"run_dir": str(Path("runs") / path.resolve().parent.name / name)})
 
 
+def config_from_dict(values: dict[str, Any], source: str) -> Config:
+    """Validate a whole config from a checkpoint or a record; errors name ``source``."""
+    return _validate(values, {}, source)
+
+
 def _layers(path: Path, variants: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Give what each source says, with its name; a later one wins."""
+    """Yield the name and the values of each source; later ones win."""
     leaf = read_yaml(path)
     base = leaf.pop("base", None)
     if isinstance(base, str):
-        yield str(path.parent / base), _read_flat(path.parent / base, f"name it in {path}")
+        yield str(path.parent / base), _read_without_base(path.parent / base, f"name it in {path}")
     elif base is not None:
         raise UserError(f"{path}: 'base' must be the path of one YAML file")
     yield str(path), leaf
     for variant in variants:
         if variant.suffix not in (".yaml", ".yml"):
             raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
-        yield str(variant), _read_flat(variant, "a file that has one is a config of its own; give it first, or alone")
+        yield str(variant), _read_without_base(variant, "a file that has one is a whole config; give it first")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
         try:
-            value = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
-        except Exception as error:  # see read_yaml
+            value = yaml.load(text, _Loader)  # noqa: S506 (a subclass of SafeLoader)
+        except (yaml.YAMLError, ValueError) as error:
             raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
-        for part in reversed(key.split(".", 3)):  # no key has more parts
+        for part in reversed(key.split(".")):
             value = {part: value}
         yield "command line", value
 
 
-def _read_flat(path: Path, remedy: str) -> dict[str, Any]:
-    """Read a YAML file that must not have a base."""
+def _read_without_base(path: Path, remedy: str) -> dict[str, Any]:
     values = read_yaml(path)
     if "base" in values:
         raise UserError(f"{path}: cannot have a 'base' of its own; {remedy}")
@@ -376,7 +335,7 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Options of the command line, and its ``key=value`` overrides, which may stand anywhere among them."""
+    """Options of the command line, and its ``key=value`` overrides, which may be anywhere among them."""
     parser.usage = f"%(prog)s {parser.format_usage().split(maxsplit=2)[2].strip()} [key=value ...]"
     overrides = [word for word in sys.argv[1:] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     args, others = parser.parse_known_args([word for word in sys.argv[1:] if word not in overrides])
@@ -385,31 +344,15 @@ def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
     return args, overrides + others
 
 
-def config_from_dict(values: dict[str, Any], source: str) -> Config:
-    """Validate a whole config that stands in a checkpoint or a record; ``source`` is named in errors."""
-    values = {key: value for key, value in values.items() if key not in RETIRED}
-    return _validate(values, {}, source, contradiction=source)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """('train.lr', 0.03) and so on."""
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses a key that stands twice, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
+    """Safe YAML that refuses duplicate keys, and reads 1e-4 as a number (YAML 1.1 wants 1.0e-4)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[str] = []
+        seen: list[Any] = []
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in seen:
-                problem = f"key '{key}' " + ("stands twice" if isinstance(key, str) else "is not text")
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key '{key}' is given twice", key_node.start_mark)
             seen.append(key)
         return super().construct_mapping(node, deep)
 
@@ -426,95 +369,94 @@ def read_yaml(path: Path) -> dict[str, Any]:
         UserError: it cannot be read, is no valid YAML, or holds something else.
     """
     try:
-        refuse_pipe(path)
-        text = path.read_text(encoding="utf-8")
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a subclass of SafeLoader)
     except FileNotFoundError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1, 0.5)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"config {path} does not exist{hint}") from error
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
-        raise UserError(f"config {path} cannot be read: {error}") from error
-    try:
-        values = yaml.load(text, _Loader)  # noqa: S506 (it is a safe one)
     except yaml.MarkedYAMLError as error:
-        where = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{where}: not valid YAML: {error.problem}") from error
-    except Exception as error:  # PyYAML also lets through what Python raises for '!!int x', month 13, deep nesting ...
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not valid YAML: {reason}") from error
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{place}: not valid YAML: {error.problem}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date such as 2024-13-01
+        raise UserError(f"config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold keys and values, such as 'data:' with 'fold: 0' under it")
     return values
 
 
 def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
+    """Put the values of a source into ``into``, and note in ``origin`` which source each key comes from."""
     for key, value in new.items():
-        origin[prefix + key] = source
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value, source, origin, f"{prefix}{key}.")
-        elif isinstance(value, dict):
-            into[key] = {}
+        origin[f"{prefix}{key}"] = source
+        if isinstance(value, dict):
+            section = into.get(key)
+            into[key] = section if isinstance(section, dict) else {}
             _merge(into[key], value, source, origin, f"{prefix}{key}.")
         else:
             into[key] = value
 
 
-def _validate(values: dict[str, Any], origin: dict[str, str], file: str, contradiction: str) -> Config:
-    """``origin``: where each key was set; ``file`` lacks what is missing; ``contradiction`` set keys at odds."""
+def _validate(values: dict[str, Any], origin: dict[str, str], file: str) -> Config:
+    """Check the values; an error names the source of the key, or ``file`` if no source is known."""
     try:
         return Config.model_validate(values)
     except ValidationError as validation:
         error = validation.errors()[0]
     location = [str(part) for part in error["loc"]]
     key = ".".join(location)
-    named = [".".join(location[:n]) for n in range(len(location), 0, -1)]
-    source = next((origin[k] for k in named if k in origin), contradiction)
-    if error["type"] == "extra_forbidden":
-        known = {k.rsplit(".", 1)[-1]: k for k in known_keys()} | {k: k for k in known_keys()}
-        near = [known[k] for word in (key, location[-1]) for k in difflib.get_close_matches(word, known, 1, 0.6)]
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(sorted(known_keys()))}"
-        raise UserError(f"{source}: unknown key '{key}'; {hint}")
     if error["type"] == "missing":
         raise UserError(f"{file}: key '{key}' is missing")
+    parents = [".".join(location[:n]) for n in range(len(location), -1, -1)]
+    source = next((origin[parent] for parent in parents if parent in origin), file)
+    if error["type"] == "extra_forbidden":
+        keys = sorted(keys_with(*Kind))
+        known = {k.rsplit(".", 1)[-1]: k for k in keys} | {k: k for k in keys}
+        near = [known[k] for word in (key, location[-1]) for k in difflib.get_close_matches(word, known, 1, 0.6)]
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(keys)}"
+        raise UserError(f"{source}: unknown key '{key}'; {hint}")
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
-    try:
-        shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
-    except ValueError:  # Python writes no whole number of more than 4300 digits
-        shown = ""
+    shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
     raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
 
 
-def known_keys() -> Iterator[str]:
-    """Every key a config can hold: 'data.fold', 'train.lr', 'seed' ..."""
-    return (key for key, _ in _keys_and_meanings())
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ('train.lr', 0.03) and so on."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
-def keys_with(*meanings: Meaning) -> frozenset[str]:
-    """The keys that have one of these meanings."""
-    return frozenset(key for key, its in _keys_and_meanings() if not its.isdisjoint(meanings))
+def keys_with(*kinds: Kind) -> frozenset[str]:
+    """The keys of these kinds: 'data.fold', 'train.lr', 'seed' ..."""
+    keys: dict[str, Kind] = {}
+    for name, field in Config.model_fields.items():
+        kind = _tag(field, RUN)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            keys |= {f"{name}.{key}": _tag(own, kind) for key, own in field.annotation.model_fields.items()}
+        else:
+            keys[name] = kind
+    return frozenset(key for key, kind in keys.items() if kind in kinds)
+
+
+def _tag(field: FieldInfo, default: Kind) -> Kind:
+    return next((tag for tag in field.metadata if isinstance(tag, Kind)), default)
+
+
+NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")
+"""model keys that a benchmark sets: a change of them is not another network"""
 
 
 def departures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a run another network than the paper's, NTRENet as it stands by default: keys and their values.
+    """The keys of ``model`` and ``loss`` in which a run departs from NTRENet, the default, with the run's values.
 
-    A key that this version does not know, as a fork's or a later version's run has it, counts as well.
+    A key that this version does not know, such as a fork's, counts as well.
 
     Args:
-        values: a config's keys, as :func:`flatten` gives them; those of ``model`` and ``loss`` alone play a part
+        values: a config's values by key, as :func:`flatten` yields them
     """
     default = dict(flatten({"model": ModelConfig().model_dump(), "loss": LossConfig().model_dump()}))
-    given = {key: value for key, value in values.items() if key.startswith(("model.", "loss."))}
-    variant = keys_with(VARIANT)
-    return {k: value for k, value in given.items() if k not in default or (k in variant and value != default[k])}
-
-
-def _keys_and_meanings(
-    section: type[BaseModel] = Config, prefix: str = "", meaning: frozenset[Meaning] = frozenset()
-) -> Iterator[tuple[str, frozenset[Meaning]]]:
-    for name, field in section.model_fields.items():
-        own = frozenset(mark for mark in field.metadata if isinstance(mark, Meaning)) or meaning
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys_and_meanings(field.annotation, f"{prefix}{name}.", own)
-        else:
-            yield prefix + name, own
+    given = {k: value for k, value in values.items() if k.startswith(("model.", "loss.")) and k not in NOT_A_DEPARTURE}
+    return {k: value for k, value in given.items() if k not in default or value != default[k]}

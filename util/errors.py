@@ -1,19 +1,17 @@
-"""Mistakes that the user can mend; util/command.py shows them in one line."""
+"""Mistakes that the user can correct; util/command.py shows them in one line."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """Something the user can mend; the message says what, where and how.
-
-    A loader worker hands an exception over with its traceback inside the message; only the last message is kept.
-    """
+    """A mistake that the user can correct; the message says what is wrong, where, and the remedy."""
 
     def __init__(self, message: str) -> None:
+        # torch re-raises an exception of a loader process with its traceback as the message: keep the last message only
         super().__init__(message.rsplit("UserError: ", 1)[-1].strip())
 
 
 def first_of(problems: Sequence[str], shown: int = 5, separator: str = "; ") -> str:
-    """The first few of many, and how many more."""
+    """The first few problems, and how many more there are."""
     more = f"{separator}and {len(problems) - shown} more" if len(problems) > shown else ""
     return separator.join(problems[:shown]) + more

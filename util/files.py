@@ -1,32 +1,26 @@
-"""Files that are whole whenever the machine stops, and folders that one process writes at a time."""
+"""Atomic file writes, and a lock on the run folder."""
 
-import fcntl
 import json
 import os
+import secrets
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout, UnixFileLock
+from filelock import FileLock, Timeout
 
 from util.errors import UserError
 
 
-def refuse_pipe(path: Path) -> None:
-    """Raise OSError for a pipe or a device, which a reader would wait for."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise OSError("it is a pipe or a device")
-
-
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError say which file it is about; what comes from writing to an open one does not."""
+    """Add the file's name to an OSError that has none, as those of writing to an open file."""
     try:
         yield
     except OSError as error:
-        if error.filename is None and error.errno is not None:  # not what Pillow says of formats
+        if error.filename is None and error.errno is not None:
             error.filename = str(path)
         raise
 
@@ -37,13 +31,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write atomically, indented."""
+    """Write atomically, indented; the folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(values, indent=2) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`write_json` wrote; empty where there is no such file, or a damaged one."""
+    """Read what :func:`write_json` wrote; empty if there is no such file or it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -59,60 +53,46 @@ def write_bytes(path: Path, data: bytes, *, force: bool = True) -> None:
 def write_atomically(
     path: Path, write: Callable[[BinaryIO], object], *, keep: Path | None = None, force: bool = True
 ) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then put it in its place, both forced to the disk.
+    """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
 
-    ``path`` holds the old file or the new one at any moment; where ``write`` fails, the old one stays.
+    ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays.
 
     Args:
-        keep: where the old file is found afterwards.
-        force: to the disk; not worth its time for thousands of files that can be made again.
+        keep: becomes the old file's new name.
+        force: fsync; not worth its time for thousands of files that can be made again.
     Raises:
-        OSError: the disk is full, or the folder cannot be written; and whatever ``write`` raises.
+        OSError: naming the file, if the disk is full or the folder cannot be written; and whatever ``write`` raises.
     """
-    temporary = path.with_name(path.name + ".tmp")
-    with naming(path), _opened_alone(temporary) as file:
-        try:
+    # a name of its own: processes that write the same file do not meet, and "x" follows no symbolic link
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with naming(path), temporary.open("xb") as file:
             write(file)
             file.flush()
             if force:
                 os.fsync(file.fileno())
-            if keep is not None and path.exists():
-                _name_also(path, keep)
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        if keep is not None and path.exists():
+            keep.unlink(missing_ok=True)
+            try:
+                keep.hardlink_to(path)
+            except OSError:  # a file system without hard links: path is missing until the rename below
+                path.replace(keep)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     if force:
-        sync_folder(path.parent)
+        _sync_folder(path.parent)
 
 
-def _opened_alone(path: Path) -> BinaryIO:
-    """An empty file to write. Another process that writes the same is waited for; what a dead one left is taken over.
-
-    A file of one name, so that processes that are killed leave one at most.
-    """
-    while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "wb")
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with suppress(FileNotFoundError):
-            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                return file
-        file.close()  # the other process has put it in its place
-
-
-def _name_also(path: Path, other: Path) -> None:
-    """Let ``other`` be the file that ``path`` is, with no moment at which either name is missing."""
-    link = other.with_name(other.name + ".tmp")
-    link.unlink(missing_ok=True)
-    try:
-        link.hardlink_to(path)
-    except OSError:  # a file system without links: ``path`` is missing until the new file comes
-        path.replace(other)
-    else:
-        link.replace(other)
-        link.unlink(missing_ok=True)  # it stays where both were one file already
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to the disk; some file systems cannot."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def require_writable(path: Path, suffix: str) -> None:
@@ -140,37 +120,25 @@ def held_alone(folder: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it, which is named; or it cannot be written.
     """
-    lock = FileLock(folder / "lock")
-    place, new = Path(lock.lock_file), not folder.exists()
+    path, lock = folder / "lock", FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except Timeout:
-        owner = " ".join(place.read_text(encoding="utf-8").split())
+        owner = " ".join(path.read_text(encoding="utf-8").split())
         raise UserError(
             f"run_dir {folder} is in use by {owner}; end it, or set run_dir=... to another folder"
         ) from None
     except OSError as error:
         raise UserError(f"run_dir {folder} cannot be written ({error}); set run_dir=... to another folder") from error
-    native = isinstance(lock, UnixFileLock)  # else, without flock, its file has contents of its own
     try:
-        if native:
-            with naming(place):
-                place.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        if not path.read_text(encoding="utf-8"):  # on a file system without locks, filelock writes the owner itself
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+        for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            left.unlink()
         yield
     finally:
-        if native:
-            place.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
         lock.release()
-        if new:
-            with suppress(OSError):
-                folder.rmdir()  # where nothing was written into it
-
-
-def sync_folder(folder: Path) -> None:
-    """Force renames in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            folder.rmdir()  # only if nothing was written into it

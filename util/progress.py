@@ -1,7 +1,8 @@
-"""Progress bars on a terminal; in a log the same as a line now and then."""
+"""Progress bars on a terminal; in a log a line a minute instead."""
 
 import io
 import sys
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -11,25 +12,28 @@ LOG_SECONDS = 60.0
 
 
 class _Lines(io.TextIOBase):
-    """Stderr without what moves a terminal's cursor."""
+    """Stderr, with each state of the bar as a line of its own; lines are dropped if stderr was closed."""
 
     def write(self, text: str) -> int:
         line = text.replace("\x1b[A", "").strip()
         if line:
-            sys.stderr.write(f"{line}\n")
+            with suppress(OSError):
+                sys.stderr.write(f"{line}\n")
         return len(text)
 
     def flush(self) -> None:
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 def progress(*arguments: Any, **options: Any) -> tqdm:
-    """What tqdm gives for the same arguments; where stderr is no terminal, a line a minute and one at the end.
+    """A tqdm bar; if stderr is no terminal, a line a minute and one at the end.
 
-    There, a bar that is not to stay (``leave=False``) says nothing before its first minute.
+    In a log, a bar that is removed at its end (``leave=False``) writes nothing in its first minute. If a terminal was
+    closed, tqdm itself ignores the error (EIO): a run can go on and save.
     """
     if not sys.stderr.isatty():
-        wait = LOG_SECONDS if options.get("leave") is False else 0
-        options |= {"file": _Lines(), "mininterval": LOG_SECONDS, "miniters": 1, "delay": wait}
+        delay = LOG_SECONDS if options.get("leave") is False else 0
+        options |= {"file": _Lines(), "mininterval": LOG_SECONDS, "miniters": 1, "delay": delay}
     bar: tqdm = tqdm(*arguments, **{"dynamic_ncols": True, **options})
     return bar

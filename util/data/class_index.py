@@ -1,8 +1,8 @@
-"""List files, and the index of which classes stand in which image with how many pixels.
+"""List files, and the class index: how many pixels each class has in each image of a list.
 
-The index is built once from all masks and cached beside the list (``train.txt.index.npz``), or in the user's folder for
-caches where that cannot be written. Its key covers the list, the number of classes, how the masks are read, and size
-and time of every image and mask, so that a changed file is noticed.
+The index is counted once from all masks and cached next to the list (``train.txt.index.npz``), or in the user's cache
+folder if that cannot be written. The cache's key covers the list, the number of classes, the reader of the masks, and
+size and time of every image and mask, so that a changed file is noticed.
 """
 
 import hashlib
@@ -14,35 +14,34 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from scipy.sparse import csc_array, csr_array
 from tqdm import tqdm
 
 from model import IGNORE
 from util.data.images import hint_at, image_size, orientation, read_class_ids
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
-from util.files import refuse_pipe, write_atomically
+from util.files import write_atomically
 
 
 class Item(NamedTuple):
-    """One line of a list. A photo may have several, with a mask each. :mod:`util.data.readers` makes them."""
+    """One line of a list. :mod:`util.data.readers` makes them. Several lines may have the same image."""
 
     image: Path
     mask: Path
     class_id: int | None = None
-    """the class that the mask is of, where its values are 1 target, 0 other; None where they are class ids"""
+    """class of a mask whose values are 1 target, 0 other, 255 ignored; None if the values are class ids"""
     read: Callable[[Path], np.ndarray] = read_class_ids
     """reads the mask: (H, W), uint8, 255 ignored"""
 
     def value_of(self, class_id: int) -> int:
-        """Return the value of a class in the mask."""
+        """Return the mask value of a class; 2, which does not occur, for another class than the mask's own."""
         if self.class_id is None:
             return class_id
-        return 1 if self.class_id == class_id else 0
+        return 1 if self.class_id == class_id else 2
 
 
 MakeItem = Callable[[Path, Path], Item]
-"""what makes an item of the two paths of a line"""
+"""makes an item of the two paths of a line"""
 
 
 @dataclass(frozen=True)
@@ -50,41 +49,35 @@ class ClassIndex:
     """Pixel counts of every class in every image of a list."""
 
     items: tuple[Item, ...]
-    pixels: csr_array
-    """(lines, num_classes + 1), int64, sparse; column c counts the pixels of class c, column 0 the background"""
+    pixels: np.ndarray
+    """(lines, num_classes + 1), int32; column c counts the pixels of class c, column 0 the background"""
     list_path: Path
     list_sha256: str
-    """the hash of its lines 'image mask', each with a line end: the same wherever the data lies"""
+    """hash of the lines 'image mask', independent of ``data.root``"""
     ignored: np.ndarray
-    """(lines,), int64: pixels of value 255"""
+    """(lines,), int32: pixels of value 255"""
 
     @cached_property
     def photos(self) -> np.ndarray:
-        """Return (lines,): the first line with the same image, which is what makes two lines one photo."""
+        """Return (lines,): for each line the first line with the same image, which identifies the image."""
         first: dict[Path, int] = {}
-        return np.array([first.setdefault(item.image, place) for place, item in enumerate(self.items)])
-
-    @cached_property
-    def _by_class(self) -> csc_array:
-        """The same counts; a column's lines ascend."""
-        return self.pixels.tocsc()
+        return np.array([first.setdefault(item.image, line) for line, item in enumerate(self.items)])
 
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
         """Return the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
-        of_class = slice(*self._by_class.indptr[class_id : class_id + 2])
-        return self._by_class.indices[of_class][self._by_class.data[of_class] >= min_area].astype(np.intp)
+        return np.flatnonzero(self.pixels[:, class_id] >= min_area)
 
-    def areas(self, place: int) -> dict[int, int]:
-        """Return the pixels of each class that stands in a line's mask, by ascending id; 0 is the background."""
-        of_line = slice(*self.pixels.indptr[place : place + 2])
-        return dict(zip(self.pixels.indices[of_line].tolist(), self.pixels.data[of_line].tolist(), strict=True))
+    def areas(self, line: int) -> dict[int, int]:
+        """Return the pixels of each class in a line's mask, by ascending id; 0 is the background."""
+        present = np.flatnonzero(self.pixels[line])
+        return dict(zip(present.tolist(), self.pixels[line, present].tolist(), strict=True))
 
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
     """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
 
     Raises:
-        UserError: as :func:`parse_list`, or lines that are not two paths, or stand twice.
+        UserError: as :func:`parse_list`, or lines that are not two paths, or repeated lines.
     """
     items, problems = parse_list(path, root, make_item)
     if problems:
@@ -93,17 +86,16 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
 
 
 def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
-    """Return the items of a list, and what is wrong with its other lines.
+    """Return the items of a list, and the problems of its other lines.
 
     Raises:
-        UserError: no such list, or an empty one.
+        UserError: the list does not exist, cannot be read or is empty.
     """
     try:
-        refuse_pipe(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no system takes
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
     problems = []
@@ -111,7 +103,7 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
         parts = line.split()
         if len(parts) == 2 and "\0" not in line:
             try:
-                item = make_item(*(root / _plain(part.lstrip("/"), root) for part in parts))
+                item = make_item(*(root / _normalised(part.lstrip("/"), root) for part in parts))
             except UserError as error:
                 problems.append(f"line {number}: {error}")
                 continue
@@ -124,7 +116,7 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
     return tuple(items), problems
 
 
-def _plain(path: str, root: Path) -> str:
+def _normalised(path: str, root: Path) -> str:
     """Return a path below ``root`` without detours, so that one file has one name."""
     return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
 
@@ -132,94 +124,68 @@ def _plain(path: str, root: Path) -> str:
 def load_class_index(
     list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
 ) -> ClassIndex:
-    """Return the index of a list, from its cache or built with all cores.
+    """Return the index of a list, from its cache or counted with all cores.
 
     Raises:
-        UserError: a missing or unreadable file, an image and mask of different sizes, a mask value that is no class.
+        UserError: a missing or unreadable file, image and mask of different sizes, or a mask value that is no class.
     """
     items = read_list(list_path, root, make_item)
     require_root(root)
     list_sha256 = hash_list(items, root)
     key = index_key(items, list_path, list_sha256, num_classes)
-    table = _read_cache(list_path, key)
-    if table is None:
+    counts = _read_cache(list_path, key, (len(items), num_classes + 2))
+    if counts is None:
         count = partial(count_pixels, num_classes=num_classes)
-        table = tabulate(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress), num_classes)
-        write_cache(list_path, key, table)
-    return ClassIndex(items, table.pixels, list_path, list_sha256, table.ignored)
+        counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
+        write_cache(list_path, key, counts)
+    return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
 
 
 def line_of(item: Item, root: Path) -> str:
-    """Return an item's line as a list has it, 'image mask', which names it wherever the data lies."""
+    """Return an item's line in the list, 'image mask', which identifies it whatever ``data.root`` is."""
     return " ".join(path.relative_to(root).as_posix() for path in (item.image, item.mask))
 
 
 def hash_list(items: Sequence[Item], root: Path) -> str:
-    """Return the SHA-256 of a list's lines, by which episodes and checkpoints know it."""
+    """Return the SHA-256 of a list's lines, which episodes and checkpoints record."""
     return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
 def require_root(root: Path) -> None:
-    """Raise a UserError where data.root is no folder, which is not each file's fault."""
+    """Raise a UserError if data.root is no folder, before every single file is missed."""
     if not root.is_dir():
         raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """Hash what an index depends on: the list, the number of classes, the masks' readers, every file's size and time.
+    """Hash everything that an index depends on: list, number of classes, readers, size and time of every file.
 
     Raises:
         UserError: files that do not exist; names the first and how many there are.
     """
-    key = hashlib.sha256(f"4 {list_sha256} {num_classes}".encode())
-    missing: list[tuple[str, Path, Exception]] = []
+    key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
+    missing: list[str] = []
     for item in items:
         key.update(f" {item.class_id} {item.read.__name__}".encode())
         for kind, path in (("image", item.image), ("mask", item.mask)):
             try:
                 stat = path.stat()
                 key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
-            except (OSError, ValueError) as error:
-                missing.append((kind, path, error))
+            except FileNotFoundError:
+                missing.append(f"{kind} {path} does not exist{'' if missing else hint_at(path)}")
+            except OSError as error:
+                missing.append(f"{kind} {path} cannot be reached ({error.strerror})")
     if missing:
-        kind, path, reason = missing[0]
-        gone = isinstance(reason, FileNotFoundError)
-        problem = f"does not exist{hint_at(path)}" if gone else f"cannot be reached ({reason})"
         more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
-        raise UserError(f"{kind} {path} {problem}; check data.root and list {list_path}{more}")
+        raise UserError(f"{missing[0]}; check data.root and list {list_path}{more}")
     return key.hexdigest()
 
 
-class Counts(NamedTuple):
-    """What was counted in one mask."""
-
-    pixels: dict[int, int]
-    """counts by class, of those that stand in it, ascending; 0 is the background"""
-    ignored: int
-    """pixels of value 255"""
-
-
-class Table(NamedTuple):
-    """The counts of many masks, as :class:`ClassIndex` has them."""
-
-    pixels: csr_array
-    ignored: np.ndarray
-
-
-def tabulate(counts: Sequence[Counts], num_classes: int) -> Table:
-    """Put the counts of all lines into a sparse table (lines, num_classes + 1)."""
-    starts = np.cumsum([0, *(len(count.pixels) for count in counts)])
-    classes = np.array([c for count in counts for c in count.pixels], np.int32)
-    areas = np.array([area for count in counts for area in count.pixels.values()], np.int64)
-    pixels = csr_array((areas, classes, starts), shape=(len(counts), num_classes + 1))
-    return Table(pixels, np.array([count.ignored for count in counts], np.int64))
-
-
-def count_pixels(item: Item, num_classes: int) -> Counts:
-    """Count the pixels of each class in one mask.
+def count_pixels(item: Item, num_classes: int) -> np.ndarray:
+    """Count the pixels of background, each class, and 255 in one mask: (num_classes + 2,), int32.
 
     Raises:
-        UserError: a file cannot be read, image and mask are not of one size, or a value is no class.
+        UserError: a file cannot be read, image and mask differ in size, or a value is no class.
     """
     mask = item.read(item.mask)
     height, width = image_size(item.image)
@@ -229,76 +195,51 @@ def count_pixels(item: Item, num_classes: int) -> Counts:
             f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
             f" they must be the same size{TURNED if turned else ''}"
         )
-    counts = count_values(mask)
-    largest = num_classes if item.class_id is None else 1
-    strange = np.flatnonzero(counts[largest + 1 : IGNORE])
-    if len(strange):
+    values = np.bincount(mask.ravel(), minlength=256)
+    largest = min(num_classes, IGNORE - 1) if item.class_id is None else 1
+    unknown = np.flatnonzero(values[largest + 1 : IGNORE])
+    if len(unknown):
         raise UserError(
-            f"mask {item.mask} holds the value {strange[0] + largest + 1}, but data.classes names {num_classes}"
-            " classes: values are 0 (background), a class's place in data.classes, or 255 (ignored)"
+            f"mask {item.mask} holds the value {unknown[0] + largest + 1}, but data.classes names {num_classes}"
+            " classes: values are 0 (background), the class's position in data.classes, or 255 (ignored)"
         )
-    present = np.flatnonzero(counts[: min(largest + 1, IGNORE)]).tolist()
-    ids = {value: value if item.class_id is None or not value else item.class_id for value in present}
-    return Counts({ids[value]: int(counts[value]) for value in present}, int(counts[IGNORE]))
+    counts = np.zeros(num_classes + 2, np.int32)
+    ids = slice(1, largest + 1) if item.class_id is None else slice(item.class_id, item.class_id + 1)
+    counts[0], counts[ids], counts[-1] = values[0], values[1 : largest + 1], values[IGNORE]
+    return counts
 
 
 TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
 
 
-def count_values(mask: np.ndarray) -> np.ndarray:
-    """Count the pixels of each value in a uint8 mask, (256,).
-
-    Masks are long runs of one value, and counting a run waits for the same counter again and again; counting
-    pairs of neighbours instead halves that.
-    """
-    flat = mask.ravel()
-    even = len(flat) // 2 * 2
-    pairs = np.bincount(flat[:even].view(np.uint16), minlength=65536).reshape(256, 256)
-    return pairs.sum(0) + pairs.sum(1) + np.bincount(flat[even:], minlength=256)
-
-
 def _caches_of(list_path: Path) -> list[Path]:
-    """Say where the cache may lie: beside the list, or where that cannot be written in the user's own cache folder."""
-    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
+    """Return where the cache may be: next to the list, or if that cannot be written in the user's cache folder."""
     name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
-    beside, other = list_path.with_name(f"{list_path.name}.index.npz"), Path(own, "ntrenet", f"{name}.index.npz")
-    return [beside, other] if other.is_absolute() else [beside]
+    user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
+    return [list_path.with_name(f"{list_path.name}.index.npz"), Path(user, f"ntrenet/{name}.index.npz")]
 
 
-def _read_cache(list_path: Path, key: str) -> Table | None:
-    """Return what :func:`write_cache` wrote; None where it is in no cache."""
-    found = (_read(path, key) for path in _caches_of(list_path))
-    return next((table for table in found if table is not None), None)
+def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:
+    """Return the counts that :func:`write_cache` stored under this key; None if no cache has them."""
+    for path in _caches_of(list_path):
+        try:
+            with np.load(path, allow_pickle=False) as stored:
+                if str(stored["key"]) == key:
+                    counts = stored["counts"]
+                    if counts.dtype == np.int32 and counts.shape == shape and counts.min() >= 0:
+                        return counts
+        except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file; it is then counted again
+            continue
+    return None
 
 
-def _read(path: Path, key: str) -> Table | None:
-    """Read one cache; None where it is not there, old or damaged."""
-    try:
-        refuse_pipe(path)
-        with np.load(path, allow_pickle=False) as stored:
-            if str(stored["key"]) != key:
-                return None
-            pixels = csr_array((stored["areas"], stored["classes"], stored["starts"]), shape=stored["shape"].tolist())
-            return Table(pixels, stored["ignored"])
-    except Exception:  # zipfile, zlib, numpy and scipy raise many kinds for a damaged file; it can always be built anew
-        return None
-
-
-def write_cache(list_path: Path, key: str, table: Table) -> None:
-    """Keep the counts of a list's masks for :func:`load_class_index`."""
-    pixels, reasons = table.pixels, []
-    arrays = {
-        "key": np.array(key),
-        "shape": np.array(pixels.shape),
-        "starts": pixels.indptr,
-        "classes": pixels.indices,
-        "areas": pixels.data,
-        "ignored": table.ignored,
-    }
+def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
+    """Keep the counts of a list's masks, (lines, num_classes + 2), for :func:`load_class_index`."""
+    reasons = []
     for path in _caches_of(list_path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+            write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
         except OSError as error:
             reasons.append(f"{path.parent} cannot be written ({error.strerror})")

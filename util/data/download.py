@@ -1,4 +1,4 @@
-"""One file from the web: resumed where a broken download stopped, and checked."""
+"""Download of one file: a broken download is resumed, and the checksum is compared."""
 
 import hashlib
 import http.client
@@ -11,17 +11,17 @@ from util.progress import progress
 
 CHUNK = 1 << 20
 TIMEOUT = 60
-"""seconds without a byte, after which a connection counts as broken"""
+"""seconds without a byte after which a connection counts as broken"""
 
 
 def download(url: str, path: Path, md5: str) -> None:
-    """Fetch ``url`` to ``path``. What has arrived stands in ``path.part``; the name tells that it is whole.
+    """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``.
 
     Raises:
-        UserError: no connection, a broken one, a wrong checksum, or no place to write.
+        UserError: no connection, a broken one, a wrong checksum, or the file cannot be written.
     """
     part = path.with_name(path.name + ".part")
-    by_hand = f"or fetch {url} by hand and save it as {path}"
+    by_hand = f"or download {url} by hand and save it as {path}"
     if path.exists():
         if file_md5(path) != md5:
             raise UserError(f"{path} is not the file at {url}: its MD5 is not {md5}; delete it and run again")
@@ -30,25 +30,25 @@ def download(url: str, path: Path, md5: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _receive(url, part)
     except (OSError, http.client.HTTPException) as error:
-        raise UserError(f"{url} did not come whole ({error}); run again to continue {part}, {by_hand}") from error
+        raise UserError(f"{url} is incomplete ({error}); run again to continue {part}, {by_hand}") from error
     if (found := file_md5(part)) != md5:
         part.unlink()
-        raise UserError(f"{url} came with MD5 {found}, not {md5}, and was deleted; run again, {by_hand}")
+        raise UserError(f"{url} has MD5 {found}, not {md5}, and was deleted; run again, {by_hand}")
     part.replace(path)
 
 
 def _receive(url: str, part: Path) -> None:
-    """Append to ``part`` what it lacks."""
+    """Append the missing bytes to ``part``."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if have and error.code == 416:  # nothing lies beyond what we have: it may be whole, the checksum tells
+        if have and error.code == 416:  # no bytes are left: it may be complete, the checksum tells
             return
         raise
     with response:
-        have = have if response.status == 206 else 0  # else the server knows no ranges and sends all of it
+        have = have if response.status == 206 else 0  # a server without ranges sends the whole file
         total = have + int(response.headers.get("Content-Length", 0))
         bar = progress(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True)
         with part.open("ab" if have else "wb") as file, bar:

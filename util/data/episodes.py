@@ -1,7 +1,7 @@
-"""Which images make an episode: a pure function of (seed, number), or a file that holds them."""
+"""Episodes: drawn as a pure function of (seed, number), or read from a file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -9,11 +9,11 @@ import numpy as np
 
 from util.data.class_index import ClassIndex, line_of
 from util.errors import UserError
-from util.files import refuse_pipe, write_text
+from util.files import write_text
 
 
 class EpisodeFiles(NamedTuple):
-    """One episode as places in the list: lines of different photos."""
+    """One episode as indices into the list, of lines with different images."""
 
     query: int
     supports: tuple[int, ...]
@@ -21,11 +21,11 @@ class EpisodeFiles(NamedTuple):
 
 
 class Episodes(Protocol):
-    """Where episodes come from."""
+    """A source of episodes."""
 
     index: ClassIndex
     seed: int
-    """seeds the augmentation; evaluation has none"""
+    """seeds the augmentation; evaluation uses none"""
 
     def __call__(self, number: int) -> EpisodeFiles:
         """Return episode number ``number``."""
@@ -34,29 +34,28 @@ class Episodes(Protocol):
 def find_supports(
     index: ClassIndex, classes: Sequence[int], min_area: int, avoid: Sequence[int] = ()
 ) -> dict[int, np.ndarray]:
-    """Return the lines, by class, in which the class has ``min_area`` pixels and the photo none of ``avoid``."""
-    avoided = index.photos[index.pixels[:, list(avoid)].sum(1) > 0]
+    """Return for each class the lines with ``min_area`` pixels of it whose images show none of ``avoid``."""
+    avoided = index.photos[index.pixels[:, list(avoid)].any(1)]
     allowed = ~np.isin(index.photos, avoided)
     qualifying = {c: index.qualifying(c, min_area) for c in classes}
-    return {c: places[allowed[places]] for c, places in qualifying.items()}
+    return {c: lines[allowed[lines]] for c, lines in qualifying.items()}
 
 
 class EpisodeSampler:
     """Draws episode number n, the same for any number of workers, any batch size, any machine.
 
-    The images of the fold are those in which one of ``classes`` qualifies (has ``min_area`` pixels). They serve
-    as queries in turn: every run of ``len(self)`` numbers is one pass over all of them in its own random order. The
-    query's class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K
-    supports are drawn from the photos in which that class qualifies, without repetition and never the query's. A photo
-    of several lines is a query with each of its masks, and a support with one of those that qualify.
+    The lines of the fold are those in which one of ``classes`` qualifies (has ``min_area`` pixels). They serve as
+    queries in turn: every ``len(self)`` numbers are one pass over all of them in a new random order. The query's
+    class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K supports
+    are drawn from the images in which that class qualifies, without repetition and never the query's. An image with
+    several lines is a query with each of its masks, and a support with one of those that qualify.
 
     Args:
-        index: of the list.
         classes: ids of the classes an episode can be about.
         avoid: ids of classes whose images are left out altogether (``data.novel_in_train: drop``).
         class_names: for error messages.
     Raises:
-        UserError: a class cannot give a query and K supports.
+        UserError: a class has too few images for a query and K supports.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class EpisodeSampler:
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
         self.supports_of = find_supports(index, classes, min_area, avoid)
-        self.photos_of = {c: np.unique(index.photos[places]) for c, places in self.supports_of.items()}
+        self.photos_of = {c: np.unique(index.photos[lines]) for c, lines in self.supports_of.items()}
         self.left_out = {c: len(index.qualifying(c, min_area)) - len(self.supports_of[c]) for c in classes}
         for c, photos in self.photos_of.items():
             if len(photos) < shots + 1:
@@ -85,7 +84,7 @@ class EpisodeSampler:
         self._pass, self._order = -1, self.queries
 
     def __len__(self) -> int:
-        """Images of the fold."""
+        """Return the number of queries in one pass."""
         return len(self.queries)
 
     def __call__(self, number: int) -> EpisodeFiles:
@@ -99,14 +98,14 @@ class EpisodeSampler:
         in_query = self.index.areas(query)
         present = [c for c in self.classes if c in in_query]
         class_id = present[rng.integers(len(present))]
-        places, photos = self.supports_of[class_id], self.photos_of[class_id]
+        lines, photos = self.supports_of[class_id], self.photos_of[class_id]
         chosen = rng.choice(photos[photos != self.index.photos[query]], self.shots, replace=False)
-        supports = [rng.choice(places[self.index.photos[places] == photo]) for photo in chosen]
-        return EpisodeFiles(query, tuple(int(place) for place in supports), class_id)
+        supports = [rng.choice(lines[self.index.photos[lines] == photo]) for photo in chosen]
+        return EpisodeFiles(query, tuple(int(line) for line in supports), class_id)
 
 
 class EpisodeList:
-    """Given episodes, where a sampler is wanted."""
+    """Given episodes, used like a sampler."""
 
     seed = 0
 
@@ -124,21 +123,21 @@ def read_episodes(
     """Read the episodes of a file that :func:`write_episodes` made, in its order.
 
     Raises:
-        UserError: the file does not fit the list, the fold or the shots; names its first line that does not.
+        UserError: the file does not fit the list, the fold or the shots; names the first line that does not.
     """
-    places = {line_of(item, root): place for place, item in enumerate(index.items)}
+    line_numbers = {line_of(item, root): line for line, item in enumerate(index.items)}
     try:
-        refuse_pipe(path)
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        rows = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"episodes file {path} cannot be read ({error}); test.py --write-episodes makes one") from None
     episodes: list[EpisodeFiles] = []
-    for number, line in enumerate(lines, 1):
+    for number, row in enumerate(rows, 1):
         try:
-            episodes.append(_read_episode(line, index, places, classes, shots))
-        except (ValueError, RecursionError) as error:
+            episodes.append(_read_episode(json.loads(row), index, line_numbers, classes, shots))
+        except (ValueError, KeyError, TypeError) as error:
+            reason = error if type(error) is ValueError else "not an episode (query, supports, class_id, list_sha256)"
             raise UserError(
-                f"episodes file {path} line {number}: {error};"
+                f"episodes file {path} line {number}: {reason};"
                 " evaluate it with the list, fold and shots it was made for"
             ) from None
     if not episodes:
@@ -150,46 +149,37 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
     """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
     lines = [line_of(item, root) for item in sampler.index.items]
 
-    def line(number: int) -> str:
+    def row(number: int) -> str:
         episode = sampler(number)
         record = {
             "query": lines[episode.query],
-            "supports": [lines[place] for place in episode.supports],
+            "supports": [lines[line] for line in episode.supports],
             "class_id": episode.class_id,
             "class": class_names[episode.class_id - 1],
             "list_sha256": sampler.index.list_sha256,
         }
         return json.dumps(record) + "\n"
 
-    write_text(path, "".join(map(line, range(count))))
+    write_text(path, "".join(map(row, range(count))))
 
 
 def _read_episode(
-    line: str, index: ClassIndex, places: dict[str, int], classes: Sequence[int], shots: int
+    record: dict[str, Any], index: ClassIndex, line_numbers: Mapping[str, int], classes: Sequence[int], shots: int
 ) -> EpisodeFiles:
-    """Read one line of an episodes file; a ValueError says what does not fit."""
-    record: Any = json.loads(line)
-    if not isinstance(record, dict) or not {"query", "supports", "class_id", "list_sha256"} <= record.keys():
-        raise ValueError("not an episode (query, supports, class_id, list_sha256)")
-    supports = record["supports"]
-    if not isinstance(supports, list) or not all(isinstance(name, str) for name in [record["query"], *supports]):
-        raise ValueError("query must be a line of the list, 'image mask', and supports a list of such lines")
-    if type(record["class_id"]) is not int:
-        raise ValueError("class_id must be a whole number")
+    """Turn one record of an episodes file into an episode; a ValueError says why it does not fit."""
+    names, class_id = [record["query"], *record["supports"]], record["class_id"]
     if record["list_sha256"] != index.list_sha256:
         raise ValueError(
             f"made for a list of SHA-256 {str(record['list_sha256'])[:16]}, {index.list_path} has"
             f" {index.list_sha256[:16]}"
         )
-    names = [record["query"], *supports]
-    unknown = [name for name in names if name not in places]
-    if unknown:
+    if unknown := [name for name in names if name not in line_numbers]:
         raise ValueError(f"{unknown[0]:.200} is no line of {index.list_path}")
-    query, *others = (places[name] for name in names)
-    if len({index.photos[place] for place in (query, *others)}) < len(names):
-        raise ValueError("an image stands twice in the episode")
-    if len(names) - 1 != shots:
-        raise ValueError(f"{len(names) - 1} supports, but data.shots is {shots}")
-    if record["class_id"] not in classes:
-        raise ValueError(f"class {record.get('class', record['class_id'])} is not novel in this fold")
-    return EpisodeFiles(query, tuple(others), record["class_id"])
+    query, *supports = (line_numbers[name] for name in names)
+    if len({index.photos[line] for line in (query, *supports)}) < len(names):
+        raise ValueError("an image occurs twice in the episode")
+    if len(supports) != shots:
+        raise ValueError(f"{len(supports)} supports, but data.shots is {shots}")
+    if class_id not in classes:
+        raise ValueError(f"class {record.get('class', class_id)} is not novel in this fold")
+    return EpisodeFiles(query, tuple(supports), int(class_id))

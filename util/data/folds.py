@@ -1,4 +1,4 @@
-"""Which classes of a data set are novel in a fold, and which are base. Class ids run from 1."""
+"""Novel and base classes of a fold. Class ids start at 1."""
 
 from util.config import DataConfig
 from util.errors import UserError
@@ -26,15 +26,13 @@ def base_classes(data: DataConfig) -> tuple[int, ...]:
         UserError: ``data.base_classes`` names a novel class.
     """
     novel = set(novel_classes(data))
-    if data.base_classes is not None:
-        base = _ids(data, data.base_classes)
-        if shared := novel.intersection(base):
-            name = data.classes[min(shared) - 1]
-            raise UserError(
-                f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them"
-            )
-        return base
-    return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)
+    if data.base_classes is None:
+        return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)
+    base = _ids(data, data.base_classes)
+    if shared := novel.intersection(base):
+        name = data.classes[min(shared) - 1]
+        raise UserError(f"class '{name}' is in data.base_classes and in fold {data.fold}; take it out of one of them")
+    return base
 
 
 def _ids(data: DataConfig, names: list[str]) -> tuple[int, ...]:

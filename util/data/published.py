@@ -1,8 +1,7 @@
-"""The lists of PASCAL-5i that are published, known by the hash of their ids.
+"""The published lists of PASCAL-5i, recognised by the hash of their ids.
 
-Papers that follow PFENet's code train on VOC 2012 ``train`` united with SBD ``train_noval``; a list of another
-length moves results by points. VOC's own masks have an ignored border, SBD's have none: their number
-tells whether it was lost.
+Papers that follow PFENet's code train on VOC 2012 ``train`` united with SBD ``train_noval``; another list changes
+results by points. VOC's own masks have an ignored border, SBD's have none: their number shows if the border was lost.
 """
 
 import hashlib
@@ -17,13 +16,13 @@ LISTS = Path(__file__).resolve().parents[2] / "lists"
 
 
 class Published(NamedTuple):
-    """A list that is known."""
+    """A published list."""
 
     title: str
     split: str
-    """'train' or 'val'; '' for one that papers do not use"""
+    """'train' or 'val'; '' for a list that papers do not use"""
     ignored: int | None
-    """masks that hold 255, where that is known"""
+    """number of masks that hold 255, if it is known"""
 
 
 PUBLISHED = {
@@ -35,38 +34,38 @@ PUBLISHED = {
     ),
     "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24": Published("the 10582 list", "train", 1464),
     "0b2068f7a359d2907431803e1cd63bf6162da37d7d503b589d3b08c6fd0c2432": Published(
-        "SBD alone, 5623: not what papers use", "", None
+        "SBD alone, 5623: not used in papers", "", None
     ),
     "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20": Published(
-        "VOC train alone, 1464: not what papers use", "", 1464
+        "VOC train alone, 1464: not used in papers", "", 1464
     ),
 }
-"""SHA-256 of the sorted ids, one a line"""
+"""by the SHA-256 of the sorted ids, one a line"""
 
 
 def published(items: Iterable[Item]) -> Published | None:
-    """Tell which list these are the photos of, whatever their order and folders; None where it is not known."""
+    """Return the published list with these images, whatever their order and folders; None if there is none."""
     ids = sorted({item.image.stem for item in items})
     return PUBLISHED.get(hashlib.sha256("".join(f"{name}\n" for name in ids).encode()).hexdigest())
 
 
 def title_of(items: Iterable[Item]) -> str:
-    """Return what a list is called on screen."""
-    known = published(items)
-    return known.title if known else "unknown"
+    """Return the name of a list on screen."""
+    found = published(items)
+    return found.title if found else "unknown"
 
 
 def is_benchmark(dataset: str) -> bool:
-    """Tell whether figures on a data set of this name are compared with published ones."""
+    """Tell whether results on a data set of this name are compared with published ones."""
     return dataset.upper().startswith(("PASCAL", "COCO"))
 
 
 def overlap(train: Iterable[Item], val: Iterable[Item]) -> str | None:
-    """Say what is wrong where photos stand in the list for training and in the one for validation; else None."""
+    """Return what is wrong if the training and the validation list share images; None if they do not."""
     shared = sorted({str(item.image) for item in train} & {str(item.image) for item in val})
     if not shared:
         return None
     return (
-        f"{len(shared)} photos stand in the training and in the validation list ({first_of(shared, separator=', ')});"
-        " what was trained on says nothing about new pictures: take them off one of the lists"
+        f"{len(shared)} images are in both the training and the validation list ({first_of(shared, separator=', ')});"
+        " results on training images say nothing about new ones: remove them from one of the lists"
     )

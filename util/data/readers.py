@@ -1,9 +1,9 @@
-"""Readers: what a line of a list is to a data set, and how its mask is read.
+"""Readers: a reader turns one line of a list into an Item and decides how its mask is decoded.
 
-``data.reader`` names one of :data:`READERS`. A data set whose masks are of another kind needs a function here, which
-makes an :class:`~util.data.class_index.Item` of a line's two paths, and a line in the table. An item says by which
-function its mask is read, as (H, W) uint8 with 255 ignored, and what the values are: class ids, or, where the item
-carries its class, 1 for that class and 0 for everything else. There can then be any number of classes.
+``data.reader`` names one of :data:`READERS`. A data set with masks of another kind needs a function here that makes an
+:class:`~util.data.class_index.Item` of a line's two paths, and a line in the table. The item names the function that
+reads its mask as (H, W) uint8 with 255 ignored. The other values are class ids, or, if the item has a class, 1 for
+this class and 0 for everything else; there can then be any number of classes.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,25 +13,25 @@ import numpy as np
 
 from model import IGNORE
 from util.config import DataConfig
-from util.data.class_index import Item, MakeItem, count_values
+from util.data.class_index import Item, MakeItem
 from util.data.images import MASK_MODES, open_mask
 from util.errors import UserError
 
 
 def class_ids(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """Make an item whose mask holds class ids: PASCAL, COCO, and data of one's own in their layout."""
+    """Make an item whose mask holds class ids: PASCAL, COCO, and your own data in their layout."""
     return Item(image, mask)
 
 
 def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """Make an item of the class whose folder it lies in, with a black and white mask: FSS-1000 and the like.
+    """Make an item of the class that its folder is named after, with a black and white mask: FSS-1000 and the like.
 
     Raises:
         UserError: ``data.classes`` does not name the folder.
     """
     name = image.parent.name
     if name not in ids:
-        raise UserError(f"{image} lies in folder '{name}', which is not among data.classes")
+        raise UserError(f"{image} is in folder '{name}', which is not among data.classes")
     return Item(image, mask, ids[name], read_binary_mask)
 
 
@@ -49,24 +49,22 @@ def reader_of(data: DataConfig) -> MakeItem:
     """
     if data.reader not in READERS:
         raise UserError(f"data.reader must be one of {', '.join(READERS)}, got '{data.reader}'")
-    read, ids = READERS[data.reader], {name: place for place, name in enumerate(data.classes, 1)}
+    read, ids = READERS[data.reader], {name: number for number, name in enumerate(data.classes, 1)}
     return lambda image, mask: read(image, mask, ids)
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
-    """Read a mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored.
+    """Read a mask of one class from a PNG, (H, W) uint8: 1 target, 0 other, 255 ignored.
 
-    It is a PNG, of either kind:
-    black and white, grey or RGB: what is brighter than half of its brightest pixel is target, so that 0 and 1 will do,
-        and 0 and 255, with or without a soft border
-    values 0, 1 and 255: 0 is other, 1 target, 255 ignored
+    A PNG of the values 0, 1 and 255 is taken as it is. In any other, grey or RGB, pixels brighter than half of the
+    brightest one are the target: 0 and 1, or 0 and 255 with or without a soft border.
 
     Raises:
-        UserError: it cannot be read, or is a palette picture with other values.
+        UserError: the mask cannot be read, or is a palette image with other values.
     """
     with open_mask(path) as image:
         values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8, copy=False)
-    found = set(np.flatnonzero(count_values(values)).tolist())
+    found = set(np.flatnonzero(np.bincount(values.ravel())).tolist())
     if image.mode == "P" and (strange := found - {0, 1, IGNORE}):
         raise UserError(f"mask {path} holds palette index {max(strange)}; a mask of one class is black and white")
     if {1, IGNORE} <= found <= {0, 1, IGNORE}:

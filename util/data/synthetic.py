@@ -1,8 +1,8 @@
 """A small synthetic data set for few-shot segmentation, in the layout of PASCAL VOC.
 
-Every image shows 2 or 3 objects of different classes on an outdoor background. A class is one silhouette with
-one texture; colours are drawn anew for each object, so only shape and texture give a class away. The 20
-classes form 4 folds of 5 consecutive ids. Each image is a pure function of (seed, split, index).
+Every image shows 2 or 3 objects of different classes on an outdoor background. A class is one silhouette with one
+texture; colours are random for each object, so only shape and texture identify a class. The 20 classes form 4 folds
+of 5 consecutive ids. Each image is a pure function of (seed, split, index).
 """
 
 import colorsys
@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from util.data.images import encoded
-from util.files import naming, write_text
+from util.data.images import encoded, encoded_mask
+from util.files import write_bytes, write_text
 
 Array = NDArray[Any]
 Texture = Callable[[Array, Array, Array], Array]
 
-VERSION = 1  # raise when the same parameters no longer give the same files
+VERSION = 1  # increase it if the same parameters no longer give the same files
 IGNORE = 255
 SPLITS = ("train", "val")
 JPEG_QUALITY = 92
-MIN_VISIBLE = 0.7  # share of each object's pixels that later objects leave in view
+MIN_VISIBLE = 0.7  # share of each object's pixels that later objects leave visible
 SUPERSAMPLING = 3
 DECK_SIZES = (2, 2, 2, 2, 3, 3, 3, 3)  # objects in 8 images that together show each of the 20 classes once
 TURN = np.linspace(0, 2 * np.pi, 160, endpoint=False)
@@ -39,7 +39,7 @@ def polar(radius: Array | float, angle: Array) -> Array:
 
 
 def mirrored(*right: tuple[float, float]) -> Array:
-    """Return an outline (2N, 2), symmetric about the vertical axis, from its right half listed top to bottom."""
+    """Return an outline (2N, 2), symmetric about the vertical axis, of its right half from top to bottom."""
     half = np.array(right)
     return np.concatenate([half, half[::-1] * (-1, 1)])
 
@@ -84,7 +84,7 @@ def plus(x: Array, y: Array) -> Array:
 
 
 def triangle(x: Array, y: Array) -> Array:
-    """Return a field that is positive within a triangle that stands in the unit square about the origin."""
+    """Return a field that is positive within an upright triangle in the unit square about the origin."""
     return 0.25 + 0.5 * y - np.abs(x)
 
 
@@ -281,9 +281,9 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> t
 
 
 def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]) -> tuple[slice, slice] | None:
-    """Find a random window for a new object, None if it would hide more than MIN_VISIBLE allows wherever tried.
+    """Find a random window for a new object; None if every window that was tried hides too much (MIN_VISIBLE).
 
-    `owner` (H, W) holds the 1-based number of the object seen at each pixel, `areas` their full pixel counts.
+    `owner` (H, W) holds the 1-based number of the object visible at each pixel, `areas` their full pixel counts.
     """
     room = np.subtract(owner.shape, alpha.shape)
     for share in np.linspace(1, MIN_VISIBLE, 30) if room.min() >= 0 else ():
@@ -335,12 +335,6 @@ def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), mask
 
 
-def voc_palette() -> list[int]:
-    """Return the PASCAL VOC colour map as 768 values r, g, b, r, ..."""
-    places = [(i, channel) for i in range(256) for channel in range(3)]
-    return [sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for i, channel in places]
-
-
 def file_names(split: str, index: int) -> tuple[str, str]:
     """Return the paths of an image and its mask, relative to the data set's root."""
     return f"JPEGImages/{split}_{index:05d}.jpg", f"SegmentationClassAug/{split}_{index:05d}.png"
@@ -353,7 +347,7 @@ def generate(
     seed: int = 0,
     progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> bool:
-    """Write the data set below `root`; False, with nothing written, if it is already complete there.
+    """Write the data set below `root`; return False, with nothing written, if it is already complete.
 
     `progress` wraps the list of (split, index) to be written, e.g. in a progress bar.
     """
@@ -371,18 +365,13 @@ def generate(
 
     for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    for stale in ("generator.json", *texts):
-        (root / stale).unlink(missing_ok=True)
-    palette = voc_palette()
+    record.unlink(missing_ok=True)  # written last: an interrupted call is not taken for complete
     for split, index in progress(items):
         image, mask = make_image(seed, split, index)
         image_name, mask_name = file_names(split, index)
-        indexed = Image.fromarray(mask)
-        indexed.putpalette(palette)
-        with naming(root / image_name):
-            (root / image_name).write_bytes(encoded(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY))
-        with naming(root / mask_name):
-            (root / mask_name).write_bytes(encoded(indexed, "PNG"))
+        jpeg = encoded(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY)
+        write_bytes(root / image_name, jpeg, force=False)
+        write_bytes(root / mask_name, encoded_mask(mask), force=False)
     for name, rows in texts.items():
         write_text(root / name, "".join(f"{row}\n" for row in rows))
     write_text(record, parameters)

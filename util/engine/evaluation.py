@@ -117,7 +117,7 @@ class NetworkMethod(Method):
 
     def read(self, image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Fit the image and its mask to the network's input."""
-        return *fit(image, ids, self.size), ids
+        return *fit(image, ids, self.size), ids.copy()  # writable
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
         """Run the backbone on new images, and to its end on those that serve as queries and supports."""

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from types import FrameType
 
 import torch
@@ -30,6 +29,7 @@ class Interruption:
         self.requested = 0
 
     def __enter__(self) -> "Interruption":
+        self._terminals = [stream for stream in (1, 2) if os.isatty(stream)]
         signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
         heeded = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {number: signal.signal(number, self._note) for number in heeded}
@@ -41,10 +41,9 @@ class Interruption:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.requested = self.requested or number
-        if number == signal.SIGHUP and sys.stderr.isatty():  # the terminal is gone: writing to it would be an error
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it would be an error
+            for stream in self._terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     def check(self, *, alone: bool = False) -> None:
         """Raise :class:`Stopped` in every process of the job if one was asked to stop; all call it, unless alone."""

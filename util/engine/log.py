@@ -30,7 +30,7 @@ LOG_EVERY = 10
 """steps between two readings of the losses"""
 LOADER_IS_THE_LIMIT = 0.25
 """share of an epoch's time spent waiting for images above which a line says so"""
-BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
+BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 
 
 class TrainingLog:
@@ -65,6 +65,7 @@ class TrainingLog:
     def _write_record(self, training: "Training") -> None:
         """Write config.yaml and run.json; lines of metrics.jsonl after the last checkpoint are dropped."""
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
+        data = self.config.data
         path, now = self.folder / "run.json", datetime.now(UTC).isoformat(timespec="seconds")
         machine = environment(training.hardware.device)
         starts = read_json(path).get("starts", []) if training.step else []
@@ -72,7 +73,7 @@ class TrainingLog:
             **machine,
             "seed": self.config.seed,
             "weights": training.weights._asdict(),
-            "list_sha256": training.list_sha256,
+            "list_sha256": {getattr(data, f"{split}_list"): sha256 for split, sha256 in training.list_sha256.items()},
             "resumed_at_step": training.step,
             "starts": [*starts, {"time": now, "step": training.step, **machine, "processes": processes()}],
         }
@@ -108,7 +109,7 @@ class TrainingLog:
         self.bar.update()
 
     def read(self, sums: dict[str, float]) -> None:
-        """Read the losses since the last reading, add them to ``sums``, show and write their mean.
+        """Read the losses since the last reading, add them to ``sums``, and write them; the bar shows their mean.
 
         Raises:
             UserError: a loss is not finite; names the step, every term and the episodes.
@@ -125,14 +126,14 @@ class TrainingLog:
                     f"the loss of step {step} is not finite ({shown}); its episodes: {' | '.join(files)}; checkpoints"
                     " are of steps before it; lower train.lr, set precision=fp32, or look at these files"
                 )
-        means = dict(zip(NTRELoss.NAMES, np.mean(rows, 0).tolist(), strict=True))
-        for n, name in enumerate(NTRELoss.NAMES):
-            for row in rows:  # in this order, so that a resumed run has the same sums
-                sums[name] += row[n]
-        self.bar.set_postfix(loss=f"{means['total']:.3f}", lr=f"{lrs[-1]:.4f}", refresh=False)
-        if self.events is not None:
-            for name, value in {**{f"loss/{name}": value for name, value in means.items()}, "lr": lrs[-1]}.items():
-                self.events.add_scalar(name, value, steps[-1])
+        for step, lr, row in zip(steps, lrs, rows, strict=True):
+            for name, value in zip(NTRELoss.NAMES, row, strict=True):
+                sums[name] += value
+                if self.events is not None:
+                    self.events.add_scalar(f"loss/{name}", value, step)
+            if self.events is not None:
+                self.events.add_scalar("lr", lr, step)
+        self.bar.set_postfix(loss=f"{np.mean(rows, 0)[0]:.3f}", lr=f"{lrs[-1]:.4f}", refresh=False)
 
     def checkpoint_is_due(self) -> bool:
         """Tell whether ``train.checkpoint_minutes`` have passed, and count from now if they have."""

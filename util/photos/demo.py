@@ -131,36 +131,40 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answers the demo's own page only: no other page in the browser may read or send anything."""
 
-    server: Server
+    @property
+    def own_server(self) -> Server:
+        """Return the server with its type."""
+        assert isinstance(self.server, Server)
+        return self.server
 
     def do_GET(self) -> None:
         """Send the page."""
         if self._is_own() and self.path == "/":
-            self._send(200, "text/html; charset=utf-8", self.server.demo.page)
+            self._send(200, "text/html; charset=utf-8", self.own_server.demo.page)
         else:
             self.send_error(404)
 
     def do_POST(self) -> None:
         """Answer a request of the page with JSON; a user's mistake with its message."""
-        answers = {f"/{name}": getattr(self.server.demo, name) for name in ("example", "mask", "segment")}
+        answers = {f"/{name}": getattr(self.own_server.demo, name) for name in ("example", "mask", "segment")}
         length = int(self.headers["Content-Length"] or 0)
         if not self._is_own() or self.path not in answers or length > LARGEST_REQUEST:
             self.send_error(403)
             return
         request = json.loads(self.rfile.read(length))
         try:
-            with self.server.lock:  # one search, and one large image, at a time
+            with self.own_server.lock:  # one search, and one large image, at a time
                 status, answer = 200, answers[self.path](request)
         except UserError as error:
             status, answer = 400, {"error": str(error)}
         self._send(status, "application/json", json.dumps(answer))
 
-    def log_message(self, *_: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Say nothing about requests that succeed or fail as they should."""
 
     def _is_own(self) -> bool:
         """Check ``Host`` against names that other sites let point here, and ``Origin`` against other sites."""
-        port = self.server.server_address[1]
+        port = self.own_server.server_address[1]
         own = [f"{name}:{port}" for name in (HOST, "localhost")]
         host = self.headers["Host"]
         return host in own and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
@@ -196,7 +200,7 @@ def _support(support: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _tinted(mask: np.ndarray) -> str:
     """Encode a mask as paint: opaque red on transparent."""
-    return _png(np.dstack([np.broadcast_to(np.uint8(TARGET), (*mask.shape, 3)), 255 * mask.astype(np.uint8)]))
+    return _png(np.dstack([np.broadcast_to(np.array(TARGET, np.uint8), (*mask.shape, 3)), 255 * mask.astype(np.uint8)]))
 
 
 def _zoomed(image: np.ndarray) -> np.ndarray:
