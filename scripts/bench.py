@@ -1,24 +1,24 @@
-"""Measure ours against a plain formulation, in one process, in turn, with a statement that both give the same.
+"""Measure speed and memory, against a plain formulation of the network on the same weights and images.
 
-    python scripts/bench.py --mode train  [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32]
-    python scripts/bench.py --mode eval   [--episodes 1000] [--seeds 1] [--images 450] [--shots 1] [--precision fp32]
-    python scripts/bench.py --mode loader [--images 64]
-    python scripts/bench.py --mode index  [--masks 12000]
+    python scripts/bench.py --mode train [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32] [key=value]
+    python scripts/bench.py --mode eval [--episodes 1000] [--seeds 1] [--images 450] [--shots 1] [--precision fp32]
+    python scripts/bench.py --mode loader [--images 450]
+    python scripts/bench.py --mode index [--masks 12000]
+    python scripts/bench.py --mode page [--out bench.md]
 
-train: a step (forward, losses, backward, SGD) on the same batches from the same weights; peak memory of a process that
-    runs nothing else; the largest difference of the logits and of the losses, dropout off.
-eval: util.engine.loops.evaluate on all episodes against one episode after another, of which --plain-episodes are run
-    and their time scaled up; their counts are compared.
-loader: training images a second in one process, from JPEG and PNG to the network's input, against a resampling for
-    each of scale, rotation, flip and crop and a float picture; how far the pictures differ.
-index: the class index of a list of masks, built anew (cold) and from its cache (warm), against a plain loop.
+train: a training step (forward, loss, backward, SGD) and the plain one in turn; peak memory of --repeats steps in a
+    process of their own (on CUDA: of the allocator); largest differences of logits and loss, without dropout.
+eval: util.engine.evaluation.evaluate on all episodes, against one episode after another. Only --plain-episodes of the
+    latter are run, and their time is scaled; their pixel counts are compared.
+loader: training images a second in one process, from JPEG and PNG files to batches.
+index: the class index of a list of masks, without and with its cache, against a loop over the masks.
+page: all modes in a short form, at each precision of the device, as one Markdown page about this machine.
 
-The plain formulation is tests/plain.py, in fp32. Pictures are generated at 500x375. --json OUT keeps everything.
+The plain formulation is tests/plain.py, in fp32. Images of 500x375 pixels are drawn and weights are random, so nothing
+is downloaded. --json OUT writes every time that was taken.
 """
 
 import argparse
-import ctypes
-import gc
 import itertools
 import multiprocessing
 import os
@@ -26,10 +26,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -38,20 +38,17 @@ from util.command import run_command
 import numpy as np
 import torch
 from PIL import Image
-from util.engine.compilation import compiled
-from util.engine.loops import evaluate, forward, loss_terms
-from util.engine.memory import return_freed_memory
 
 from model import IGNORE
 from model.ntrenet import NTRENet
-from tests.plain import plain_augment, plain_counts, plain_forward
+from model.parallel import Dropout2d
+from tests.plain import plain_counts, plain_forward
 from util.config import Config, load_config, parse_arguments
 from util.data.class_index import ClassIndex, load_class_index, read_list
-from util.data.dataset import Episode, read_pair
-from util.data.episodes import EpisodeFiles, EpisodeList
-from util.data.folds import novel_classes
+from util.data.dataset import Episode
+from util.data.episodes import EpisodeList
 from util.data.synthetic import CLASS_NAMES, make_image
-from util.data.transforms import augment, normalize
+from util.data.transforms import normalize
 from util.engine.build import (
     Hardware,
     build_eval_loader,
@@ -60,311 +57,216 @@ from util.engine.build import (
     build_loss,
     build_model,
     build_optimizer,
-    build_train_loader,
     build_train_sampler,
+    find_hardware,
+    forward,
     select_hardware,
+    training_batches,
 )
-from util.engine.metrics import scores
-from util.engine.record import environment
+from util.engine.evaluation import NetworkMethod, evaluate
+from util.engine.record import environment, processor
 from util.errors import UserError
-from util.files import require_writable, write_json
+from util.files import require_writable, write_json, write_text
 from util.progress import progress
 
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
-CPU = torch.device("cpu")
-TRAINING_IMAGES = 80
-MEMORY_STEPS = 8
-"""each on a batch of its own: what is kept of every size that occurs counts"""
-NUMBERS = {
-    **{"batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "seeds": 1, "plain-episodes": 20},
-    "masks": 12000,
-}
-"""options and their defaults"""
-DIFFERENT_MASKS = 40
-"""masks of --mode index that are drawn; the others are links to them"""
+TRAINING_IMAGES = 80  # enough for every base class to have some
+DIFFERENT_MASKS = 40  # are drawn for --mode index; the other masks are links to them
+NUMBERS = {"size": 473, "batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "seeds": 1}
+NUMBERS |= {"plain-episodes": 20, "masks": 12000}
+SHORT = {"repeats": 2, "images": 60, "episodes": 100, "plain_episodes": 4, "masks": 4000}  # at most, with --mode page
+HEAD = ("", "plain", "ours", "times faster", "peak MiB, plain", "peak MiB, ours", "speed and agreement")
+
+
+class Result(NamedTuple):
+    """One measurement."""
+
+    measured: str
+    ours: Sequence[float]
+    """seconds of each repetition"""
+    plain: Sequence[float]
+    """seconds of the plain formulation; empty if there is none"""
+    text: str
+    """speed, and agreement with the plain formulation"""
+    memory: Mapping[str, float] = {}
+    """peak memory of 'plain' and 'ours', MiB"""
+
+    def row(self) -> list[str]:
+        """Return the cells of a table under ``HEAD``; times are medians."""
+        ours, plain = (statistics.median(times) if times else float("nan") for times in (self.ours, self.plain))
+        cells = [f"{plain:.3g} s", f"{ours:.3g} s", f"{plain / ours:.2f}", *map("{:.0f}".format, self.memory.values())]
+        cells += [""] * (len(HEAD) - 2 - len(cells))
+        return [self.measured, *("" if "nan" in cell else cell for cell in cells), self.text]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=list(MODES), required=True)
+    parser.add_argument("--mode", choices=[*MODES, "page"], required=True)
     parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--size", type=int, default=473, help="side of the network's input")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="fp32", help="of ours; the plain formulation is fp32")
+    parser.add_argument("--precision", default="fp32", help="of ours; the plain one is fp32, or tf32 with it")
     for name, default in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
+    parser.add_argument("--out", type=Path, default=Path("bench.md"), help="file that --mode page writes")
     parser.add_argument("--json", type=Path)
     args, overrides = parse_arguments(parser)
     if min(getattr(args, name.replace("-", "_")) for name in NUMBERS) < 1:
         raise UserError("numbers must be at least 1")
     if args.json is not None:
         require_writable(args.json, ".json")
-    with tempfile.TemporaryDirectory() as folder:
-        result = MODES[args.mode](args, overrides, Path(folder))
+    if args.mode == "page":
+        require_writable(args.out, ".md")
+        results = page(args, overrides)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            results = [MODES[args.mode](args, overrides, Path(folder))]
+        cells = zip(HEAD[1:], results[0].row()[1:], strict=True)
+        print("\n  ".join([results[0].measured, *(f"{name}: {cell}" for name, cell in cells if cell)]))
     if args.json is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-        write_json(args.json, {"arguments": sys.argv[1:], **result, "environment": environment(device)})
+        known = environment(find_hardware(args.device, "auto").device)
+        write_json(args.json, {"results": [result._asdict() for result in results], "environment": known})
 
 
 # ---------------------------------------------------------------- train
 
 
-def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
-    config = make_config(args, overrides, root, images=TRAINING_IMAGES)
-    hardware, plain_hardware = select_hardware(config), Hardware(select_hardware(config).device, torch.float32)
-    batches = training_batches(config, count=2)
-    return_freed_memory()
-    ours, plain = (build(config, hardware, plain=name == "plain") for name in ("ours", "plain"))
-    equality = compare_outputs(config, plain, ours, batches[0], hardware)
-
-    steps = {"plain": step_of(config, plain, plain_hardware, plain=True), "ours": step_of(config, ours, hardware)}
+def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+    config = make_config(args, overrides, root, TRAINING_IMAGES)
+    hardware, batches = select_hardware(config), load_batches(config, 2)
+    ours, plain = (build(config, hardware, batches[0], plain=plain) for plain in (False, True))
+    agreement = compare_outputs(config, plain, ours, batches[0], hardware)
+    steps = {"plain": step_of(config, plain, hardware, plain=True), "ours": step_of(config, ours, hardware)}
     runs = {name: lambda turn, step=step: step(batches[turn % 2]) for name, step in steps.items()}
-    times, _ = race(runs, args.repeats, hardware.device)
-    memory = {name: peak_of_a_process(args, list(overrides), name) for name in steps}
-    result = {"mode": "train", **ratio(times), **equality, "peak_memory_mib": memory}
-    print(
-        f"training step of {args.batch} episodes, {args.shots}-shot, {args.backbone}, {args.size} px:"
-        f"\n  plain, fp32      {describe(times['plain'])}, peak {memory['plain']:.0f} MiB"
-        f"\n  ours, {args.precision:<10} {describe(times['ours'])}, peak {memory['ours']:.0f} MiB"
-        f"\n  {result['ratio']:.2f} times faster, {memory['ours'] / memory['plain']:.0%} of the memory;"
-        f" largest difference of the logits {equality['logits_difference']:.1e} (of {equality['logits_scale']:.1f}),"
-        f" of the loss {equality['loss_difference']:.1e} (of {equality['loss']:.3f})"
+    times, _ = race(runs, args.repeats)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = {name: pool.apply(peak_of_steps, (config, args.repeats, name == "plain")) for name in steps}
+    compiled = ", compiled" if config.train.compile else ""
+    return Result(
+        f"training step, {args.batch} x {args.shots}-shot, {args.backbone}, {args.size} px, {args.precision}{compiled}",
+        times["ours"],
+        times["plain"],
+        f"{args.batch / statistics.median(times['ours']):.3g} episodes/s; {agreement}",
+        memory,
     )
-    return result
 
 
-def build(config: Config, hardware: Hardware, *, plain: bool) -> NTRENet:
-    """Random weights, the same for both; plain as in PFENet's code: batch norm on its own, channels first."""
+def load_batches(config: Config, count: int) -> list[Episode]:
+    sampler = build_train_sampler(config, build_index(config, "train"))
+    return list(training_batches(config, sampler, start=0, stop=count))
+
+
+def build(config: Config, hardware: Hardware, batch: Episode, *, plain: bool) -> NTRENet:
+    """Random weights, the same for both; the plain one has batch norm layers and channels first, as PFENet's code."""
     torch.manual_seed(0)
-    model = build_model(config, "random", fold=not plain)[0].to(hardware.device)
+    model = build_model(config, "random", fuse=not plain)[0].to(hardware.device)
+    model.measure_scale(normalize(batch.query.to(hardware.device)))
     return model.to(memory_format=torch.contiguous_format) if plain else model  # type: ignore[call-overload]
 
 
-def training_batches(config: Config, count: int) -> list[Episode]:
-    loader = build_train_loader(config, build_train_sampler(config, build_index(config, "train")), start=0, stop=count)
-    return list(loader)
-
-
 def step_of(config: Config, model: NTRENet, hardware: Hardware, *, plain: bool = False) -> Callable[[Episode], None]:
-    model.train()
-    criterion, optimizer = build_loss(config).to(hardware.device), build_optimizer(config, model)
-    on = config.train.compile == "on" and not plain
-    network, losses = (compiled(part) if on else part for part in (model, criterion))
+    """Return the step of util.engine.training.train_epoch."""
+    network: Callable[..., Any] = partial(plain_forward, model) if plain else model
+    if plain:
+        hardware = Hardware(hardware.device, torch.float32)
+    elif config.train.compile:
+        network = torch.compile(model, dynamic=False, options={"fallback_random": True})
+    loss, optimizer = build_loss(config).to(hardware.device), build_optimizer(config, model.train())
 
     def step(batch: Episode) -> None:
-        batch = batch.to(hardware.device)
-        output = plain_on(model, batch) if plain else forward(network, batch, hardware)
-        loss = loss_terms(losses, output, batch)["total"]
-        if plain:
-            optimizer.zero_grad()
-        loss.backward()
+        episodes = batch.to(hardware.device)
+        output = forward(network, episodes, hardware)
+        masks = episodes.query_mask, episodes.support_masks
+        loss(output, *masks, episodes.class_id, episodes.query_classes)["total"].backward()
         optimizer.step()
-        if not plain:
-            optimizer.zero_grad()
+        optimizer.zero_grad()
 
     return step
 
 
-def plain_on(model: NTRENet, batch: Episode) -> Any:
-    return plain_forward(model, normalize(batch.query), normalize(batch.supports), batch.support_masks)
-
-
 @torch.no_grad()
-def compare_outputs(
-    config: Config, plain: NTRENet, ours: NTRENet, batch: Episode, hardware: Hardware
-) -> dict[str, float]:
-    """Largest difference of the logits and of the loss between ours and the plain formulation, dropout off."""
-    batch = batch.to(hardware.device)
-    outputs = plain_on(plain.eval(), batch), forward(ours.eval(), batch, hardware)
-    labels = batch.query_mask, batch.support_masks, batch.class_id
+def compare_outputs(config: Config, plain: NTRENet, ours: NTRENet, batch: Episode, hardware: Hardware) -> str:
+    """Describe the largest difference of the logits and that of the loss, in training mode without dropout."""
+    for part in itertools.chain(plain.train().modules(), ours.train().modules()):
+        if isinstance(part, Dropout2d):
+            part.eval()
+    episodes, fp32 = batch.to(hardware.device), Hardware(hardware.device, torch.float32)
+    outputs = forward(partial(plain_forward, plain), episodes, fp32), forward(ours, episodes, hardware)
+    labels = episodes.query_mask, episodes.support_masks, episodes.class_id, episodes.query_classes
     losses = [float(build_loss(config).to(hardware.device)(output, *labels)["total"]) for output in outputs]
-    logits = [output.logits.float() for output in outputs]
-    return {
-        "logits_difference": float((logits[1] - logits[0]).abs().max()),
-        "logits_scale": float(logits[0].abs().max()),
-        "loss_difference": abs(losses[1] - losses[0]),
-        "loss": losses[0],
-    }
+    expected, logits = (output.logits.float() for output in outputs)
+    return (
+        f"logits differ by {float((logits - expected).abs().max()):.1e} of {float(expected.abs().max()):.1f},"
+        f" loss by {abs(losses[1] - losses[0]):.1e} of {losses[0]:.3f}"
+    )
 
 
-def peak_of_a_process(args: argparse.Namespace, overrides: list[str], name: str) -> float:
-    """MiB at the peak of ``MEMORY_STEPS`` steps in a process of their own (on CUDA: of the allocator)."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (args, overrides, name))
-
-
-def _peak(args: argparse.Namespace, overrides: list[str], name: str) -> float:
-    with tempfile.TemporaryDirectory() as folder:
-        config = make_config(args, overrides, Path(folder), images=TRAINING_IMAGES)
-        hardware = select_hardware(config)
-        if name == "plain":
-            hardware = Hardware(hardware.device, torch.float32)
-        else:
-            return_freed_memory()
-        batches = training_batches(config, count=MEMORY_STEPS)
-        step = step_of(config, build(config, hardware, plain=name == "plain"), hardware, plain=name == "plain")
-        reset_peak(hardware.device)
-        for batch in batches:
-            step(batch)
-        return read_peak(hardware.device)
-
-
-def reset_peak(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    elif sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak(device: torch.device) -> float:
-    """Since :func:`reset_peak`, in MiB; nan where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform != "linux":
-        return float("nan")
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**10
+def peak_of_steps(config: Config, count: int, plain: bool) -> float:
+    """Run ``count`` steps on different batches, in a process of their own: its peak memory in MiB, nan if unknown."""
+    hardware, batches = select_hardware(config), load_batches(config, count)
+    step = step_of(config, build(config, hardware, batches[0], plain=plain), hardware, plain=plain)
+    for batch in batches:
+        step(batch)
+    if hardware.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(hardware.device) / 2**20
+    status = Path("/proc/self/status")  # not getrusage, whose maximum includes the parent's
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10 if status.exists() else float("nan")
 
 
 # ---------------------------------------------------------------- eval
 
 
-def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
-    config = make_config(args, overrides, root, images=args.images)
-    hardware = select_hardware(config)
-    index = build_index(config, "val")
+def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+    config = make_config(args, overrides, root, args.images)
+    hardware, index = select_hardware(config), build_index(config, "val")
     samplers = [build_eval_sampler(config, index, seed) for seed in range(args.seeds)]
     episodes = [sampler(number) for sampler in samplers for number in range(args.episodes)]
-    ours, plain = (build(config, hardware, plain=name == "plain").eval() for name in ("ours", "plain"))
-    centre_predictions([ours, plain], config, EpisodeList(index, episodes), hardware)
-
-    return_freed_memory()
     chosen = np.linspace(0, len(episodes) - 1, min(args.plain_episodes, len(episodes))).astype(int).tolist()
-    one_by_one = plain_evaluation(plain, config, hardware, EpisodeList(index, episodes), chosen)
-    plain_results = list(itertools.islice(one_by_one, len(chosen) // 2))
-    # half before ours and half after, lest the machine's mood count
-    with progress(total=1, desc="ours") as bar:
-        run_ours = partial(evaluate, ours, index, episodes, config=config, hardware=hardware, bar=bar)
-        ours_seconds, tables = timed(run_ours, hardware.device)
-    peak = read_peak(hardware.device)
-    plain_times, plain_table = zip(*plain_results, *one_by_one, strict=True)
-    agreement = compare_counts(config, episodes, chosen, tables["network"][chosen], np.stack(plain_table))
+    one_by_one = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
+    batches = iter(build_eval_loader(one_by_one, EpisodeList(index, episodes), [0, *chosen]))
+    first = next(batches)
+    ours, plain = (build(config, hardware, first, plain=plain).eval() for plain in (False, True))
+    with torch.no_grad():  # random weights predict nothing or everything, on which any two would agree
+        shift = forward(ours, first.to(hardware.device), hardware).fem.logits.float().quantile(0.65)
+        for model in (ours, plain):
+            model.get_parameter("fem.classifier.3.bias").sub_(shift)
 
-    plain_seconds = statistics.fmean(plain_times) * len(episodes)
-    result = {
-        **{"mode": "eval", "episodes": len(episodes), "plain_seconds": plain_seconds, "ours_seconds": ours_seconds},
-        **{"plain_seconds_each": plain_times, "ratio": plain_seconds / ours_seconds, "peak_memory_mib": peak},
-        **agreement,
-    }
-    print(
-        f"{args.seeds} x {args.episodes} episodes over {args.images} images, {args.shots}-shot, {args.backbone},"
-        f" {args.size} px, {hardware.device}:"
-        f"\n  plain, fp32      {plain_seconds:.0f} s (from {len(chosen)} episodes of {describe(plain_times)})"
-        f"\n  ours, {args.precision:<10} {ours_seconds:.0f} s: {result['ratio']:.2f} times faster; peak {peak:.0f} MiB"
-        f"\n  on the {len(chosen)} episodes mIoU {result['miou']:.4f}, difference {result['miou_difference']:.1e};"
-        f" {result['pixels_that_differ']} of {result['pixels']} pixels differ"
+    def plain_episode(number: int) -> np.ndarray:
+        item = index.items[episodes[number].query]
+        return plain_counts(plain, next(batches).to(hardware.device), item.read(item.mask), config)
+
+    plain_times, expected = zip(*(timed(partial(plain_episode, number)) for number in chosen), strict=True)
+    with progress(total=len(episodes), desc="ours", unit="episode", leave=False) as bar:
+        method = NetworkMethod(ours, config, hardware)
+        seconds, counts = timed(partial(evaluate, method, index, episodes, config=config, bar=bar))
+    differ = np.abs(counts["network"][chosen] - np.stack(expected)).sum() // 2
+    return Result(
+        f"evaluation, {args.seeds} x {args.episodes} episodes over {args.images} images, {args.shots}-shot,"
+        f" {args.backbone}, {args.size} px, {args.precision}",
+        [seconds],
+        [len(episodes) * each for each in plain_times],
+        f"{len(episodes) / seconds:.3g} episodes/s; {differ} of {np.stack(expected).sum()} pixels differ",
     )
-    return result
 
 
-def plain_evaluation(
-    plain: NTRENet, config: Config, hardware: Hardware, source: EpisodeList, chosen: list[int]
-) -> Iterator[tuple[float, np.ndarray]]:
-    """Seconds and counts of one episode after another, its reading included."""
-    alone = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
-    batches = iter(build_eval_loader(alone, source, chosen))
-
-    def one(episode: EpisodeFiles) -> np.ndarray:
-        _, ground_truth = read_pair(source.index.items[episode.query], episode.class_id)
-        return plain_counts(plain, next(batches).to(hardware.device), ground_truth, config)
-
-    for number in chosen:
-        yield timed(partial(one, source(number)), hardware.device)
+def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+    config = make_config(args, [*overrides, "workers=0"], root, TRAINING_IMAGES)
+    sampler = build_train_sampler(config, build_index(config, "train"))
+    steps = -(-args.images // (args.batch * (1 + args.shots)))
+    batches = training_batches(config, sampler, start=0, stop=steps + 1)
+    next(batches)
+    seconds, images = timed(lambda: sum(batch.pixels.shape[:2].numel() for batch in batches))
+    measured = f"loading {images} images of {SIZE[0]}x{SIZE[1]} to {args.size} px in one process"
+    return Result(measured, [seconds], [], f"{images / seconds:.0f} images/s")
 
 
-def compare_counts(
-    config: Config, episodes: Sequence[EpisodeFiles], chosen: list[int], found: np.ndarray, expected: np.ndarray
-) -> dict[str, float]:
-    """How far the counts (N, 4) of the chosen episodes, and the mIoU from them, differ."""
-    names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
-    class_ids = np.array([episodes[number].class_id for number in chosen])
-    miou = [scores(table, class_ids, names).miou for table in (found, expected)]
-    return {
-        "miou_difference": abs(miou[0] - miou[1]),
-        "miou": miou[1],
-        "pixels_that_differ": int(np.abs(found - expected)[:, :2].sum()),
-        "pixels": int(expected.sum()),
-    }
-
-
-@torch.no_grad()
-def centre_predictions(models: Sequence[NTRENet], config: Config, source: EpisodeList, hardware: Hardware) -> None:
-    """Shift random weights' maps such that they say yes in some places: lest equality be that of empty predictions."""
-    batch = next(iter(build_eval_loader(config, source, range(4)))).to(hardware.device)
-    biases = {
-        "bgmm.classifier.bias": lambda output: output.query_bg_logits,
-        "eliminations.0.matching.initial.2.bias": lambda output: output.eliminated[0].initial_logits,
-        "fem.classifier.3.bias": lambda output: output.fem.logits,
-    }
-    for name, logits in biases.items():
-        shift = logits(forward(models[0], batch, hardware)).float().quantile(0.65)
-        for model in models:
-            model.get_parameter(name).sub_(shift)
-
-
-# ---------------------------------------------------------------- loader
-
-
-def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
-    torch.set_num_threads(1)
-    config = make_config(args, [*overrides, "workers=0"], root, images=args.images)
-    data, index = config.data, build_index(config, "train")
-
-    def load(augmented: Callable[..., Any], _: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        made = []
-        for number in range(args.images):
-            image, mask = read_pair(index.items[number], largest_class(index, number))
-            rng = np.random.default_rng(number)
-            made.append(augmented(image, mask, data.image_size, rng, tuple(data.scale), data.rotation))
-        return made
-
-    def channels_first(*arguments: Any) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = augment(*arguments)
-        return image.transpose(2, 0, 1).copy(), mask
-
-    whole, made = race({"plain": partial(load, plain_augment), "ours": partial(load, channels_first)}, args.repeats)
-    times = {name: [seconds / args.images for seconds in of] for name, of in whole.items()}
-    agree = statistics.fmean(float((a[1] == b[1]).mean()) for a, b in zip(made["plain"], made["ours"], strict=True))
-    result: dict[str, Any] = {"mode": "loader", **ratio(times), "mask_agreement": agree}
-    print(
-        f"one process, JPEGs at {SIZE[0]}x{SIZE[1]} to {args.size} px:"
-        f"\n  plain {1 / result['plain_seconds']:.0f} images a second, ours {1 / result['ours_seconds']:.0f}:"
-        f" {result['ratio']:.2f} times faster"
-        f"\n  the same draws, up to where resampling rounds: masks agree in {agree:.2%} of pixels"
-    )
-    return result
-
-
-def largest_class(index: ClassIndex, place: int) -> int:
-    """The class with the most pixels in a line's mask."""
-    areas = index.areas(place)
-    return max((c for c in areas if c), key=lambda c: areas[c])
-
-
-# ---------------------------------------------------------------- index
-
-
-def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> dict[str, Any]:
-    if args.masks < DIFFERENT_MASKS:
-        raise UserError(f"--masks must be at least {DIFFERENT_MASKS}")
-    list_path = draw_masks(root, args.masks)
-    num_classes = len(CLASS_NAMES)
-    cache = list_path.with_name(list_path.name + ".index.npz")
+def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+    for number in range(min(args.masks, DIFFERENT_MASKS)):
+        draw(root, number)
+    for number, suffix in itertools.product(range(DIFFERENT_MASKS, args.masks), ("jpg", "png")):
+        os.link(root / f"{number % DIFFERENT_MASKS:06d}.{suffix}", root / f"{number:06d}.{suffix}")
+    list_path, num_classes = write_list(root, args.masks), len(CLASS_NAMES)
 
     def plain(_: int) -> np.ndarray:
         masks = (np.asarray(Image.open(item.mask)) for item in read_list(list_path, root))
@@ -374,55 +276,61 @@ def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
         return load_class_index(list_path, root, num_classes, progress=False)
 
     def cold(turn: int) -> ClassIndex:
-        cache.unlink(missing_ok=True)
+        list_path.with_name(f"{list_path.name}.index.npz").unlink(missing_ok=True)
         return warm(turn)
 
     runs: dict[str, Callable[[int], Any]] = {"plain": plain, "cold": cold, "warm": warm}
     times, found = race(runs, min(args.repeats, 3))
-    equal = all(bool((found[name].pixels.toarray() == found["plain"]).all()) for name in ("cold", "warm"))
-    result = {"mode": "index", "masks": args.masks, **ratio(times, "cold"), "equal": equal}
-    print(
-        f"class index of {args.masks} masks of {SIZE[0]}x{SIZE[1]}: plain loop {result['plain_seconds']:.2f} s,"
-        f" ours cold {result['cold_seconds']:.2f} s ({result['ratio']:.2f} times faster),"
-        f" warm {result['warm_seconds']:.2f} s; counts equal: {equal}"
-    )
-    return result
+    equal = all(bool((found[name].pixels == found["plain"]).all()) for name in ("cold", "warm"))
+    text = f"{statistics.median(times['warm']):.2f} s from the cache; counts {'equal' if equal else 'DIFFER'}"
+    return Result(f"class index of {args.masks} masks", times["cold"], times["plain"], text)
 
 
-def draw_masks(root: Path, masks: int) -> Path:
-    """Draw a list of ``masks`` lines below ``root``; files beyond the first are links."""
-    for number in range(masks):
-        if number < DIFFERENT_MASKS:
-            draw(root, number)
-        else:
-            for suffix in ("jpg", "png"):
-                os.link(root / f"{number % DIFFERENT_MASKS:06d}.{suffix}", root / f"{number:06d}.{suffix}")
-    return write_list(root, masks)
+def page(args: argparse.Namespace, overrides: Sequence[str]) -> list[Result]:
+    """Run every mode in a short form and write the page."""
+    device, best = find_hardware(args.device, "auto")
+    cuda, auto = device.type == "cuda", "fp32" if best == torch.float32 else "bf16"
+    both = list(dict.fromkeys(["fp32", auto]))
+    runs: list[tuple[str, dict[str, Any], list[str]]] = [("train", {"precision": auto, "shots": 5}, [])]
+    runs += [("train", {"precision": name}, []) for name in (["fp32", "tf32", "bf16", "fp16"] if cuda else both)]
+    runs += [("train", {"precision": auto}, ["train.compile=true"])] if cuda else []
+    runs += [("eval", {"precision": name}, []) for name in both]
+    short = {name: min(getattr(args, name), most) for name, most in SHORT.items()}
+    results = []
+    for mode, options, more in [*runs, ("loader", {}, []), ("index", {}, [])]:
+        title = " ".join([mode, *map(str, options.values()), *more])
+        print(title, flush=True)
+        chosen = argparse.Namespace(**{**vars(args), **short, **options, "mode": mode})
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                results.append(MODES[mode](chosen, [*overrides, *more], Path(folder)))
+            except RuntimeError as error:  # no memory, or no compiler: the other rows are still of use
+                results.append(Result(title, [], [], f"failed: {str(error).strip().splitlines()[0]:.150}"))
+    known = environment(device)
+    lines = [f"# {known['device']}", "", f"- processor: {processor()}, {os.cpu_count()} cores"]
+    lines += [f"- CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"] if cuda else []
+    lines += [f"- {name}: {known[name]}" for name in ("platform", "python", "torch", "git_revision", "git_clean")]
+    lines += [f"- `python scripts/bench.py {' '.join(sys.argv[1:])}`", ""]
+    rows = [HEAD, ["---"] * len(HEAD), *(result.row() for result in results)]
+    write_text(args.out, "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
+    print(f"written: {args.out}")
+    return results
 
 
-# ---------------------------------------------------------------- what the modes share
+# ---------------------------------------------------------------- shared by the modes
 
 
 def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, images: int) -> Config:
-    """Draw a data set of ``images`` images, and make a PASCAL config for it."""
+    """Draw a data set of so many images, and return a PASCAL config for it."""
     for number in range(images):
         draw(root, number, novel=args.mode == "eval")
     list_path = write_list(root, images)
-    given = {
-        "data.root": root,
-        "data.train_list": list_path,
-        "data.val_list": list_path,
-        "data.min_area": 1,
-        "data.shots": args.shots,
-        "data.image_size": args.size,
-        "model.backbone": args.backbone,
-        "train.batch_size": args.batch,
-        "device": args.device,
-        "precision": args.precision,
-        "workers": 0 if args.mode == "train" else 1,
-    }
-    config_file = ROOT / "configs/pascal/resnet50_fold0_1shot.yaml"
-    return load_config(config_file, [*(f"{key}={value}" for key, value in given.items()), *overrides])
+    data = {"root": root, "train_list": list_path, "val_list": list_path, "min_area": 1}
+    data |= {"shots": args.shots, "image_size": args.size}
+    others = {"model.backbone": args.backbone, "train.batch_size": args.batch, "device": args.device}
+    others |= {"precision": args.precision, "workers": 0 if args.mode == "train" else 1}
+    given = [f"data.{key}={value}" for key, value in data.items()] + [f"{key}={value}" for key, value in others.items()]
+    return load_config(ROOT / "configs/pascal/resnet50_fold0_1shot.yaml", [*given, *overrides])
 
 
 def write_list(root: Path, images: int) -> Path:
@@ -432,62 +340,38 @@ def write_list(root: Path, images: int) -> Path:
 
 
 def draw(root: Path, number: int, *, novel: bool = False) -> None:
-    """A picture of 500x375 as a JPEG, and its mask; ``novel``: the largest object is of classes 1 to 5, no other is."""
-    picture, ids = make_image(0, "train", number)
+    """Draw a JPEG and its mask; ``novel``: every object is of classes 1 to 5, which fold 0 evaluates."""
+    image, ids = make_image(0, "train", number)
     if novel:
-        areas = np.bincount(ids[ids != IGNORE], minlength=21)
-        largest = 1 + int(areas[1:].argmax())
-        other = (ids > 0) & (ids != IGNORE) & (ids != largest)
-        ids = np.where(ids == largest, (largest - 1) % 5 + 1, np.where(other, 6 + ids % 15, ids)).astype(np.uint8)
-    large = np.asarray(Image.fromarray(picture).resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
-    grain = np.random.default_rng(number).normal(0, 9, large.shape)  # what photographs have and drawings lack
+        ids = np.where((ids == 0) | (ids == IGNORE), ids, 1 + ids % 5).astype(np.uint8)
+    large = np.asarray(Image.fromarray(image).resize(SIZE, Image.Resampling.BICUBIC)).astype(np.int16)
+    grain = np.random.default_rng(number).normal(0, 9, large.shape)  # photographs have it, and decode slower for it
     Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(root / f"{number:06d}.jpg", quality=94)
     Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(root / f"{number:06d}.png")
 
 
-def race(
-    runs: Mapping[str, Callable[[int], R]], repeats: int, device: torch.device = CPU
-) -> tuple[dict[str, list[float]], dict[str, R]]:
-    """Run all in turn, once to warm up and then ``repeats`` times: the seconds of each, and what it gave last.
-
-    Args:
-        runs: each is given the number of its turn.
-    """
+def race(runs: Mapping[str, Callable[[int], R]], repeats: int) -> tuple[dict[str, list[float]], dict[str, R]]:
+    """Run all in turn, once to warm up and then ``repeats`` times: seconds of each, and what each returned last."""
     times: dict[str, list[float]] = {name: [] for name in runs}
-    given: dict[str, R] = {}
-    for turn in progress(range(-1, repeats), desc="turns"):
+    returned: dict[str, R] = {}
+    for turn in progress(range(-1, repeats), desc="turns", leave=False):
         for name, run in runs.items():
-            seconds, given[name] = timed(partial(run, turn), device)
+            seconds, returned[name] = timed(partial(run, turn))
             times[name] += [seconds] if turn >= 0 else []
-    return times, given
+    return times, returned
 
 
-def ratio(times: dict[str, list[float]], ours: str = "ours") -> dict[str, Any]:
-    """Return the median seconds of each, how many times faster ``ours`` is than plain, and all times."""
-    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
-    return {**medians, "ratio": medians["plain_seconds"] / medians[f"{ours}_seconds"], "spread": times}
-
-
-def describe(seconds: Sequence[float]) -> str:
-    return f"{statistics.median(seconds):.2f} s ({min(seconds):.2f} to {max(seconds):.2f})"
-
-
-def timed(function: Callable[[], R], device: torch.device = CPU) -> tuple[float, R]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(function: Callable[[], R]) -> tuple[float, R]:
+    """Call a function: seconds until the GPU, if one is used, has finished, and what it returned."""
+    synchronize: Callable[[], None] = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    synchronize()
     started = time.perf_counter()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize()
     return time.perf_counter() - started, result
 
 
-MODES: dict[str, Callable[[argparse.Namespace, Sequence[str], Path], dict[str, Any]]] = {
-    "train": bench_train,
-    "eval": bench_eval,
-    "loader": bench_loader,
-    "index": bench_index,
-}
+MODES = {"train": bench_train, "eval": bench_eval, "loader": bench_loader, "index": bench_index}
 
 
 if __name__ == "__main__":
