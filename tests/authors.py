@@ -7,7 +7,8 @@ P_DO is a mean over all positions. Also its contrastive loss, which takes the gr
 
 import torch
 import torch.nn.functional as F
-from pfenet import (
+
+from tests.pfenet import (
     add_classifier,
     add_conv,
     add_pair,
