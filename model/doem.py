@@ -54,8 +54,8 @@ def distracting_similarity(query_feature: Tensor, do_prototype: Tensor) -> Tenso
 
         S_DO(x) = cos(X^q(x), P_DO)
 
-    FEM cannot tell which positions resemble P_DO, because P_DO is pooled from X^q and FEM sees X_act. This map makes the
-    comparison.
+    FEM cannot tell which positions resemble P_DO, because P_DO is pooled from X^q and FEM sees X_act. This map
+    compares them.
 
     Args:
         query_feature: X^q, (B, C, h, w)

@@ -1,6 +1,7 @@
 """Bank B of distracting-object prototypes, section 3.5.2 of the paper."""
 
 from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
