@@ -64,7 +64,7 @@ def pfenet_fem(head, feature, prototype, prior, scales):
 
 
 def enrich(head, inputs, size):
-    """What follows the concatenation at each scale -> two-class logits at ``size``, and one a scale."""
+    """Everything after the concatenation at each scale -> two-class logits at ``size``, and one a scale."""
     pyramid, inner = [], []
     for i, x in enumerate(inputs):
         merged = conv_relu(head, f"init_merge.{i}.0", x)
