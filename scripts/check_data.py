@@ -169,7 +169,7 @@ def compare(config: Config, name: str, split: Split) -> None:
         )
     found = f"{ignored} of {masks} {name} masks hold the value 255"
     voc_like = all("SegmentationClass" in item.mask.parent.name for item in index.items)
-    if official and official.ignored is not None:
+    if official:
         if ignored != official.ignored:
             split.problems.append(
                 f"{found}, of the published ones {official.ignored}: VOC's ignored border is lost, which costs 4.6"

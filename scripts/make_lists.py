@@ -32,7 +32,6 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -126,7 +125,9 @@ def list_pairs(args: argparse.Namespace, lists: list[Path]) -> None:
         raise UserError(f"{len(items)} images with masks are too few to split; give more")
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
         write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
-    print(table(names, pixels, in_val))
+    rows = [[name, (~in_val & has).sum(), (in_val & has).sum()] for name, has in zip(names, pixels.T > 0, strict=True)]
+    rows.append(["all images", (~in_val).sum(), in_val.sum()])
+    print(tabulate(rows, ["class", "train", "val"], "plain", disable_numparse=True))
     config = args.out / f"{args.root.resolve().name}.yaml"
     text = config_for(args.root, lists, names, items, pixels[~in_val])
     if not config.exists():
@@ -215,23 +216,6 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     empty = [n for n in order if not present[n].any()]
     in_val[empty[: round(share * len(empty))]] = True
     return in_val
-
-
-def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
-    """Images and pixels of each class in both lists, and notes on classes with too few."""
-    rows: list[list[Any]] = []
-    notes = []
-    for c, name in enumerate(names):
-        row: list[Any] = [c + 1, name]
-        for title, chosen, role in (("train", ~in_val, "base"), ("val", in_val, "novel")):
-            images = int((pixels[chosen, c] > 0).sum())
-            row += [images, int(pixels[chosen, c].sum())]
-            if images < EPISODE:
-                notes.append(f"note: {name} has {images} images in {title}, too few for a {role} class")
-        rows.append(row)
-    rows.append(["", "all images", int((~in_val).sum()), "", int(in_val.sum()), ""])
-    headers = ["id", "class", "train images", "pixels", "val images", "pixels"]
-    return "\n".join([tabulate(rows, headers, "plain", disable_numparse=True), *notes])
 
 
 def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:

@@ -229,7 +229,7 @@ def check_border(list_path: Path, root: Path, items: tuple[Item, ...]) -> None:
     official = published(items)
     title = official.title if official else "unknown"
     print(f"{list_path}: {len(items)} lines, {title}; {ignored} masks hold 255")
-    if official and official.ignored not in (None, ignored):
+    if official and official.ignored != ignored:
         raise UserError(
             f"{ignored} masks of {list_path} hold 255, of the published ones {official.ignored}: they are different, or"
             f" have lost VOC's ignored border, which costs points; move {items[0].mask.parent} away and build the masks"
