@@ -245,7 +245,7 @@ def build_ntrenet(
         fem_scales: see :class:`model.fem.FEM`.
     """
     if doem and not bgem:
-        raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
+        raise ValueError("doem needs bgem: distracting objects are neither background nor target")
     if base_classes and not doem:
         raise ValueError("a base learner needs doem: it says which objects are distracting")
     sizes = {"channels": channels, "prototype_channels": prototype_channels}

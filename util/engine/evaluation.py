@@ -33,7 +33,7 @@ from util.engine.metrics import confusion, scores
 
 T = TypeVar("T")
 Measure = Callable[[Tensor, Tensor, int], Tensor]
-"""(score map (H, W), class ids (H, W), the target's id) -> what is kept of an episode, always of one shape"""
+"""(score map (H, W), class ids (H, W), the target's id) -> the measure of an episode, always of one shape"""
 IMAGE, QUERY = "image", "query"
 """kinds of cached entries; a class id is the third"""
 
@@ -233,7 +233,7 @@ def evaluate(
 
 
 class ImageDataset(Dataset[dict[int, Any]]):
-    """Item n is what the method reads of the images that step n of a plan is missing, by line."""
+    """Item n holds the samples of the images that step n of a plan is missing, by line."""
 
     def __init__(self, method: Method, items: Sequence[Item], steps: Sequence[list[int]]) -> None:
         self.method, self.items, self.steps = method, items, steps
@@ -241,8 +241,8 @@ class ImageDataset(Dataset[dict[int, Any]]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, number: int) -> dict[int, Any]:
-        return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[number]}
+    def __getitem__(self, index: int) -> dict[int, Any]:
+        return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[index]}
 
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:

@@ -1,4 +1,4 @@
-"""What a training run shows and writes: progress bar, TensorBoard, metrics.jsonl, config.yaml, run.json."""
+"""The log of a training run: progress bar, TensorBoard, metrics.jsonl, config.yaml, run.json."""
 
 import math
 import resource
@@ -57,7 +57,7 @@ class TrainingLog:
             self.events.close()
 
     def finish(self, step: int, seconds: float, device: torch.device) -> None:
-        """Write to run.json what the whole run took."""
+        """Write the steps, time and memory of the whole run to run.json."""
         path = self.folder / "run.json"
         took = {"steps": step, "seconds": seconds, "peak_memory_mib": peak_memory_mib(device)}
         write_json(path, read_json(path) | {"finished": took})

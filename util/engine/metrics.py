@@ -37,8 +37,8 @@ def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
 def iou(counts: np.ndarray) -> np.ndarray:
     """Compute the IoU of the target, TP / (TP + FP + FN), from counts (..., 4) of :func:`confusion`: (...).
 
-    It is 1 where nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project
-    is computed here.
+    It is 1 if nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project is
+    computed here.
     """
     union = counts[..., 1:].sum(-1)
     return np.where(union == 0, 1.0, _ratio(counts[..., 3], union))
