@@ -1,4 +1,4 @@
-"""What others write to a contract: a backbone that is not a CNN, the feature cache, a method to evaluate."""
+"""Contracts with code of others: a backbone that is not a CNN, the feature cache, a method to evaluate."""
 
 import dataclasses
 import sys

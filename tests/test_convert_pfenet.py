@@ -1,4 +1,4 @@
-"""scripts/convert_pfenet.py: what it writes computes what PFENet computes, and nothing else is taken for PFENet.
+"""scripts/convert_pfenet.py: its checkpoints predict what PFENet predicts, and other files are refused.
 
 The input has the names and shapes of PFENet's published code; the oracle is tests/pfenet.py.
 """

@@ -53,12 +53,12 @@ def test_each_part_imports_only_the_parts_below_it(part: str) -> None:
     assert [(path, name) for path, name in named if not any(within(name, module) for module in allowed)] == []
 
 
-@pytest.mark.parametrize("what", ONLY_IN)
-def test_what_few_files_may_import_is_imported_there_alone(what: str) -> None:
+@pytest.mark.parametrize("name", ONLY_IN)
+def test_a_name_is_imported_only_in_its_files(name: str) -> None:
     for path in files("model", "util", *COMMANDS):
         place = path.relative_to(ROOT).as_posix()
-        if any(within(name, what) or name.endswith(f".{what}") for name in imports(path)):
-            assert place.startswith(ONLY_IN[what]), f"{place} imports {what}"
+        if any(within(found, name) or found.endswith(f".{name}") for found in imports(path)):
+            assert place.startswith(ONLY_IN[name]), f"{place} imports {name}"
 
 
 def test_the_training_script_imports_few_names() -> None:

@@ -216,7 +216,7 @@ def random_output(batch=3, shots=2, channels=4, side=3, image=6):
 
 
 def eliminated(initial_logits):
-    """An elimination's output of which the losses read y_ini alone."""
+    """An elimination's output; the losses read y_ini alone."""
     return Eliminated(*[torch.zeros(())] * 4)._replace(initial_logits=initial_logits)
 
 
@@ -229,7 +229,7 @@ def sparse_masks(batch, shots, image):
 
 
 def naive_pool(feature, region):
-    """(C, h, w) and a boolean (h, w) -> mean over the region, (C,); zeros where it is empty."""
+    """(C, h, w) and a boolean (h, w) -> mean over the region, (C,); zeros if it is empty."""
     positions = [feature[:, i, j] for i, j in np.ndindex(*region.shape) if region[i, j]]
     return sum(positions) / len(positions) if positions else np.zeros(len(feature))
 
