@@ -1,8 +1,7 @@
 """List files, and the class index: how many pixels each class has in each image of a list.
 
 The index is counted once from all masks and cached next to the list (``train.txt.index.npz``), or in the user's cache
-folder if that cannot be written. The cache's key covers the list, the number of classes, the reader of the masks, and
-size and time of every image and mask, so that a changed file is noticed.
+folder if that cannot be written.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import IGNORE
-from util.data.images import hint_at, image_size, orientation, read_class_ids
+from util.data.images import image_size, read_class_ids
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_atomically
@@ -77,19 +76,7 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
     """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
 
     Raises:
-        UserError: as :func:`parse_list`, or lines that are not two paths, or repeated lines.
-    """
-    items, problems = parse_list(path, root, make_item)
-    if problems:
-        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
-    return items
-
-
-def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
-    """Return the items of a list, and the problems of its other lines.
-
-    Raises:
-        UserError: the list does not exist, cannot be read or is empty.
+        UserError: the list does not exist, cannot be read or is empty, or lines are not two paths or are repeated.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -111,9 +98,11 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
                 problems.append(f"line {number}: the same as line {items[item]}")
         elif parts:
             problems.append(f"line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
-    if not items and not problems:
+    if problems:
+        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
+    if not items:
         raise UserError(f"list {path} holds no lines")
-    return tuple(items), problems
+    return tuple(items)
 
 
 def _normalised(path: str, root: Path) -> str:
@@ -161,7 +150,7 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
     """Hash everything that an index depends on: list, number of classes, readers, size and time of every file.
 
     Raises:
-        UserError: files that do not exist; names the first and how many there are.
+        UserError: files do not exist.
     """
     key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
     missing: list[str] = []
@@ -172,12 +161,9 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
                 stat = path.stat()
                 key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
             except FileNotFoundError:
-                missing.append(f"{kind} {path} does not exist{'' if missing else hint_at(path)}")
-            except OSError as error:
-                missing.append(f"{kind} {path} cannot be reached ({error.strerror})")
+                missing.append(f"{kind} {path} does not exist")
     if missing:
-        more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}; check data.root and list {list_path}{more}")
+        raise UserError(f"{first_of(missing)}; check data.root and list {list_path}")
     return key.hexdigest()
 
 
@@ -190,10 +176,9 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
     mask = item.read(item.mask)
     height, width = image_size(item.image)
     if (height, width) != mask.shape:
-        turned = mask.shape == (width, height) and orientation(item.image) >= 5
         raise UserError(
-            f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
-            f" they must be the same size{TURNED if turned else ''}"
+            f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]}; they must"
+            " be the same size, without the rotation by EXIF tags"
         )
     values = np.bincount(mask.ravel(), minlength=256)
     largest = min(num_classes, IGNORE - 1) if item.class_id is None else 1
@@ -209,11 +194,8 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
     return counts
 
 
-TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
-
-
 def _caches_of(list_path: Path) -> list[Path]:
-    """Return where the cache may be: next to the list, or if that cannot be written in the user's cache folder."""
+    """Return the possible paths of the cache: next to the list, and in the user's cache folder."""
     name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
     return [list_path.with_name(f"{list_path.name}.index.npz"), Path(user, f"ntrenet/{name}.index.npz")]
@@ -224,10 +206,10 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
     for path in _caches_of(list_path):
         try:
             with np.load(path, allow_pickle=False) as stored:
-                if str(stored["key"]) == key:
-                    counts = stored["counts"]
-                    if counts.dtype == np.int32 and counts.shape == shape and counts.min() >= 0:
-                        return counts
+                counts = stored["counts"]
+                sound = counts.dtype == np.int32 and counts.shape == shape and counts.min() >= 0
+                if sound and str(stored["key"]) == key:
+                    return counts
         except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file; it is then counted again
             continue
     return None
@@ -235,12 +217,11 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
 
 def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts of a list's masks, (lines, num_classes + 2), for :func:`load_class_index`."""
-    reasons = []
     for path in _caches_of(list_path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
         except OSError as error:
-            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
-    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")
+            reason = f"{path.parent} cannot be written ({error.strerror})"
+    tqdm.write(f"note: the class index is not cached, {reason}")
