@@ -26,7 +26,6 @@ from util.data.class_index import (
     index_key,
     load_class_index,
     read_list,
-    require_root,
     write_cache,
 )
 from util.data.episodes import find_supports
@@ -74,7 +73,6 @@ def check_files(config: Config, path: Path) -> list[str]:
     root, num_classes = Path(config.data.root), len(config.data.classes)
     try:
         items = read_list(path, root, reader_of(config.data))
-        require_root(root)
     except UserError as error:
         return [str(error)]
     checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {path}")

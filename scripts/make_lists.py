@@ -60,7 +60,6 @@ VALIDATIONS = 4
 """in a training; with the 200 episodes of CUSTOM they take a small part of the time"""
 MIN_SHARE = 0.005
 """share of an image that a class needs to be an example of it"""
-MOST_FOLDS = 4
 TEST_SHARE = 0.24
 """share of the classes for test, and share of those for validation, in folders of classes"""
 
@@ -151,11 +150,7 @@ def find_files(folder: Path) -> dict[str, Path]:
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
-    """Names of the classes 1, 2, ...
-
-    Raises:
-        UserError: no class in any mask, gaps between the ids, or names that do not fit the ids.
-    """
+    """Names of the classes 1, 2, ...; a UserError if their ids have gaps or the names do not fit the ids."""
     found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
     if not found:
         raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
@@ -176,9 +171,7 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     wants: ``share`` of them, at least the two of an episode. An image stays in train if one of its classes needs it
     there. Of three images of a class train keeps two; a single one stays in train.
 
-    Args:
-        present: (images, classes) boolean
-        order: of the images, random but always the same
+    ``present`` is (images, classes) boolean, ``order`` a random order of the images.
     """
     in_val = np.zeros(len(present), bool)
     totals = present.sum(0)
@@ -199,15 +192,13 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
 def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
     """Return the text of a config: the data, the length of the training, and how often to validate.
 
-    In training an image is scaled to about the size that it is evaluated at. Every class is held back in one fold.
-
-    Args:
-        pixels: (training images, classes) of each class.
+    In training an image is scaled to about the size that it is evaluated at, +-10 %. Every class is held back in one
+    fold. ``pixels`` counts those of each class in each training image.
     """
     sizes = [image_size(item.image) for item in items]
     side, area = (statistics.median(of(size) for size in sizes) for of in (max, math.prod))
     min_area = round(MIN_SHARE * area)
-    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), MOST_FOLDS))]
+    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), 4))]
     usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
     epoch_steps = max(1, usable // BATCH_SIZE)
     epochs = math.ceil(STEPS / epoch_steps)
@@ -221,12 +212,7 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
         "eval": {"every": max(1, epochs // VALIDATIONS)},
     }
     text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
-    return (
-        "# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n"
-        f"# Fold 0 has {usable} training images of base classes, {epoch_steps} steps an epoch. scale is {CUSTOM_SIZE} /"
-        f" {side:g}, the median longer side, +-10 %;\n"
-        f"# it goes with data.image_size. min_area is {MIN_SHARE:.1%} of the median image.\n{text}"
-    )
+    return f"# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n{text}"
 
 
 # ---------------------------------------------------------------- one folder for each class
@@ -256,7 +242,8 @@ def find_lines(root: Path) -> dict[str, list[str]]:
     Raises:
         UserError: ``root`` holds fewer than 3 classes, an image has no mask, or a name has a space.
     """
-    images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES and path.suffix.lower() != ".png")
+    suffixes = set(SUFFIXES) - {".png"}
+    images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in suffixes)
     if bare := [str(image) for image in images if not image.with_suffix(".png").exists()]:
         raise UserError(f"these images have no mask, of the same name with .png: {first_of(bare, separator=', ')}")
     lines: dict[str, list[str]] = {}

@@ -40,20 +40,12 @@ from util.files import write_bytes, write_text
 
 EXPECTED = {"train": 82081, "val": 40137}
 """images with at least one annotation, of 82783 and 40504"""
-NAMES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
+CLASSES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
 OUT, LISTS = Path("data/coco"), Path("lists/coco")
 NEXT = "python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.yaml"
 AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
 IMAGE = re.compile(r"[\w-]+\.jpg")
 """names of images become names of masks, which must stay in their folder"""
-
-
-class Shape(NamedTuple):
-    """One annotation."""
-
-    annotation: int
-    value: int
-    segmentation: Any
 
 
 class Job(NamedTuple):
@@ -62,7 +54,8 @@ class Job(NamedTuple):
     name: str
     height: int
     width: int
-    shapes: list[Shape]
+    shapes: list[tuple[int, int, Any]]
+    """annotation id, mask value and segmentation"""
 
     @property
     def mask(self) -> str:
@@ -120,15 +113,15 @@ def read_jobs(path: Path) -> list[Job]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         categories = sorted(data["categories"], key=lambda category: category["id"])
-        if [category["name"] for category in categories] != yaml.safe_load(NAMES.read_text())["data"]["classes"]:
-            raise UserError(f"{path}: its categories, by id, are not the classes of {NAMES}; {AGAIN}")
+        if [category["name"] for category in categories] != yaml.safe_load(CLASSES.read_text())["data"]["classes"]:
+            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {AGAIN}")
         ids = {category["id"]: number for number, category in enumerate(categories, 1)}
         jobs = {image["id"]: Job(image["file_name"], image["height"], image["width"], []) for image in data["images"]}
         if strange := [job.name for job in jobs.values() if not IMAGE.fullmatch(job.name)]:
             raise ValueError(f"an image is named {strange[0]!r:.50}")
         for entry in data["annotations"]:
             value = IGNORE if entry["iscrowd"] else ids[entry["category_id"]]
-            jobs[entry["image_id"]].shapes.append(Shape(entry["id"], value, entry["segmentation"]))
+            jobs[entry["image_id"]].shapes.append((entry["id"], value, entry["segmentation"]))
         return sorted((job for job in jobs.values() if job.shapes), key=lambda job: job.name)
     except (ValueError, KeyError, TypeError) as error:  # ValueError: damaged JSON too
         raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {AGAIN}") from error
@@ -146,21 +139,16 @@ def make_mask(job: Job, *, path: Path, folder: Path) -> bool:
     target = folder / job.mask
     if target.exists() and target.stat().st_mtime >= path.stat().st_mtime:
         return False
-    write_bytes(target, encoded_mask(paint(job, path)), force=False)
+    write_bytes(target, encoded_mask(paint(job)), force=False)
     return True
 
 
-def paint(job: Job, path: Path) -> np.ndarray:
+def paint(job: Job) -> np.ndarray:
     """Paint the mask (H, W), uint8, of an image, by the overlap rule."""
     layers = []
-    for shape in job.shapes:
-        try:
-            covered = cover(shape.segmentation, job.height, job.width)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{path}: annotation {shape.annotation} of image {job.name} cannot be drawn: {error}; {AGAIN}"
-            ) from error
-        layers.append((shape.value != IGNORE, -int(covered.sum()), shape.annotation, shape.value, covered))
+    for annotation, value, segmentation in job.shapes:
+        covered = cover(segmentation, job.height, job.width)
+        layers.append((value != IGNORE, -int(covered.sum()), annotation, value, covered))
     mask = np.zeros((job.height, job.width), np.uint8)
     for *_, value, covered in sorted(layers, key=lambda layer: layer[:3]):
         mask[covered] = value
@@ -169,17 +157,14 @@ def paint(job: Job, path: Path) -> np.ndarray:
 
 def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Return the pixels (H, W), bool, of polygons or of a run-length code, compressed or not."""
-    code = segmentation
     if isinstance(segmentation, list):
         parts = [np.asarray(part) for part in segmentation if len(part) >= 6]  # pycocotools takes 4 numbers for a box
         if not parts:
             return np.zeros((height, width), bool)
-        code = coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
+        segmentation = coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
     elif isinstance(segmentation["counts"], list):
-        code = coco_mask.frPyObjects(segmentation, height, width)
-    if list(code["size"]) != [height, width]:
-        raise ValueError(f"its size is not that of the image of {width} x {height}")
-    return coco_mask.decode(code).astype(bool)
+        segmentation = coco_mask.frPyObjects(segmentation, height, width)
+    return coco_mask.decode(segmentation).astype(bool)
 
 
 if __name__ == "__main__":

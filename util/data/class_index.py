@@ -40,7 +40,6 @@ class Item(NamedTuple):
 
 
 MakeItem = Callable[[Path, Path], Item]
-"""makes an item of the two paths of a line"""
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,6 @@ class ClassIndex:
     def qualifying(self, class_id: int, min_area: int) -> np.ndarray:
         """Return the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
         return np.flatnonzero(self.pixels[:, class_id] >= min_area)
-
-    def areas(self, line: int) -> dict[int, int]:
-        """Return the pixels of each class in a line's mask, by ascending id; 0 is the background."""
-        present = np.flatnonzero(self.pixels[line])
-        return dict(zip(present.tolist(), self.pixels[line, present].tolist(), strict=True))
 
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
@@ -119,7 +113,8 @@ def load_class_index(
         UserError: a missing or unreadable file, image and mask of different sizes, or a mask value that is no class.
     """
     items = read_list(list_path, root, make_item)
-    require_root(root)
+    if not root.is_dir():
+        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
     list_sha256 = hash_list(items, root)
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
@@ -140,18 +135,8 @@ def hash_list(items: Sequence[Item], root: Path) -> str:
     return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
-def require_root(root: Path) -> None:
-    """Raise a UserError if data.root is no folder, before every single file is missed."""
-    if not root.is_dir():
-        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
-
-
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """Hash everything that an index depends on: list, number of classes, readers, size and time of every file.
-
-    Raises:
-        UserError: files do not exist.
-    """
+    """Hash what an index depends on: list, classes, readers, size and time of every file; a UserError if one is missing."""
     key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
     missing: list[str] = []
     for item in items:
@@ -168,11 +153,7 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
 
 
 def count_pixels(item: Item, num_classes: int) -> np.ndarray:
-    """Count the pixels of background, each class, and 255 in one mask: (num_classes + 2,), int32.
-
-    Raises:
-        UserError: a file cannot be read, image and mask differ in size, or a value is no class.
-    """
+    """Count the pixels of background, each class, and 255 in one mask: (num_classes + 2,), int32."""
     mask = item.read(item.mask)
     height, width = image_size(item.image)
     if (height, width) != mask.shape:

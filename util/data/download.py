@@ -21,8 +21,6 @@ def download(url: str, path: Path, md5: str) -> None:
     """
     part = path.with_name(path.name + ".part")
     if path.exists():
-        if file_md5(path) != md5:
-            raise UserError(f"{path} is not the file at {url}: its MD5 is not {md5}; delete it and run again")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     by_hand = f"or download {url} by hand and save it as {path}"
@@ -30,7 +28,9 @@ def download(url: str, path: Path, md5: str) -> None:
         _receive(url, part)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url} is incomplete ({error}); run again to continue {part}, {by_hand}") from error
-    if (found := file_md5(part)) != md5:
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
         part.unlink()
         raise UserError(f"{url} has MD5 {found}, not {md5}, and was deleted; run again, {by_hand}")
     part.replace(path)
@@ -55,9 +55,3 @@ def _receive(url: str, part: Path) -> None:
                 bar.update(file.write(data))
     if part.stat().st_size < total:
         raise ConnectionError(f"{total - part.stat().st_size:,} bytes are missing")
-
-
-def file_md5(path: Path) -> str:
-    """Return the MD5 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
