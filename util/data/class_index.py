@@ -136,7 +136,7 @@ def hash_list(items: Sequence[Item], root: Path) -> str:
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """Hash what an index depends on: list, classes, readers, size and time of every file; a UserError if one is missing."""
+    """Hash all that an index depends on: list, classes, readers, size and time of every file; they must exist."""
     key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
     missing: list[str] = []
     for item in items:
@@ -198,11 +198,12 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
 
 def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts of a list's masks, (lines, num_classes + 2), for :func:`load_class_index`."""
+    reasons = []
     for path in _caches_of(list_path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
         except OSError as error:
-            reason = f"{path.parent} cannot be written ({error.strerror})"
-    tqdm.write(f"note: the class index is not cached, {reason}")
+            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
+    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")
