@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from scenes import ROOT, scene, write_checkpoint
+from scenes import ROOT, iou, scene, write_checkpoint
 
 from util.data import synthetic
 from util.errors import UserError
@@ -76,10 +76,6 @@ def asked(support: tuple[np.ndarray, np.ndarray], photo: str, **changes: object)
     return request | {"threshold": 0.5, "edges": False} | changes
 
 
-def iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    return float((mask & truth).sum() / (mask | truth).sum())
-
-
 @pytest.mark.parametrize(("share", "edges"), [(0.5, False), (0.1, False), (0.5, True)])
 def test_what_is_painted_is_segmented(demo: Demo, segmenter: NTRESegmenter, share: float, edges: bool) -> None:
     image, _ = scene(4)
@@ -124,7 +120,7 @@ def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
     with pytest.raises(UserError, match=r"^paint the object first"):
         demo.segment(asked((image, disc & False), url(scene(4)[0])))
     notes = f"data:text/plain;base64,{base64.b64encode(b'not an image').decode()}"
-    with pytest.raises(UserError, match=r"^photo\.png is no image in JPEG, PNG, WEBP, TIFF, BMP; convert it"):
+    with pytest.raises(UserError, match=r"^photo\.png cannot be read .*; convert it to JPEG or PNG"):
         demo.segment(asked(scene(1), notes))
 
 
@@ -210,10 +206,6 @@ def test_the_page_works_in_a_browser_without_any_other_host(checkpoint: Path, tm
             page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
             walk(page, f"http://127.0.0.1:{port}", tmp_path)
-            phone = browser.new_page(viewport={"width": 360, "height": 800})
-            phone.goto(f"http://127.0.0.1:{port}")
-            phone.wait_for_selector("#results figure")
-            assert phone.evaluate("document.documentElement.scrollWidth") == 360
     finally:
         served.send_signal(signal.SIGINT)
         assert served.wait(30) == 0

@@ -96,10 +96,7 @@ class Segmenter(ABC):
     ) -> list[Any]:
         """Encode a target, shown by any number of supports in any order, for this segmenter: one entry a support.
 
-        Args:
-            class_id: the target's value in masks of class ids (255 is ignored then).
-        Raises:
-            UserError: see util/photos/images.py; or a mask is empty, or its target too small to be seen.
+        ``class_id`` is the target's value in masks of class ids; 255 is ignored then.
         """
         pairs = paired(*(given if isinstance(given, list | tuple) else [given] for given in (supports, masks)))
         target = []
@@ -110,8 +107,8 @@ class Segmenter(ABC):
             labels = target_mask(values, class_id, f"the mask of {name}")
             if not (labels == 1).any():
                 held = ", ".join(str(value) for value in np.unique(values).tolist()[:6])
-                which = "nothing" if class_id is None else f"nothing of class {class_id} (it holds {held})"
-                raise UserError(f"the mask of {name} shows {which}; give another, or leave that support out")
+                which = "target" if class_id is None else f"class {class_id}"
+                raise UserError(f"the mask of {name} shows no {which} (it holds {held}); leave that support out")
             target.append(self._encode_support(pixels, labels, name))
         return target
 
@@ -174,7 +171,7 @@ class NTRESegmenter(Segmenter):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "NTRESegmenter":
-        """Load a checkpoint that train.py wrote; it holds the config of its network.
+        """Load a checkpoint that train.py wrote.
 
         Args:
             device: 'auto', 'cpu' or 'cuda'
@@ -206,9 +203,7 @@ class NTRESegmenter(Segmenter):
         with self.hardware.autocast():
             features = self.model.backbone.features(self._input(fitted), masks)
         if not foreground(masks, (features.high.shape[-2], features.high.shape[-1])).any():
-            raise UserError(
-                f"the target of {name} vanishes at the network's {self.side} pixels; crop the support around it"
-            )
+            raise UserError(f"the target of {name} vanishes at {self.side} pixels; crop the support around it")
         return features, masks
 
     def _encode_query(self, image: np.ndarray) -> Features:
@@ -250,10 +245,7 @@ class TrainingFreeSegmenter(Segmenter):
     def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
         self.model = model.to(hardware.device)
         self.hardware = hardware
-        self.about = (
-            f"training-free segmentation, ours and not the paper's network: ImageNet features of {backbone} at"
-            f" {self.SIDE} pixels, and GrabCut for the edges"
-        )
+        self.about = f"training-free segmentation, ours and not the paper's network: features of {backbone}, GrabCut"
 
     def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
         """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored.
