@@ -94,9 +94,7 @@ def main() -> None:
     save_checkpoint(args.out, state)
 
     print(f"recognised: PFENet with {backbone}, {weights.stem} stem; {len(converted)} tensors mapped, none left over")
-    print(
-        f"{args.pfenet}, SHA-256 {sha256}, is now {args.out}; it does not say its data set and fold, so give its own --config, such as"
-    )
+    print(f"{args.pfenet}, SHA-256 {sha256}, is now {args.out}; give its data set and fold as --config, such as")
     print(f"python test.py --config {config_file} --checkpoint {shlex.quote(str(args.out))} {' '.join(ALL_OFF)}")
 
 
