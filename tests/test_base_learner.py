@@ -119,8 +119,3 @@ def test_its_loss_equals_a_loop_and_trains_the_learner_only(lite0: Backbone) -> 
     assert {"fem", "reduce_query"} <= trained["others"] and "base_learner" not in trained["others"]
     assert trained["base"] == {"base_learner"}
     assert base_loss(torch.randn(1, 3, 2, 2), torch.full((1, 9, 9), 255)) == 0  # nothing but ignored pixels
-
-
-def test_a_base_learner_needs_doem(lite0: Backbone) -> None:
-    with pytest.raises(ValueError, match="doem"):
-        networks.network(lite0, doem=False, base_classes=3)

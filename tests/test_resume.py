@@ -311,15 +311,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     refused(result, "train.batch_size 3 is shared by 2 processes; make it a multiple of that")
 
 
-@pytest.mark.parametrize("told", [{}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}])
-def test_half_a_job_of_several_processes_is_refused(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
-) -> None:
-    for name, value in (told | {"WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
-    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), "WORLD_SIZE=2", "torchrun", "unset WORLD_SIZE")
-
-
 def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = started(config, run, "workers=2", LONG, EACH_STEP)
