@@ -8,8 +8,8 @@ from tabulate import tabulate
 
 from util.engine.metrics import Scores
 
-MOST_CLASSES, ENDS = 40, 10
-"""if there are more than MOST_CLASSES novel classes, as in FSS-1000, the table shows the ENDS worst and best ones"""
+MOST_CLASSES = 40
+"""of more novel classes, as in FSS-1000, the table does not show the IoU of each"""
 TITLES = {
     "all_foreground": "all foreground",
     "prior": "prior at 0.5",
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def over_seeds(scores: list[Scores]) -> dict[str, Any]:
-    """miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
+    """Return miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
 
     std is the sample standard deviation over the seeds, 0 for a single one.
     """
@@ -52,10 +52,11 @@ def table(results: dict[str, Any]) -> str:
     )
     rows: list[list[str]] = []
     if "miou" in results:
-        rows += class_rows(results["per_class"])
+        if len(results["per_class"]) <= MOST_CLASSES:
+            rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
         rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
         rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
-    if (other := results.get("calibrated")) is not None:
+    if other := results.get("calibrated"):
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
         rows.append(["calibrated", cell(other["miou"]), why])
     for name, baseline in results.get("baselines", {}).items():
@@ -64,12 +65,3 @@ def table(results: dict[str, Any]) -> str:
         rows.append(["time", f"{results['seconds']:.0f} s"])
         rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
     return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
-
-
-def class_rows(per_class: dict[str, float]) -> list[list[str]]:
-    """Return a row for each class; of many classes only the worst and the best, since --out has all of them."""
-    if len(per_class) <= MOST_CLASSES:
-        return [[name, f"{iou:.1f}"] for name, iou in per_class.items()]
-    ordered = [[name, f"{per_class[name]:.1f}"] for name in sorted(per_class, key=lambda name: per_class[name])]
-    between = f"{len(ordered) - 2 * ENDS} classes between these are in the file of --out"
-    return [*ordered[:ENDS], ["...", "", between], *ordered[-ENDS:]]
