@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.losses import NTRELoss
 from model.parallel import log_mean, processes, rank
-from util.engine.metrics import Scores
+from util.engine.metrics import SCORE_TITLES, Scores
 from util.engine.record import append_json_line, environment, keep_json_lines
 from util.errors import UserError
 from util.files import read_json, write_json, write_text
@@ -149,7 +149,7 @@ class TrainingLog:
         append_json_line(self.folder / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
         for name, value in found.per_class.items():
             self.events.add_scalar(f"val_iou/{name}", value, step)
-        for name in ("miou", "fb_iou", "precision"):
+        for name in SCORE_TITLES:
             self.events.add_scalar(f"val/{name}", getattr(found, name), step)
         self.events.add_image("episodes", image, step, dataformats="HWC")
         self.events.flush()

@@ -22,6 +22,10 @@ class Scores(NamedTuple):
     """IoU by class name"""
 
 
+SCORE_TITLES = {"miou": "mIoU", "fb_iou": "FB-IoU", "precision": "precision"}
+"""titles of the scores that test.py, TensorBoard and metrics.jsonl report"""
+
+
 def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     """Count the pixels of one episode, on its device: true negatives, false positives, false negatives, true positives.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from util.engine.metrics import Scores
+from util.engine.metrics import SCORE_TITLES, Scores
 
 MOST_CLASSES = 40
 """of more novel classes, as in FSS-1000, the table does not show the IoU of each"""
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def over_seeds(scores: list[Scores]) -> dict[str, Any]:
-    """Return miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
+    """Return every score as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
 
     std is the sample standard deviation over the seeds, 0 for a single one.
     """
@@ -32,9 +32,7 @@ def over_seeds(scores: list[Scores]) -> dict[str, Any]:
 
     names = scores[0].per_class
     return {
-        "miou": spread([s.miou for s in scores]),
-        "fb_iou": spread([s.fb_iou for s in scores]),
-        "precision": spread([s.precision for s in scores]),
+        **{name: spread([getattr(s, name) for s in scores]) for name in SCORE_TITLES},
         "per_class": {name: 100 * statistics.fmean(s.per_class[name] for s in scores) for name in names},
     }
 
@@ -54,8 +52,8 @@ def table(results: dict[str, Any]) -> str:
     if "miou" in results:
         if len(results["per_class"]) <= MOST_CLASSES:
             rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
-        rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
-        rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
+        rows += [[title, cell(results[name])] for name, title in SCORE_TITLES.items()]
+        rows.append(["", "(of this fold alone, not means of folds)"])
     if other := results.get("calibrated"):
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
         rows.append(["calibrated", cell(other["miou"]), why])
