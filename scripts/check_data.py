@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from util.command import run_command
 
 import numpy as np
+from PIL import ExifTags, Image
 from tabulate import tabulate
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
@@ -91,6 +92,12 @@ def check_item(item: Item, num_classes: int) -> np.ndarray | str:
         return str(error)
 
 
+def is_turned(item: Item) -> bool:
+    """Tell whether EXIF turns an image on screen."""
+    with Image.open(item.image) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+
+
 def check_list(config: Config, name: str, index: ClassIndex, problems: list[str], warnings: list[str]) -> None:
     """Compare a list and the number of masks that hold 255 with the published ones."""
     title, official = title_of(index.items), published(index.items)
@@ -101,6 +108,11 @@ def check_list(config: Config, name: str, index: ClassIndex, problems: list[str]
         problems.append(
             f"list {index.list_path}: {found}, of the published ones {official.ignored}: VOC's ignored border is lost,"
             " which costs 4.6 points of mIoU; make the masks from the official archives"
+        )
+    if turned := sum(on_all_cores(is_turned, index.items, "EXIF")):
+        warnings.append(
+            f"list {index.list_path}: EXIF turns {turned} images on screen, which is ignored here: their masks must"
+            " fit the stored pixels; mogrify -auto-orient stores images as they are seen"
         )
     if not config.data.dataset.upper().startswith("PASCAL"):
         return

@@ -206,6 +206,16 @@ def test_a_damaged_index_is_counted_again(data: Data, damage: Callable[[Path], o
     np.testing.assert_array_equal(again.ignored, index.ignored)
 
 
+def test_images_that_exif_turns_are_counted_in_a_warning(data: Data) -> None:
+    root, overrides = data
+    path = root / "JPEGImages/val_00003.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 3  # 180 degrees: the size does not tell
+    Image.open(path).save(path, exif=exif)
+    code, out = check(*overrides)
+    assert code == 0 and f"WARNING list {root}/lists/val.txt: EXIF turns 1 images on screen" in out
+
+
 def test_repeated_lines_are_named(data: Data) -> None:
     root, overrides = data
     lines = (root / "lists/val.txt").read_text()

@@ -8,14 +8,13 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from util.config import Section, read_yaml
-from util.data.images import FORMATS
+from util.data.images import SUFFIXES
 from util.errors import UserError, first_of
 from util.photos.edges import mask_in_box
 from util.photos.images import read_mask_on, read_upright
 from util.photos.outputs import write_outputs
 from util.photos.segmenter import Segmenter, paired
 
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 UNREAD = (".heic", ".heif", ".avif", ".gif")
 
 
