@@ -5,7 +5,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from urllib.error import URLError
 
 import numpy as np
@@ -41,12 +40,10 @@ def test_the_command_itself_ends_in_one_line(config: Path, tmp_path: Path) -> No
     assert not (tmp_path / "exploded").exists()
 
 
-@pytest.mark.parametrize("module", [train, test_command], ids=["train", "test"])
 @pytest.mark.parametrize(
     ("override", "pieces"),
     [
         ("train.lrr=0.1", ["command line", "'train.lrr'", "did you mean 'train.lr'?"]),
-        ("train.lr=-1", ["command line", "train.lr", "greater than 0", "-1"]),
         ("model.doem=false", ["loss.pcl needs model.doem", "loss.pcl=0"]),
         ("data.image_size=66", ["66", "65"]),
         ("precision=fp16", ["precision=fp16", "precision=bf16 or fp32"]),
@@ -54,13 +51,11 @@ def test_the_command_itself_ends_in_one_line(config: Path, tmp_path: Path) -> No
     ],
 )
 def test_a_wrong_override_is_refused_by_name(
-    module: ModuleType, config: Path, short: Path, tmp_path: Path, override: str, pieces: list[str]
+    config: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str, pieces: list[str]
 ) -> None:
-    checkpoint = ["--checkpoint", short / "best.pt"] if module is test_command else []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        result = call(module, "--config", config, *checkpoint, f"run_dir={tmp_path / 'run'}", override)
-    refused(result, *pieces)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module, checkpoint in ((train, []), (test_command, ["--checkpoint", short / "best.pt"])):
+        refused(call(module, "--config", config, *checkpoint, f"run_dir={tmp_path / 'run'}", override), *pieces)
     assert not (tmp_path / "run").exists()
 
 
@@ -89,33 +84,22 @@ def _write_text(path: Path) -> None:
     path.write_text("This is not an image.\n")
 
 
-def _to_rgb(path: Path) -> None:
-    Image.open(path).convert("RGB").save(path)
-
-
 def _class_77(path: Path) -> None:
     mask = np.array(Image.open(path))
     mask[:10, :10] = 77
     Image.fromarray(mask).save(path)
 
 
-def _twice(path: Path) -> None:
-    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")
-
-
 @pytest.mark.parametrize(
     ("split", "file", "damage", "pieces"),
     [
-        ("train", IMAGE, Path.unlink, ["image", "does not exist", "data.root"]),
         ("val", MASK, Path.unlink, ["mask", "does not exist", "data.root"]),
         ("train", IMAGE, _halve_image, ["image", "mask", MASK, "must be the same size"]),
         ("val", IMAGE, _write_text, ["image", "cannot be read", "replace it or take it off the list"]),
-        ("train", MASK, _halve_file, ["mask", "cannot be read", "replace it or take it off the list"]),
-        ("val", MASK, _to_rgb, ["mask", "mode RGB", "palette or greyscale"]),
+        ("val", MASK, lambda path: Image.new("RGB", (9, 9)).save(path), ["mask", "mode RGB", "palette or greyscale"]),
         ("train", MASK, _class_77, ["mask", "value 77", "data.classes"]),
         ("val", "lists/{}.txt", Path.unlink, ["list", "does not exist", "README"]),
         ("train", "lists/{}.txt", _write_text, ["list", "line 1", "'image mask'"]),
-        ("val", "lists/{}.txt", _twice, ["list", "line"]),
     ],
 )
 def test_damaged_data_is_refused_by_file_and_remedy_before_training(
@@ -143,10 +127,9 @@ def test_a_class_without_enough_images_is_refused_by_name(tiny: Path, config: Pa
     assert f"has {qualifying} images with at least {MIN_AREA} pixels" in line
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(("split", "workers"), [("train", 1), ("val", 0), ("val", 1)])
 def test_a_truncated_jpeg_met_on_the_way_is_refused(
-    tiny: Path, config: Path, short: Path, tmp_path: Path, workers: int, split: str
+    tiny: Path, config: Path, short: Path, tmp_path: Path, split: str, workers: int
 ) -> None:
     """Its header says the right size, so only decoding meets it."""
     root, overrides = copied(tiny, tmp_path)
@@ -187,21 +170,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_episodes(config: 
 # ---------------------------------------------------------------- checkpoints and weights
 
 
-@pytest.mark.parametrize(
-    ("overrides", "difference"),
-    [
-        (["data.fold=1"], "data.fold is 0 there and 1 here"),
-        (["model.backbone=resnet50"], "model.backbone is efficientnet_lite0 there and resnet50 here"),
-        (["model.doem=false", "loss.pcl=0"], "model.doem is True there and False here"),
-        (["model.fem_scales=[1]"], "model.fem_scales is [1.0, 0.5] there and [1.0] here"),
-        (["data.image_size=97"], "data.image_size is 65 there and 97 here"),
-    ],
-)
-def test_a_checkpoint_of_something_else_is_refused(
-    short: Path, config: Path, overrides: list[str], difference: str
-) -> None:
+def test_a_checkpoint_of_something_else_is_refused(short: Path, config: Path) -> None:
+    overrides = ["data.fold=1", "model.fem_scales=[1]"]
     result = call(test_command, "--config", config, "--checkpoint", short / "best.pt", *overrides)
-    refused(result, short / "best.pt", difference, "use the config it was trained with")
+    fold, scales = "data.fold is 0 there and 1 here", "model.fem_scales is [1.0, 0.5] there and [1.0] here"
+    refused(result, short / "best.pt", fold, scales, "use the config it was trained with")
 
 
 def test_a_run_is_not_resumed_with_another_setting(short: Path, config: Path, tmp_path: Path) -> None:
@@ -210,27 +183,12 @@ def test_a_run_is_not_resumed_with_another_setting(short: Path, config: Path, tm
     refused(result, short / "last.pt", "loss.pcl is 0.01 there and 0.1 here", "train.lr", "resume=none")
 
 
-def _turn_a_bit(data: bytes) -> bytes:
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
-
-
-@pytest.mark.parametrize(
-    ("change", "piece"),
-    [
-        (lambda data: data[:5000], "damaged"),
-        (lambda data: b"not a checkpoint\n", "not a checkpoint"),
-        (_turn_a_bit, "damaged"),
-    ],
-    ids=["truncated", "text", "bit"],
-)
-def test_a_damaged_checkpoint_is_refused(
-    short: Path, config: Path, tmp_path: Path, change: Callable[[bytes], bytes], piece: str
-) -> None:
+def test_a_damaged_checkpoint_is_refused(short: Path, config: Path, tmp_path: Path) -> None:
     path = tmp_path / "best.pt"
     refused(call(test_command, "--config", config, "--checkpoint", path), path, "does not exist")
-    path.write_bytes(change((short / "best.pt").read_bytes()))
-    refused(call(test_command, "--config", config, "--checkpoint", path), path, piece, "use another one")
+    for content in ((short / "best.pt").read_bytes()[:5000], b"not a checkpoint\n"):
+        path.write_bytes(content)
+        refused(call(test_command, "--config", config, "--checkpoint", path), path, "damaged", "use another one")
 
 
 def test_a_file_that_is_no_whole_checkpoint_is_refused(short: Path, config: Path, tmp_path: Path) -> None:
@@ -294,17 +252,15 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("file", ["small.pt", "s.png", "m.png", "q.png"])
-@pytest.mark.parametrize("damage", [_halve_file, Path.unlink], ids=["truncated", "missing"])
-def test_predict_refuses_a_damaged_file(
-    file: str, damage: Callable[[Path], None], network: Path, tmp_path: Path
-) -> None:
+def test_predict_refuses_a_damaged_or_missing_file(file: str, network: Path, tmp_path: Path) -> None:
     shutil.copy(network, tmp_path)
     for n, name in enumerate(("s.png", "m.png", "q.png")):
         Image.fromarray(scene(1)[n % 2]).save(tmp_path / name)
-    damage(tmp_path / file)
     files = ["--support", tmp_path / "s.png", "--mask", tmp_path / "m.png", "--query", tmp_path / "q.png"]
     options = ["--checkpoint", tmp_path / "small.pt", "--out", tmp_path / "out", "--device", "cpu"]
-    refused(call(predict, *options, *files), tmp_path / file)
+    for damage in (_halve_file, Path.unlink):
+        damage(tmp_path / file)
+        refused(call(predict, *options, *files), tmp_path / file)
 
 
 def test_predict_refuses_a_mask_that_does_not_fit(tmp_path: Path) -> None:

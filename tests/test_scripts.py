@@ -108,14 +108,12 @@ def test_a_fold_that_fails_does_not_stop_the_others_and_the_same_command_tries_i
     assert [call[1] for call in place.calls()] == ["train.py"] + ["test.py"] * 4 + ["scripts/report.py"]
 
 
-@pytest.mark.parametrize("gpus", ["5", "2,3", "0,1,2,3"])
-def test_gpus_share_the_folds(place: Place, gpus: str) -> None:
-    done = place.run("train_folds.sh", "pascal", "resnet50", "1", GPUS=gpus)
-    assert done.returncode == 0, done.stderr
-    names, calls = gpus.split(","), place.calls()
+def test_gpus_share_the_folds(place: Place) -> None:
+    assert place.run("train_folds.sh", "pascal", "resnet50", "1", GPUS="2,3").returncode == 0
+    calls = place.calls()
     for script in ("train.py", "test.py"):
         used = {int(call[3].split("fold")[1][0]): call[0] for call in calls if call[1] == script}
-        assert used == {fold: names[fold % len(names)] for fold in range(4)}
+        assert used == {0: "2", 1: "3", 2: "2", 3: "3"}
 
 
 @pytest.mark.parametrize(
@@ -143,20 +141,12 @@ def test_the_ladder_trains_and_evaluates_each_row_fold_and_seed_once_and_continu
     assert place.run("ladder.sh", "train.lr=0.1", **part).returncode == 0
     tested = first + [call for call in place.calls() if call[1] == "test.py"]
     root = "runs/ladder/synthetic/efficientnet_lite0_1shot"
-    rows = [(row, fold, seed) for row in ("pfenet", "full") for fold in (1, 3) for seed in (0, 2)]
-    assert sorted(call[-1] for call in tested) == sorted(f"{root}/{r}_fold{f}_seed{s}/results.json" for r, f, s in rows)
-    assert len(first) == len(tested) / 2
-    assert all(call[call.index("--episodes") + 1] == "1000" and "train.lr=0.1" in call for call in tested)
+    rows = [f"{row}_fold{fold}_seed{seed}" for row in ("full", "pfenet") for fold in (1, 3) for seed in (0, 2)]
+    assert sorted(call[-1] for call in tested) == [f"{root}/{row}/results.json" for row in rows]
+    assert len(first) == len(tested) / 2 and all("train.lr=0.1" in call for call in tested)
     assert all(("configs/ablation/pfenet.yaml" in call) == ("pfenet_" in call[-1]) for call in tested)
     assert place.run("ladder.sh", **part).returncode == 0
     assert [call[1] for call in place.calls()] == ["scripts/make_synthetic.py"]
-
-
-def test_the_ladder_takes_another_config_and_diagnoses(place: Place) -> None:
-    commands = place.run("ladder.sh", "configs/custom.yaml", DRY_RUN="1", DIAGNOSE="1").stdout.splitlines()
-    for script in ("train.py", "scripts/diagnose.py", "test.py"):
-        own = [line for line in commands if line.startswith(f"python {script} --config configs/custom.yaml")]
-        assert len(own) == len(commands) / 3 == 4 * 4 * 3
 
 
 @pytest.mark.parametrize(
@@ -165,7 +155,6 @@ def test_the_ladder_takes_another_config_and_diagnoses(place: Place) -> None:
         ("reproduce.sh", ["table5"], "bash scripts/reproduce.sh table1|table2"),
         ("ladder.sh", ["configs/costum.yaml"], "configs/costum.yaml does not exist"),
         ("train_fold.sh", ["pascal"], "train_fold.sh DATASET BACKBONE FOLD SHOT [ABLATION] [key=value ...]"),
-        ("train_fold.sh", ["pascal", "resnet5", "0", "1"], "resnet5_fold0_1shot.yaml does not exist"),
         ("train_fold.sh", ["pascal", "resnet50", "0", "1", "pfnet"], "configs/ablation/pfnet.yaml does not exist"),
         ("test_fold.sh", ["pascal", "resnet50", "0", "1", "run_dir=elsewhere"], "leave out run_dir=elsewhere"),
     ],
@@ -178,15 +167,9 @@ def test_a_wrong_argument_ends_before_anything_runs(
     assert place.calls() == []
 
 
-def test_a_slurm_task_trains_and_evaluates_its_fold(place: Place) -> None:
-    done = place.run("slurm.sh", "pascal", "resnet50", "1", "pfenet", SLURM_ARRAY_TASK_ID="2")
-    assert done.returncode == 0, done.stderr
-    calls = place.calls()
-    assert [call[1] for call in calls] == ["train.py", "test.py"]
-    assert all("resnet50_fold2_1shot_pfenet" in " ".join(call[1:]) for call in calls)
-
-
-def test_a_preempted_slurm_task_lets_the_run_save_and_requeues(place: Place) -> None:
+def test_a_slurm_task_runs_its_fold_and_a_preempted_one_lets_the_run_save_and_requeues(place: Place) -> None:
+    assert place.run("slurm.sh", "pascal", "resnet50", "1", SLURM_ARRAY_TASK_ID="2").returncode == 0
+    assert [call[1] for call in place.calls()] == ["train.py", "test.py"]
     scontrol = place.folder / "bin/scontrol"
     scontrol.write_text('#!/bin/sh\necho "$@" > scontrol.txt\n')
     scontrol.chmod(0o755)
