@@ -25,8 +25,7 @@ def training_free(
 def _entry(name: str, title: str) -> Callable[..., NTRESegmenter]:
     def load(checkpoint: str | Path, device: str = "auto", precision: str = "auto") -> NTRESegmenter:
         segmenter = NTRESegmenter.from_checkpoint(checkpoint, device, precision)
-        found = segmenter.config.model.backbone
-        if found != name:
+        if (found := segmenter.config.model.backbone) != name:
             raise UserError(f"checkpoint {checkpoint} has the backbone {found}; load it with ntrenet_{found}")
         return segmenter
 

@@ -1,4 +1,4 @@
-"""The frozen backbone: what the network reads from an image. The networks themselves are in model/backbones/.
+"""The frozen backbone, which computes features of images. The networks themselves are in model/backbones/.
 
 The contract: ``middle`` and ``high`` map images to two feature maps of one size, ``stride`` says how much smaller they
 are, and ``check_image_size`` which input sides fit. Nothing outside model/backbones/ knows what kind of network it is.
@@ -22,9 +22,9 @@ class Features(NamedTuple):
     """Features of N images."""
 
     middle: Tensor
-    """(N, middle_channels, h, w), what the head is trained on"""
+    """(N, middle_channels, h, w), input of the head"""
     high: Tensor
-    """(N, high_channels, h, w), what the prior mask compares; of a support, zero off the target"""
+    """(N, high_channels, h, w), compared by the prior mask; of a support, zero off the target"""
 
 
 class Backbone(ABC, nn.Module):

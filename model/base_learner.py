@@ -1,8 +1,8 @@
-"""A base learner, beyond the paper: it says which base classes a picture shows, and so what cannot be a novel target.
+"""A base learner, beyond the paper: it finds base classes in the query, which cannot be a novel target.
 
 The idea is BAM's (Lang et al., "Learning What Not to Segment", CVPR 2022). A head that is trained on base classes alone
-learns to mark their objects wherever they stand, also beside a novel target. What looks like a base class, and not like
-the target, counts as a distracting object (DOEM and FEM take B). The features by which it tells base classes apart
+learns to mark their objects, also next to a novel target. Positions that resemble a base class and not the target count
+as distracting objects (DOEM and FEM take B). The features by which it tells base classes apart
 also tell novel ones apart, better than the backbone's: at the end its opinion joins FEM's prediction (A and B).
 
     B(x) = sum_c p_c(x) (1 - s_c)            p: probabilities of the base classes, s: their means over the target
@@ -20,7 +20,7 @@ from model.parallel import Dropout2d
 
 
 class BaseOutput(NamedTuple):
-    """What the base learner makes of N pictures."""
+    """Output of the base learner for N images."""
 
     logits: Tensor
     """of background and n base classes, (N, n + 1, h, w)"""
@@ -29,7 +29,7 @@ class BaseOutput(NamedTuple):
 
 
 class BaseMaps(NamedTuple):
-    """What the base learner says of the positions of B queries."""
+    """Maps of B queries, made by comparing them with the supports' target."""
 
     elsewhere: Tensor
     """B, (B, 1, h, w) in [0, 1]"""
@@ -42,12 +42,12 @@ class BaseLearner(nn.Module):
 
     Args:
         middle_channels: of the backbone's middle features.
-        base_classes: how many classes there are beside the background, which is class 0.
+        base_classes: number of classes in addition to the background, which is class 0.
         channels: E, of the hidden layers.
     """
 
     EMBEDDED = 4
-    """so many layers come before the embedding"""
+    """number of layers before the embedding"""
 
     def __init__(self, *, middle_channels: int, base_classes: int, channels: int = 128) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ def base_agreement(query: Tensor, target: Tensor) -> Tensor:
 
 
 def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
-    """Join FEM's logits (B, 1, h, w) with what the base learner says.
+    """Join FEM's logits (B, 1, h, w) with the base learner's maps.
 
-    The sum is the network's answer, not what it is trained on: trained on the sum, FEM leaves to the base learner what
-    that knows of its training pictures, and gains less on others. One setting serves all data.
+    If FEM were trained on the sum, it would rely on the base learner and generalise worse, so the sum is used at
+    inference only.
     """
     return logits + 12 * (maps.agreement - 0.65) - 2 * maps.elsewhere

@@ -32,10 +32,10 @@ class BGMM(nn.Module):
 
 
 class DeepBGMM(nn.Module):
-    """Does the same as the authors' code: it is deeper, with dropout, and P_BG starts at zero.
+    """BGMM of the authors' code: deeper, with dropout, and P_BG starts at zero.
 
-    F is a 1x1 convolution, ReLU and Dropout2d(0.5), a refinement, and a classifier. Dropout stands before the ReLU,
-    which is the same and keeps one map less for the backward pass.
+    F is a 1x1 convolution, ReLU and Dropout2d(0.5), a refinement, and a classifier. Dropout comes before the
+    ReLU, which is the same and keeps one map less for the backward pass.
     """
 
     def __init__(self, *, channels: int, prototype_channels: int) -> None:

@@ -30,15 +30,15 @@ def mine_distracting_objects(
         P_DO = sum(X^q * Y_DO) / (h w)              average="image", the authors' code
 
     Both maps are binarised at probability 0.5, which is logit 0, so no gradient flows through the mask. An empty
-    Y_DO gives a zero prototype. Eq. 8 gives a prototype of full length even where Y_DO has few positions that
-    are all spurious; the mean over the whole image is shorter the smaller Y_DO is, so its length says how much of the
+    Y_DO gives a zero prototype. Eq. 8 gives a prototype of full length even if Y_DO has a few spurious
+    positions; the mean over the whole image is shorter the smaller Y_DO is, so its length says how much of the
     query is distracting.
 
     Args:
         query_feature: X^q, (B, C, h, w)
         bg_logits, initial_logits: of y_BG and y_ini, (B, 1, h, w)
-        known: probability of what is distracting for another reason (model/base_learner.py), (B, 1, h, w); it joins
-            Y_DO where it is above 0.5
+        known: probability of other distracting objects (model/base_learner.py), (B, 1, h, w); positions above 0.5 join
+            Y_DO
     Returns:
         Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
     """
@@ -54,13 +54,13 @@ def distracting_similarity(query_feature: Tensor, do_prototype: Tensor) -> Tenso
 
         S_DO(x) = cos(X^q(x), P_DO)
 
-    Eq. 9 adds one vector of P_DO to all positions alike. Whatever FEM learns from it, it cannot compare a position with
-    P_DO: X_act is another space than X^q, from which P_DO comes. This map makes the comparison.
+    FEM cannot tell which positions resemble P_DO, because P_DO is pooled from X^q and FEM sees X_act. This map
+    compares them.
 
     Args:
         query_feature: X^q, (B, C, h, w)
         do_prototype: P_DO, (B, C, 1, 1)
     Returns:
-        (B, 1, h, w) in [0, 1], since X^q is not negative; zero where P_DO is
+        (B, 1, h, w) in [0, 1], since X^q is not negative; zeros if P_DO is zero
     """
     return similarity_map(query_feature, do_prototype)

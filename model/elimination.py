@@ -1,6 +1,6 @@
 """Background and distracting objects leave the query feature: BGEM, feature matching and DOEM in one go.
 
-The paper eliminates once, on the whole feature; the authors' code does it anew at each of FEM's scales. Both are
+The paper eliminates once, on the whole feature; the authors' code does it at each of FEM's scales. Both are
 this module: applied once, or as one module (with weights of its own) a scale.
 """
 
@@ -14,7 +14,7 @@ from model.matching import FeatureMatching
 
 
 class Eliminated(NamedTuple):
-    """What an elimination leaves of the query, and what it found."""
+    """Results of one elimination."""
 
     activated: Tensor
     """X_act, (B, C, h, w)"""
@@ -53,7 +53,7 @@ class Elimination(nn.Module):
     ) -> Eliminated:
         """Take X^q (B, C, h, w), P_BG (1, D, 1, 1), y_BG (B, 1, h, w), P^s (B, C, 1, 1) and C_p (B, 1, h, w).
 
-        ``known`` (B, 1, h, w) is the probability of what is known to be distracting.
+        ``known`` (B, 1, h, w) is the probability of other distracting objects.
         """
         feature = self.bgem(query_feature, bg_prototype)
         activated, initial = self.matching(feature, support_prototype, prior)

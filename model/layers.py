@@ -12,14 +12,14 @@ def conv_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
 
 
 def refinement(channels: int) -> nn.Sequential:
-    """Stack two 3x3 convolutions, each with a ReLU; their result is added to what they were given."""
+    """Stack two 3x3 convolutions, each with a ReLU; their result is added to their input."""
     return nn.Sequential(*conv_relu(channels, channels, 3), *conv_relu(channels, channels, 3))
 
 
 def classifier(channels: int) -> nn.Sequential:
     """Stack a 3x3 convolution, Dropout2d(0.1), a ReLU and a 1x1 convolution to one logit.
 
-    Dropout stands before the ReLU, which is the same and keeps one map less for the backward pass.
+    Dropout comes before the ReLU, which is the same and keeps one map less for the backward pass.
     """
     conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
     return nn.Sequential(conv, Dropout2d(0.1), nn.ReLU(inplace=True), nn.Conv2d(channels, 1, 1))

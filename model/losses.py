@@ -261,7 +261,7 @@ def drawn(stored: Tensor, count: int) -> Tensor:
 def negative_prototypes(
     output: NTRENetOutput, support_masks: Tensor, kind: Negatives, *, query_masks: Tensor | None = None
 ) -> Tensor:
-    """Pool the negatives of eq. 10 in the query and in every support, (B, 1 + K, C); zero where the region is empty.
+    """Pool the negatives of eq. 10 in the query and in every support, (B, 1 + K, C); zero if the region is empty.
 
     The query's target is the prediction y_ini, a support's its mask; 255 in a support belongs to no region. Given
     the ``query_masks`` (B, H, W) it is the authors' form instead: the query's target is its mask as well, masks are

@@ -233,21 +233,14 @@ def build_ntrenet(
     Args:
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
-        elimination: once (the paper), at each of FEM's scales, or at each with the authors' deeper BGMM and FM,
-            which with ``do_average`` "image" and ``prototype_channels`` 256 is their network.
-        do_average: see :func:`model.doem.mine_distracting_objects`.
+        elimination: once (the paper), at each of FEM's scales, or at each with the authors' deeper BGMM and FM.
+        do_average, do_similarity: see :mod:`model.doem`.
         fem_prior: FEM takes C_p in addition to P_DO if ``elimination`` is single; at each scale FM has just taken it.
-        do_similarity: S_DO is subtracted from that C_p, see :func:`model.doem.distracting_similarity`.
         detach_initial: see :class:`model.matching.FeatureMatching`; never with the authors' code.
-        base_classes: of the base learner, see :mod:`model.base_learner`; 0 for none.
-        channels: C
-        prototype_channels: D of P_BG (the paper's Fig. 6)
+        base_classes: number of classes of the base learner; 0 for none.
+        channels, prototype_channels: C, and D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
     """
-    if doem and not bgem:
-        raise ValueError("doem needs bgem: distracting objects are what is neither background nor target")
-    if base_classes and not doem:
-        raise ValueError("a base learner needs doem: it says which objects are distracting")
     sizes = {"channels": channels, "prototype_channels": prototype_channels}
     deep, per_scale = elimination == "authors", doem and elimination != "single"
     count = len(fem_scales) if per_scale else int(doem)

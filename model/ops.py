@@ -90,7 +90,7 @@ def concat_conv(conv: nn.Conv2d, feature: Tensor, prototype: Tensor, maps: Tenso
 def conv_of_resized(conv: nn.Conv2d, features: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     """Apply ``conv`` (1x1) to resize(X_1) (+) resize(X_2) (+) ..., without building the concatenation.
 
-    It is a sum with one term a feature, and a 1x1 convolution mixes channels where resizing mixes positions, so
+    It is a sum with one term for each feature, and a 1x1 convolution mixes channels where resizing mixes positions, so
 
         conv(resize(X_1) (+) resize(X_2) (+) ...) = resize(W1 * X_1) + resize(W2 * X_2) + ...
 
@@ -109,7 +109,7 @@ def conv_of_resized(conv: nn.Conv2d, features: Sequence[Tensor], size: tuple[int
 
 
 def _edge_index(length: int, device: torch.device) -> Tensor:
-    """Row of the 3-row map that stands for each of ``length`` rows: first, inside ..., last."""
+    """For each of ``length`` rows the row of the 3-row map to repeat: first, inside ..., last."""
     index = torch.ones(length, dtype=torch.long, device=device)
     index[0], index[-1] = 0, 2
     return index

@@ -1,20 +1,18 @@
 """Bank B of distracting-object prototypes, section 3.5.2 of the paper."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
 class PrototypeBank(nn.Module):
-    """Keeps the latest ``capacity`` prototypes of each class, in one ring buffer a class.
+    """Keeps the latest ``capacity`` prototypes of each class, in one ring buffer for each.
 
-    Both buffers are registered: the bank moves with its module, is saved with it, and resumes. Checkpoints in which
-    novel classes have (empty) rows as well load too.
+    Both buffers are registered: the bank moves with its module, is saved with it, and resumes.
 
     Args:
-        class_ids: the n classes that prototypes are stored of, the base classes; ids run from 1.
+        class_ids: the n classes whose prototypes are stored, the base classes; ids run from 1.
         channels: C of a prototype.
         capacity: prototypes kept a class (the paper: 2000).
         keep_empty: whether all-zero prototypes, those of an empty region, are stored too, as in the authors' code.
@@ -38,7 +36,6 @@ class PrototypeBank(nn.Module):
         row_of = torch.full((max(self.class_ids) + 1,), rows)
         row_of[self.class_ids] = torch.arange(rows)
         self.register_buffer("row_of", row_of, persistent=False)
-        self.register_load_state_dict_pre_hook(_base_rows)
 
     @torch.no_grad()
     def store(self, prototypes: Tensor, class_ids: Tensor) -> None:
@@ -51,9 +48,9 @@ class PrototypeBank(nn.Module):
         rank = same.tril(-1).sum(1)  # how many of the same class come before in this call
         written = kept & (same.triu(1).sum(1) < self.capacity)  # what this very call would overwrite is not written
         place = classes * self.capacity + (self.stored[classes] + rank) % self.capacity
-        # All shapes are fixed, so that a GPU is not waited for: a row that is not written repeats one that is, and
-        # where none is, the row that stands at its place.
-        first = written.to(torch.uint8).argmax().unsqueeze(0)  # an index of no dimension would be waited for
+        # All shapes are fixed, so that a GPU does not synchronise: a row that is not written repeats one that is, or if
+        # none is, the row that is stored there.
+        first = written.to(torch.uint8).argmax().unsqueeze(0)  # a 0-dimensional index would synchronise
         place = torch.where(written, place, place[first])
         flat = self.prototypes.view(-1, self.prototypes.shape[2])
         source = torch.where(written[:, None], prototypes, prototypes[first]).to(flat.dtype)
@@ -65,11 +62,3 @@ class PrototypeBank(nn.Module):
         rows = self.row_of[class_ids]
         filled = torch.arange(self.capacity, device=self.stored.device) < self.stored[rows, None]
         return self.prototypes[rows], filled
-
-
-def _base_rows(bank: PrototypeBank, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """Take the base classes' rows of a checkpoint that has a row for every class, which earlier ones have."""
-    for name in ("prototypes", "stored"):
-        saved = state_dict.get(prefix + name)
-        if saved is not None and saved.shape[0] > len(bank.class_ids) and saved.shape[0] >= max(bank.class_ids):
-            state_dict[prefix + name] = saved[[class_id - 1 for class_id in bank.class_ids]]

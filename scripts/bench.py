@@ -1,9 +1,8 @@
 """Measure speed and memory, against a plain formulation of the network on the same weights and images.
 
     python scripts/bench.py --mode train [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32] [key=value]
-    python scripts/bench.py --mode eval [--episodes 1000] [--seeds 1] [--images 450] [--shots 1] [--precision fp32]
+    python scripts/bench.py --mode eval [--episodes 1000] [--images 450] [--shots 1] [--precision fp32]
     python scripts/bench.py --mode loader [--images 450]
-    python scripts/bench.py --mode index [--masks 12000]
     python scripts/bench.py --mode page [--out bench.md]
 
 train: a training step (forward, loss, backward, SGD) and the plain one in turn; peak memory of --repeats steps in a
@@ -11,11 +10,10 @@ train: a training step (forward, loss, backward, SGD) and the plain one in turn;
 eval: util.engine.evaluation.evaluate on all episodes, against one episode after another. Only --plain-episodes of the
     latter are run, and their time is scaled; their pixel counts are compared.
 loader: training images a second in one process, from JPEG and PNG files to batches.
-index: the class index of a list of masks, without and with its cache, against a loop over the masks.
 page: all modes in a short form, at each precision of the device, as one Markdown page about this machine.
 
 The plain formulation is tests/plain.py, in fp32. Images of 500x375 pixels are drawn and weights are random, so nothing
-is downloaded. --json OUT writes every time that was taken.
+is downloaded.
 """
 
 import argparse
@@ -26,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -44,10 +42,9 @@ from model.ntrenet import NTRENet
 from model.parallel import Dropout2d
 from tests.plain import plain_counts, plain_forward
 from util.config import Config, load_config, parse_arguments
-from util.data.class_index import ClassIndex, load_class_index, read_list
 from util.data.dataset import Episode
 from util.data.episodes import EpisodeList
-from util.data.synthetic import CLASS_NAMES, make_image
+from util.data.synthetic import make_image
 from util.data.transforms import normalize
 from util.engine.build import (
     Hardware,
@@ -65,18 +62,15 @@ from util.engine.build import (
 )
 from util.engine.evaluation import NetworkMethod, evaluate
 from util.engine.record import environment, processor
-from util.errors import UserError
-from util.files import require_writable, write_json, write_text
+from util.files import require_writable, write_text
 from util.progress import progress
 
 R = TypeVar("R")
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
 TRAINING_IMAGES = 80  # enough for every base class to have some
-DIFFERENT_MASKS = 40  # are drawn for --mode index; the other masks are links to them
-NUMBERS = {"size": 473, "batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "seeds": 1}
-NUMBERS |= {"plain-episodes": 20, "masks": 12000}
-SHORT = {"repeats": 2, "images": 60, "episodes": 100, "plain_episodes": 4, "masks": 4000}  # at most, with --mode page
+NUMBERS = {"size": 473, "batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "plain-episodes": 20}
+SHORT = {"repeats": 2, "images": 60, "episodes": 100, "plain_episodes": 4}  # at most, with --mode page
 HEAD = ("", "plain", "ours", "times faster", "peak MiB, plain", "peak MiB, ours", "speed and agreement")
 
 
@@ -84,21 +78,19 @@ class Result(NamedTuple):
     """One measurement."""
 
     measured: str
-    ours: Sequence[float]
-    """seconds of each repetition"""
-    plain: Sequence[float]
-    """seconds of the plain formulation; empty if there is none"""
     text: str
     """speed, and agreement with the plain formulation"""
-    memory: Mapping[str, float] = {}
-    """peak memory of 'plain' and 'ours', MiB"""
+    plain: float | None = None
+    """median of the seconds"""
+    ours: float | None = None
+    memory: Sequence[float] = ()
+    """peak memory of the plain formulation and of ours, MiB"""
 
     def row(self) -> list[str]:
-        """Return the cells of a table under ``HEAD``; times are medians."""
-        ours, plain = (statistics.median(times) if times else float("nan") for times in (self.ours, self.plain))
-        cells = [f"{plain:.3g} s", f"{ours:.3g} s", f"{plain / ours:.2f}", *map("{:.0f}".format, self.memory.values())]
-        cells += [""] * (len(HEAD) - 2 - len(cells))
-        return [self.measured, *("" if "nan" in cell else cell for cell in cells), self.text]
+        """Return the cells of a table under ``HEAD``."""
+        times = ["" if seconds is None else f"{seconds:.3g} s" for seconds in (self.plain, self.ours)]
+        ratio = f"{self.plain / self.ours:.2f}" if self.plain and self.ours else ""
+        return [self.measured, *times, ratio, *([f"{mib:.0f}" for mib in self.memory] or ["", ""]), self.text]
 
 
 def main() -> None:
@@ -110,23 +102,15 @@ def main() -> None:
     for name, default in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
     parser.add_argument("--out", type=Path, default=Path("bench.md"), help="file that --mode page writes")
-    parser.add_argument("--json", type=Path)
     args, overrides = parse_arguments(parser)
-    if min(getattr(args, name.replace("-", "_")) for name in NUMBERS) < 1:
-        raise UserError("numbers must be at least 1")
-    if args.json is not None:
-        require_writable(args.json, ".json")
     if args.mode == "page":
         require_writable(args.out, ".md")
-        results = page(args, overrides)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            results = [MODES[args.mode](args, overrides, Path(folder))]
-        cells = zip(HEAD[1:], results[0].row()[1:], strict=True)
-        print("\n  ".join([results[0].measured, *(f"{name}: {cell}" for name, cell in cells if cell)]))
-    if args.json is not None:
-        known = environment(find_hardware(args.device, "auto").device)
-        write_json(args.json, {"results": [result._asdict() for result in results], "environment": known})
+        page(args, overrides)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        result = MODES[args.mode](args, overrides, Path(folder))
+    cells = zip(HEAD[1:], result.row()[1:], strict=True)
+    print("\n  ".join([result.measured, *(f"{name}: {cell}" for name, cell in cells if cell)]))
 
 
 # ---------------------------------------------------------------- train
@@ -138,16 +122,20 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     ours, plain = (build(config, hardware, batches[0], plain=plain) for plain in (False, True))
     agreement = compare_outputs(config, plain, ours, batches[0], hardware)
     steps = {"plain": step_of(config, plain, hardware, plain=True), "ours": step_of(config, ours, hardware)}
-    runs = {name: lambda turn, step=step: step(batches[turn % 2]) for name, step in steps.items()}
-    times, _ = race(runs, args.repeats)
+    times: dict[str, list[float]] = {"plain": [], "ours": []}
+    for turn in progress(range(-1, args.repeats), desc="turns", leave=False):  # the first one warms up
+        for name, step in steps.items():
+            took, _ = timed(partial(step, batches[turn % 2]))
+            times[name] += [took] if turn >= 0 else []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = {name: pool.apply(peak_of_steps, (config, args.repeats, name == "plain")) for name in steps}
+        memory = [pool.apply(peak_of_steps, (config, args.repeats, plain)) for plain in (True, False)]
     compiled = ", compiled" if config.train.compile else ""
+    seconds = statistics.median(times["ours"])
     return Result(
         f"training step, {args.batch} x {args.shots}-shot, {args.backbone}, {args.size} px, {args.precision}{compiled}",
-        times["ours"],
-        times["plain"],
-        f"{args.batch / statistics.median(times['ours']):.3g} episodes/s; {agreement}",
+        f"{args.batch / seconds:.3g} episodes/s; {agreement}",
+        statistics.median(times["plain"]),
+        seconds,
         memory,
     )
 
@@ -220,8 +208,8 @@ def peak_of_steps(config: Config, count: int, plain: bool) -> float:
 def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
     config = make_config(args, overrides, root, args.images)
     hardware, index = select_hardware(config), build_index(config, "val")
-    samplers = [build_eval_sampler(config, index, seed) for seed in range(args.seeds)]
-    episodes = [sampler(number) for sampler in samplers for number in range(args.episodes)]
+    sampler = build_eval_sampler(config, index, 0)
+    episodes = [sampler(number) for number in range(args.episodes)]
     chosen = np.linspace(0, len(episodes) - 1, min(args.plain_episodes, len(episodes))).astype(int).tolist()
     one_by_one = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
     batches = iter(build_eval_loader(one_by_one, EpisodeList(index, episodes), [0, *chosen]))
@@ -242,11 +230,11 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
         seconds, counts = timed(partial(evaluate, method, index, episodes, config=config, bar=bar))
     differ = np.abs(counts["network"][chosen] - np.stack(expected)).sum() // 2
     return Result(
-        f"evaluation, {args.seeds} x {args.episodes} episodes over {args.images} images, {args.shots}-shot,"
+        f"evaluation, {args.episodes} episodes over {args.images} images, {args.shots}-shot,"
         f" {args.backbone}, {args.size} px, {args.precision}",
-        [seconds],
-        [len(episodes) * each for each in plain_times],
         f"{len(episodes) / seconds:.3g} episodes/s; {differ} of {np.stack(expected).sum()} pixels differ",
+        len(episodes) * statistics.median(plain_times),
+        seconds,
     )
 
 
@@ -258,35 +246,10 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
     next(batches)
     seconds, images = timed(lambda: sum(batch.pixels.shape[:2].numel() for batch in batches))
     measured = f"loading {images} images of {SIZE[0]}x{SIZE[1]} to {args.size} px in one process"
-    return Result(measured, [seconds], [], f"{images / seconds:.0f} images/s")
+    return Result(measured, f"{images / seconds:.0f} images/s", None, seconds)
 
 
-def bench_index(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
-    for number in range(min(args.masks, DIFFERENT_MASKS)):
-        draw(root, number)
-    for number, suffix in itertools.product(range(DIFFERENT_MASKS, args.masks), ("jpg", "png")):
-        os.link(root / f"{number % DIFFERENT_MASKS:06d}.{suffix}", root / f"{number:06d}.{suffix}")
-    list_path, num_classes = write_list(root, args.masks), len(CLASS_NAMES)
-
-    def plain(_: int) -> np.ndarray:
-        masks = (np.asarray(Image.open(item.mask)) for item in read_list(list_path, root))
-        return np.stack([np.bincount(mask.ravel(), minlength=256) for mask in masks])[:, : num_classes + 1]
-
-    def warm(_: int) -> ClassIndex:
-        return load_class_index(list_path, root, num_classes, progress=False)
-
-    def cold(turn: int) -> ClassIndex:
-        list_path.with_name(f"{list_path.name}.index.npz").unlink(missing_ok=True)
-        return warm(turn)
-
-    runs: dict[str, Callable[[int], Any]] = {"plain": plain, "cold": cold, "warm": warm}
-    times, found = race(runs, min(args.repeats, 3))
-    equal = all(bool((found[name].pixels == found["plain"]).all()) for name in ("cold", "warm"))
-    text = f"{statistics.median(times['warm']):.2f} s from the cache; counts {'equal' if equal else 'DIFFER'}"
-    return Result(f"class index of {args.masks} masks", times["cold"], times["plain"], text)
-
-
-def page(args: argparse.Namespace, overrides: Sequence[str]) -> list[Result]:
+def page(args: argparse.Namespace, overrides: Sequence[str]) -> None:
     """Run every mode in a short form and write the page."""
     device, best = find_hardware(args.device, "auto")
     cuda, auto = device.type == "cuda", "fp32" if best == torch.float32 else "bf16"
@@ -297,7 +260,7 @@ def page(args: argparse.Namespace, overrides: Sequence[str]) -> list[Result]:
     runs += [("eval", {"precision": name}, []) for name in both]
     short = {name: min(getattr(args, name), most) for name, most in SHORT.items()}
     results = []
-    for mode, options, more in [*runs, ("loader", {}, []), ("index", {}, [])]:
+    for mode, options, more in [*runs, ("loader", {}, [])]:
         title = " ".join([mode, *map(str, options.values()), *more])
         print(title, flush=True)
         chosen = argparse.Namespace(**{**vars(args), **short, **options, "mode": mode})
@@ -305,7 +268,7 @@ def page(args: argparse.Namespace, overrides: Sequence[str]) -> list[Result]:
             try:
                 results.append(MODES[mode](chosen, [*overrides, *more], Path(folder)))
             except RuntimeError as error:  # no memory, or no compiler: the other rows are still of use
-                results.append(Result(title, [], [], f"failed: {str(error).strip().splitlines()[0]:.150}"))
+                results.append(Result(title, f"failed: {str(error).strip().splitlines()[0]:.150}"))
     known = environment(device)
     lines = [f"# {known['device']}", "", f"- processor: {processor()}, {os.cpu_count()} cores"]
     lines += [f"- CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"] if cuda else []
@@ -314,7 +277,6 @@ def page(args: argparse.Namespace, overrides: Sequence[str]) -> list[Result]:
     rows = [HEAD, ["---"] * len(HEAD), *(result.row() for result in results)]
     write_text(args.out, "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
     print(f"written: {args.out}")
-    return results
 
 
 # ---------------------------------------------------------------- shared by the modes
@@ -324,7 +286,8 @@ def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, 
     """Draw a data set of so many images, and return a PASCAL config for it."""
     for number in range(images):
         draw(root, number, novel=args.mode == "eval")
-    list_path = write_list(root, images)
+    list_path = root / "list.txt"
+    list_path.write_text("".join(f"{n:06d}.jpg {n:06d}.png\n" for n in range(images)), encoding="utf-8")
     data = {"root": root, "train_list": list_path, "val_list": list_path, "min_area": 1}
     data |= {"shots": args.shots, "image_size": args.size}
     others = {"model.backbone": args.backbone, "train.batch_size": args.batch, "device": args.device}
@@ -333,13 +296,7 @@ def make_config(args: argparse.Namespace, overrides: Sequence[str], root: Path, 
     return load_config(ROOT / "configs/pascal/resnet50_fold0_1shot.yaml", [*given, *overrides])
 
 
-def write_list(root: Path, images: int) -> Path:
-    path = root / "list.txt"
-    path.write_text("".join(f"{number:06d}.jpg {number:06d}.png\n" for number in range(images)), encoding="utf-8")
-    return path
-
-
-def draw(root: Path, number: int, *, novel: bool = False) -> None:
+def draw(root: Path, number: int, *, novel: bool) -> None:
     """Draw a JPEG and its mask; ``novel``: every object is of classes 1 to 5, which fold 0 evaluates."""
     image, ids = make_image(0, "train", number)
     if novel:
@@ -348,17 +305,6 @@ def draw(root: Path, number: int, *, novel: bool = False) -> None:
     grain = np.random.default_rng(number).normal(0, 9, large.shape)  # photographs have it, and decode slower for it
     Image.fromarray((large + grain).clip(0, 255).astype(np.uint8)).save(root / f"{number:06d}.jpg", quality=94)
     Image.fromarray(ids).resize(SIZE, Image.Resampling.NEAREST).save(root / f"{number:06d}.png")
-
-
-def race(runs: Mapping[str, Callable[[int], R]], repeats: int) -> tuple[dict[str, list[float]], dict[str, R]]:
-    """Run all in turn, once to warm up and then ``repeats`` times: seconds of each, and what each returned last."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    returned: dict[str, R] = {}
-    for turn in progress(range(-1, repeats), desc="turns", leave=False):
-        for name, run in runs.items():
-            seconds, returned[name] = timed(partial(run, turn))
-            times[name] += [seconds] if turn >= 0 else []
-    return times, returned
 
 
 def timed(function: Callable[[], R]) -> tuple[float, R]:
@@ -371,7 +317,7 @@ def timed(function: Callable[[], R]) -> tuple[float, R]:
     return time.perf_counter() - started, result
 
 
-MODES = {"train": bench_train, "eval": bench_eval, "loader": bench_loader, "index": bench_index}
+MODES = {"train": bench_train, "eval": bench_eval, "loader": bench_loader}
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from model.backbone import fuse_batch_norm
 from model.weights import WeightsError, read_weights
 from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
-from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.engine.checkpoint import save_checkpoint
 from util.engine.record import ROOT
-from util.errors import UserError
+from util.errors import UserError, first_of
 from util.files import require_writable
 
 ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
@@ -37,16 +37,12 @@ UNKNOWN = [
     *("model.fem_scales", "model.prototype_channels", "seed"),
 ]
 """config keys that PFENet's file does not record: test.py does not compare them"""
-
 LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
 """last index with parameters in layer3: of 6 blocks, of 23 blocks, of VGG's last batch norm there"""
-
 LAST_OF_DEEP_STEM = "layer0.6."
 """third convolution of a ResNet's deep stem; a standard stem ends before it, and VGG has a pool there"""
-
 UNUSED = ("num_batches_tracked", "middle_scale")
-"""endings of the entries that have no counterpart: nothing reads the counter of a batch norm with a fixed momentum, and
-PFENet's features are not scaled, for which a new model's 1 stands"""
+"""endings of the entries without counterpart: nothing reads the first, and PFENet does not scale its features (1)"""
 
 SCALES = range(4)
 MODULES = {
@@ -96,91 +92,59 @@ def main() -> None:
         "model": model.state_dict(),
     }
     save_checkpoint(args.out, state)
-    model.load_state_dict(load_checkpoint(args.out)["model"])
 
     print(f"recognised: PFENet with {backbone}, {weights.stem} stem; {len(converted)} tensors mapped, none left over")
-    print(f"input: {args.pfenet}, SHA-256 {sha256}")
-    print(f"written: {args.out}, loaded back; it does not say its data set and fold, so give its own --config, such as")
+    print(f"{args.pfenet}, SHA-256 {sha256}, is now {args.out}; give its data set and fold as --config, such as")
     print(f"python test.py --config {config_file} --checkpoint {shlex.quote(str(args.out))} {' '.join(ALL_OFF)}")
 
 
 def read_published(path: Path) -> tuple[dict[str, Tensor], str]:
-    """State dict without 'module.', and SHA-256 of the file; no code in it is run.
-
-    Raises:
-        UserError: missing, damaged, or holding more than tensors and plain values.
-    """
+    """Read the state dict without 'module.', and the SHA-256 of the file; no code in it is run."""
     try:
         return read_weights(path)
     except WeightsError as error:
         problem = str(error).partition(";")[0]
         raise UserError(
             f"{problem}; give a .pth file of PFENet as it was published, and if it holds more, its state dict alone:"
-            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), where you trust its source"
+            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), if you trust its source"
         ) from error
 
 
 def recognise(published: dict[str, Tensor], path: Path) -> tuple[str, bool]:
-    """Backbone, and whether its stem is deep.
-
-    Raises:
-        UserError: no backbone of ours.
-    """
-    indices = [int(match[1]) for name in published if (match := re.match(r"layer3\.(\d+)\.", name))]
-    last = max(indices, default=None)
+    """Return the name of the backbone, and whether its stem is deep."""
+    last = max((int(name.split(".")[1]) for name in published if name.startswith("layer3.")), default=None)
     if last not in LAST_IN_LAYER3:
         found = "no entry is named layer3.*" if last is None else f"its layer3 ends at index {last}"
-        raise UserError(
-            f"{path} is not PFENet with {', '.join(LAST_IN_LAYER3.values())}: {found};"
-            " give a .pth file that PFENet's train.py wrote with one of these"
-        )
+        raise UserError(f"{path} is not PFENet with {', '.join(LAST_IN_LAYER3.values())}: {found}")
     return LAST_IN_LAYER3[last], any(name.startswith(LAST_OF_DEEP_STEM) for name in published)
 
 
 def convert(published: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> dict[str, Tensor]:
-    """PFENet's entries under our names, all but the ``UNUSED`` ones.
-
-    Raises:
-        UserError: ``source`` and the first few entries that are missing, left over or of another shape.
-    """
+    """Return PFENet's entries under our names, all but the ``UNUSED`` ones; every other one must fit."""
     wanted = {pfenet_name(name): name for name in ours if not name.endswith(UNUSED)}
     given = {name: value for name, value in published.items() if not name.endswith(UNUSED)}
-    wrong = [
-        f"{theirs} {tuple(given[theirs].shape)} for {shape}"
-        for theirs, name in wanted.items()
-        if theirs in given and given[theirs].shape != (shape := pfenet_shape(name, ours[name]))
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for names, what in (
-            ([name for name in wanted if name not in given], "missing"),
-            ([name for name in given if name not in wanted], "unknown"),
-            (wrong, "of another shape"),
-        )
-        if names
-    ]
-    if problems:
-        raise UserError(
-            f"{source} of {len(wanted)} entries {', '.join(problems)}; give an unchanged .pth file of PFENet's code"
-        )
-    return {
-        name: one_logit(given[theirs]) if LOGITS.fullmatch(name) else given[theirs] for theirs, name in wanted.items()
+    wrong = []
+    for theirs, name in wanted.items():
+        shape = (2, *ours[name].shape[1:]) if LOGITS.fullmatch(name) else tuple(ours[name].shape)
+        if theirs in given and given[theirs].shape != shape:
+            wrong.append(f"{theirs} {tuple(given[theirs].shape)} for {shape}")
+    problems = {
+        "missing": [name for name in wanted if name not in given],
+        "unknown": [name for name in given if name not in wanted],
+        "of another shape": wrong,
     }
+    if found := [f"{len(names)} {kind} ({first_of(names, 3, ', ')})" for kind, names in problems.items() if names]:
+        raise UserError(f"{source} has entries that do not fit: {', '.join(found)}; give an unchanged file of PFENet")
+    converted = {name: given[theirs] for theirs, name in wanted.items()}
+    for name in filter(LOGITS.fullmatch, converted):
+        converted[name] = converted[name][1:] - converted[name][:1]  # target minus the rest
+    return converted
 
 
 def pfenet_name(name: str) -> str:
-    """PFENet's name of one of our parameters."""
+    """Return PFENet's name of one of our parameters."""
     module = next(module for module in MODULES if name.startswith(f"{module}."))
     return MODULES[module] + name.removeprefix(module)
-
-
-def pfenet_shape(name: str, value: Tensor) -> tuple[int, ...]:
-    return (2, *value.shape[1:]) if LOGITS.fullmatch(name) else tuple(value.shape)
-
-
-def one_logit(two_classes: Tensor) -> Tensor:
-    """(2, ...) -> (1, ...): target minus the rest."""
-    return two_classes[1:] - two_classes[:1]
 
 
 if __name__ == "__main__":

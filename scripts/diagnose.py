@@ -26,7 +26,6 @@ from util.engine.build import build_eval_sampler, build_index, select_hardware
 from util.engine.checkpoint import load_network
 from util.engine.diagnosis import REGIONS, area_under_curve, histogram, miou_by_threshold, predicted_share
 from util.engine.evaluation import NETWORK, NetworkMethod, Predictor, evaluate
-from util.engine.record import environment
 from util.files import require_writable, write_json
 from util.progress import progress
 
@@ -56,8 +55,8 @@ def main() -> None:
         found[kind] = summary(counts, class_ids, {c: config.data.classes[c - 1] for c in classes})
     print(table(found))
     if args.out is not None:
-        record = {"checkpoint": str(args.checkpoint), "episodes": config.eval.episodes, "unit": "percent"}
-        write_json(args.out, record | found | {"environment": environment(hardware.device)})
+        about = {"checkpoint": str(args.checkpoint), "episodes": config.eval.episodes, "unit": "percent"}
+        write_json(args.out, about | found)
         print(f"figures: {args.out}")
 
 
@@ -88,27 +87,19 @@ def summary(counts: dict[str, np.ndarray], class_ids: np.ndarray, classes: dict[
 
 def table(found: dict[str, Any]) -> str:
     """Return the figures as text: a column for novel and one for base classes."""
+    kinds = ("novel", "base")
 
-    def row(name: str, *path: str) -> list[str]:
-        cells = [name]
-        for kind in ("novel", "base"):
-            value = found[kind]
-            for key in path:
-                value = value.get(key) if value is not None else None
-            cells.append("-" if value is None else f"{value:.1f}")
-        return cells
+    def row(title: str, figure: str, key: str) -> list[str]:
+        values = [found[kind][figure][key] for kind in kinds]
+        return [title, *("-" if value is None else f"{value:.1f}" for value in values)]
 
-    by_base = max(found["base"]["miou"], key=lambda t: found["base"]["miou"][t])
-    lines = [row(f"mIoU, cut at {t}", "miou", t) for t in found["novel"]["miou"]]
-    for region in REGIONS:
-        lines.append(row(f"predicted at 0.5, of {region}", "predicted", region))
-    for region in REGIONS[1:]:
-        lines.append(row(f"AUC, target against {region}", "auc", region))
-    for region in REGIONS:
-        lines.append(row(f"covered by Y_DO, of {region}", "distracting", region))
-    figures = tabulate(lines, ["percent", "novel", "base"], tablefmt="plain", disable_numparse=True)
-    cut = f"base classes are cut best at {by_base}: {found['novel']['miou'][by_base]:.1f} on novel ones"
-    return f"{figures}\n{cut}"
+    lines = [row(f"mIoU at threshold {t}", "miou", t) for t in found["novel"]["miou"]]
+    lines += [row(f"predicted at 0.5, of {region}", "predicted", region) for region in REGIONS]
+    lines += [row(f"AUC, target against {region}", "auc", region) for region in REGIONS[1:]]
+    lines += [row(f"covered by Y_DO, of {region}", "distracting", region) for region in REGIONS]
+    best = max(found["base"]["miou"], key=lambda t: found["base"]["miou"][t])
+    figures = tabulate(lines, ["percent", *kinds], tablefmt="plain", disable_numparse=True)
+    return f"{figures}\n{best} is the best threshold on base classes: {found['novel']['miou'][best]:.1f} on novel ones"
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@ r"""Lists for your own data set, from a folder of images and one of masks, or fr
     python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \
         --out data/mine/lists
 
-An image and its mask have the same name but for the suffix; subfolders are searched, the same on both sides. Masks are
-palette or greyscale PNGs whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every
-file is opened and checked. train.txt and val.txt hold 'image mask' lines relative to --root, the same for the same
-files and --seed. Every class has about --val of its images in val and, if there are enough, at least two in each list,
-which a 1-shot episode needs. A config for these data is written next to the lists, here data/mine/lists/mine.yaml. An
-existing config is not changed; the new text is printed instead.
+An image and its mask have the same name but for the suffix, in the same subfolder. Masks are palette or greyscale PNGs
+whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked.
+train.txt and val.txt hold 'image mask' lines relative to --root. Every class has about --val of its images in val and,
+if there are enough, at least two in each list, which a 1-shot episode needs. A config for these data is written next to
+the lists, here data/mine/lists/mine.yaml, if there is none yet.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
@@ -32,7 +31,6 @@ import statistics
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,14 +40,13 @@ import numpy as np
 import yaml
 from tabulate import tabulate
 
-from scripts.check_data import check_item, copies_warning, turned_warning
+from scripts.check_data import check_item
 from util.data.class_index import Item
-from util.data.images import FORMATS, image_size
+from util.data.images import SUFFIXES, image_size
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
-from util.files import require_writable, write_text
+from util.files import write_text
 
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 LARGEST_ID = 254
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"
 """the base of the config that is written"""
@@ -63,7 +60,6 @@ VALIDATIONS = 4
 """in a training; with the 200 episodes of CUSTOM they take a small part of the time"""
 MIN_SHARE = 0.005
 """share of an image that a class needs to be an example of it"""
-MOST_FOLDS = 4
 TEST_SHARE = 0.24
 """share of the classes for test, and share of those for validation, in folders of classes"""
 
@@ -82,13 +78,11 @@ def main() -> None:
         raise UserError(f"--val must lie between 0 and 1, got {args.val:g}")
     if (args.images is None) != (args.masks is None):
         raise UserError("--images and --masks go together; without both, --root holds a folder for each class")
-    lists = [args.out / "train.txt", args.out / "val.txt"]
-    for path in lists:
-        require_writable(path, ".txt")
+    args.out.mkdir(parents=True, exist_ok=True)
     if args.images is None:
         list_folders(args.root, args.out, args.seed)
     else:
-        list_pairs(args, lists)
+        list_pairs(args)
 
 
 def name_in_list(path: Path, root: Path) -> str:
@@ -98,17 +92,14 @@ def name_in_list(path: Path, root: Path) -> str:
     except ValueError:
         raise UserError(f"{path} is not below --root {root}; give the folder that holds images and masks") from None
     if " " in name or not name.isprintable():
-        raise UserError(
-            f"{str(path)!r} has a space or an unprintable character in its name, which a list cannot hold; rename the"
-            " file or folder, and its mask or image alike"
-        )
+        raise UserError(f"{str(path)!r} has a space in its name, which a list cannot hold; rename image and mask alike")
     return name
 
 
 # ---------------------------------------------------------------- a folder of images and one of masks
 
 
-def list_pairs(args: argparse.Namespace, lists: list[Path]) -> None:
+def list_pairs(args: argparse.Namespace) -> None:
     images, masks = find_files(args.images), find_files(args.masks)
     for missing, files, others in (("mask", images, masks), ("image", masks, images)):
         for stem in sorted(files.keys() - others.keys()):
@@ -117,23 +108,28 @@ def list_pairs(args: argparse.Namespace, lists: list[Path]) -> None:
     if not items:
         raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
     lines = [f"{name_in_list(item.image, args.root)} {name_in_list(item.mask, args.root)}" for item in items]
-    pixels = count_classes(items)
+    checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
+    if problems := [found for found in checked if isinstance(found, str)]:
+        raise UserError(first_of(problems))
+    pixels = np.array(checked)[:, 1:-1]  # of the values 1 ... 254
     names = class_names(args.classes, pixels)
     pixels = pixels[:, : len(names)]
     order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
     in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
     if in_val.all() or not in_val.any():
         raise UserError(f"{len(items)} images with masks are too few to split; give more")
+    lists = [args.out / "train.txt", args.out / "val.txt"]
     for path, chosen in zip(lists, (~in_val, in_val), strict=True):
         write_text(path, "".join(f"{line}\n" for line, one in zip(lines, chosen, strict=True) if one))
-    print(table(names, pixels, in_val))
+    rows = [[name, (~in_val & has).sum(), (in_val & has).sum()] for name, has in zip(names, pixels.T > 0, strict=True)]
+    rows.append(["all images", (~in_val).sum(), in_val.sum()])
+    print(tabulate(rows, ["class", "train", "val"], "plain", disable_numparse=True))
     config = args.out / f"{args.root.resolve().name}.yaml"
-    text = config_for(args.root, lists, names, items, pixels[~in_val])
-    if not config.exists():
-        write_text(config, text)
+    if config.exists():
+        print(f"\n{config} exists and was not changed; remove it to get one for these lists")
+    else:
+        write_text(config, config_for(args.root, lists, names, items, pixels[~in_val]))
         print(f"\nconfig: {config}")
-    elif config.read_text(encoding="utf-8") != text:
-        print(f"\n{config} exists and was not changed; for these lists it could be:\n\n{text}")
     print(f"next: python scripts/check_data.py --config {config}")
 
 
@@ -153,38 +149,16 @@ def find_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def count_classes(items: list[Item]) -> np.ndarray:
-    """Pixels of the values 1 ... 254 in each mask, (images, 254); a UserError after all files were opened."""
-    checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
-    problems = [found.problem for found in checked if found.problem is not None]
-    if problems:
-        for problem in problems[1:]:
-            print(f"also: {problem}", file=sys.stderr)
-        raise UserError(problems[0] + (f" ({len(problems)} files are wrong)" if len(problems) > 1 else ""))
-    hashes = [(item.image, found.sha256) for item, found in zip(items, checked, strict=True)]
-    for warning in turned_warning(items, checked) + copies_warning(hashes):
-        print(f"note: {warning}")
-    return np.stack([found.counts for found in checked if found.counts is not None])[:, 1:-1]
-
-
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
-    """Names of the classes 1, 2, ...
-
-    Raises:
-        UserError: no class in any mask, gaps between the ids, or names that do not fit the ids.
-    """
+    """Names of the classes 1, 2, ...; a UserError if their ids have gaps or the names do not fit the ids."""
     found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
     if not found:
         raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
     if found[-1] != len(found):
-        renamed = ", ".join(f"{old} as {new}" for new, old in enumerate(found, 1) if new != old)
-        raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; write {renamed}")
+        raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; renumber them")
     if path is None:
         return [f"class_{value}" for value in found]
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--classes {path} cannot be read: {error}") from None
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     if len(names) != len(found) or len(set(names)) != len(names):
         raise UserError(f"--classes {path} must hold {len(found)} different names, one for each class id in the masks")
     return names
@@ -197,9 +171,7 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     wants: ``share`` of them, at least the two of an episode. An image stays in train if one of its classes needs it
     there. Of three images of a class train keeps two; a single one stays in train.
 
-    Args:
-        present: (images, classes) boolean
-        order: of the images, random but always the same
+    ``present`` is (images, classes) boolean, ``order`` a random order of the images.
     """
     in_val = np.zeros(len(present), bool)
     totals = present.sum(0)
@@ -217,35 +189,16 @@ def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     return in_val
 
 
-def table(names: list[str], pixels: np.ndarray, in_val: np.ndarray) -> str:
-    """Images and pixels of each class in both lists, and notes on classes with too few."""
-    rows: list[list[Any]] = []
-    notes = []
-    for c, name in enumerate(names):
-        row: list[Any] = [c + 1, name]
-        for title, chosen, role in (("train", ~in_val, "base"), ("val", in_val, "novel")):
-            images = int((pixels[chosen, c] > 0).sum())
-            row += [images, int(pixels[chosen, c].sum())]
-            if images < EPISODE:
-                notes.append(f"note: {name} has {images} images in {title}, too few for a {role} class")
-        rows.append(row)
-    rows.append(["", "all images", int((~in_val).sum()), "", int(in_val.sum()), ""])
-    headers = ["id", "class", "train images", "pixels", "val images", "pixels"]
-    return "\n".join([tabulate(rows, headers, "plain", disable_numparse=True), *notes])
-
-
 def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item], pixels: np.ndarray) -> str:
     """Return the text of a config: the data, the length of the training, and how often to validate.
 
-    In training an image is scaled to about the size that it is evaluated at. Every class is held back in one fold.
-
-    Args:
-        pixels: (training images, classes) of each class.
+    In training an image is scaled to about the size that it is evaluated at, +-10 %. Every class is held back in one
+    fold. ``pixels`` counts those of each class in each training image.
     """
     sizes = [image_size(item.image) for item in items]
     side, area = (statistics.median(of(size) for size in sizes) for of in (max, math.prod))
     min_area = round(MIN_SHARE * area)
-    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), MOST_FOLDS))]
+    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), 4))]
     usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
     epoch_steps = max(1, usable // BATCH_SIZE)
     epochs = math.ceil(STEPS / epoch_steps)
@@ -259,12 +212,7 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
         "eval": {"every": max(1, epochs // VALIDATIONS)},
     }
     text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
-    return (
-        "# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n"
-        f"# Fold 0 has {usable} training images of base classes, {epoch_steps} steps an epoch. scale is {CUSTOM_SIZE} /"
-        f" {side:g}, the median longer side, +-10 %;\n"
-        f"# it goes with data.image_size. min_area is {MIN_SHARE:.1%} of the median image.\n{text}"
-    )
+    return f"# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n{text}"
 
 
 # ---------------------------------------------------------------- one folder for each class
@@ -280,17 +228,11 @@ def list_folders(root: Path, out: Path, seed: int) -> None:
     for title, rows in texts.items():
         write_text(paths[title], "".join(f"{row}\n" for row in rows))
         print(f"{len(rows):7,}  {paths[title]}")
-    data = {
-        "root": str(root),
-        "train_list": str(paths["train"]),
-        "val_list": str(paths["val"]),
-        "reader": "class_folders",
-        "classes": str(paths["classes"]),
-        "base_classes": str(paths["train_classes"]),
-        "folds": [str(paths["val_classes"]), str(paths["test_classes"])],
-    }
     print(
-        "\nfor a config such as configs/base/fss.yaml:\n\n" + yaml.safe_dump({"data": data}, sort_keys=False).rstrip()
+        "\nfor a config such as configs/base/fss.yaml:\n\ndata:\n"
+        f"  root: {root}\n  train_list: {paths['train']}\n  val_list: {paths['val']}\n  reader: class_folders\n"
+        f"  classes: {paths['classes']}\n  base_classes: {paths['train_classes']}\n"
+        f"  folds: [{paths['val_classes']}, {paths['test_classes']}]"
     )
 
 
@@ -300,7 +242,7 @@ def find_lines(root: Path) -> dict[str, list[str]]:
     Raises:
         UserError: ``root`` holds fewer than 3 classes, an image has no mask, or a name has a space.
     """
-    suffixes = [suffix for suffix in SUFFIXES if suffix not in FORMATS["PNG"]]
+    suffixes = set(SUFFIXES) - {".png"}
     images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in suffixes)
     if bare := [str(image) for image in images if not image.with_suffix(".png").exists()]:
         raise UserError(f"these images have no mask, of the same name with .png: {first_of(bare, separator=', ')}")
@@ -310,8 +252,8 @@ def find_lines(root: Path) -> dict[str, list[str]]:
         lines.setdefault(image.parent.name, []).append(line)
     if len(lines) < 3:
         raise UserError(
-            f"{root} holds {len(lines)} folders with images ({', '.join(suffixes)}), one for each class; there must be"
-            " 3. For a folder of images and one of masks give --images and --masks"
+            f"{root} holds {len(lines)} folders with images, one for each class; there must be 3. For a folder of"
+            " images and one of masks give --images and --masks"
         )
     return lines
 

@@ -1,13 +1,14 @@
 """The authors' network written a second time from its description: two classes, plain concatenation, names of its own.
 
-Where it differs from the paper: the elimination runs anew at each of FEM's scales; BGMM is a 1x1 convolution, a
+Differences from the paper: the elimination runs at each of FEM's scales; BGMM is a 1x1 convolution, a
 residual pair of 3x3 convolutions and a classifier; a residual pair follows FM's 1x1 convolution; P_BG starts at zero;
 P_DO is a mean over all positions. Also its contrastive loss, which takes the ground truth as the query's target.
 """
 
 import torch
 import torch.nn.functional as F
-from pfenet import (
+
+from tests.pfenet import (
     add_classifier,
     add_conv,
     add_pair,

@@ -11,7 +11,7 @@ import train
 from tests.harness import ROOT, TINY, Run, call, short_run, succeeded
 from util.data.synthetic import generate
 
-SLOWEST = ("resume", "readme", "train", "gpu_readiness", "model", "convert_pfenet", "evaluate", "refusals", "extension")
+SLOWEST = ("resume", "train", "predict", "model", "readme", "evaluate", "convert_pfenet", "extension", "export", "demo")
 """files of tests that take longest"""
 
 

@@ -126,7 +126,7 @@ def call(module: ModuleType, *arguments: object) -> Result:
 def beside_progress_bars(err: str) -> list[str]:
     """Lines of stderr, without tqdm's."""
     lines = (line.replace("\x1b[A", "").strip() for line in re.split(r"[\r\n]", err))
-    return [line for line in lines if line and "%|" not in line and "picture/s" not in line]
+    return [line for line in lines if line and "%|" not in line and "image/s" not in line]
 
 
 def refused(result: Result, *pieces: object) -> str:

@@ -64,7 +64,7 @@ def pfenet_fem(head, feature, prototype, prior, scales):
 
 
 def enrich(head, inputs, size):
-    """What follows the concatenation at each scale -> two-class logits at ``size``, and one a scale."""
+    """Everything after the concatenation at each scale -> two-class logits at ``size``, and one a scale."""
     pyramid, inner = [], []
     for i, x in enumerate(inputs):
         merged = conv_relu(head, f"init_merge.{i}.0", x)
@@ -180,11 +180,8 @@ def resnet_shapes(*, deep, blocks=(3, 4, 6, 3)):
     for layer, (count, width) in enumerate(zip(blocks, (64, 128, 256, 512), strict=True), start=1):
         for i in range(count):
             block = f"layer{layer}.{i}"
-            for n, shape in (
-                ("1", (width, channels, 1, 1)),
-                ("2", (width, width, 3, 3)),
-                ("3", (4 * width, width, 1, 1)),
-            ):
+            convolutions = (width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)
+            for n, shape in enumerate(convolutions, start=1):
                 shapes[f"{block}.conv{n}.weight"] = shape
                 add_batch_norm(shapes, f"{block}.bn{n}", shape[0])
             if i == 0:

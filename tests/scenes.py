@@ -73,3 +73,7 @@ def write_checkpoint(path: Path, *overrides: str) -> Path:
 def spread(values: np.ndarray) -> float:
     """Largest difference within a map: a constant one would agree with anything."""
     return float(values.max() - values.min())
+
+
+def iou(mask: np.ndarray, truth: np.ndarray) -> float:
+    return float((mask & truth).sum() / (mask | truth).sum())

@@ -1,18 +1,23 @@
-"""scripts/convert_pfenet.py: what it writes computes what PFENet computes, and nothing else is taken for PFENet.
+"""scripts/convert_pfenet.py: its checkpoints predict what PFENet predicts, and other files are refused.
 
 The input has the names and shapes of PFENet's published code; the oracle is tests/pfenet.py.
 """
 
-import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pfenet import (
+from torch import Tensor
+
+from model.weights import sha256_of
+from scripts import convert_pfenet
+from tests.harness import ROOT, Result, Trap, call, load, refused, succeeded, test_command
+from tests.networks import trained_without_dropout
+from tests.pfenet import (
     NaiveResNet,
     NaiveVGG,
     difference,
@@ -24,17 +29,8 @@ from pfenet import (
     resnet_shapes,
     vgg_shapes,
 )
-from torch import Tensor
-from util.engine.run_state import _checkpoint_to_resume
-
-from model.ntrenet import NTRENet
-from model.weights import sha256_of
-from scripts import convert_pfenet
-from tests.harness import ROOT, Result, Trap, call, load, refused, succeeded, test_command
 from util.config import config_from_dict, load_config
-from util.data.synthetic import generate
-from util.engine.build import build_model
-from util.errors import UserError
+from util.engine.build import build_saved_model
 
 State = dict[str, Tensor]
 PASCAL_BINS = (60, 30, 15, 8)
@@ -69,7 +65,7 @@ def published(backbone: State, head: State) -> State:
 
 
 def as_train_saves(state: State) -> dict[str, Any]:
-    """Parameters of a parallel module, beside the epoch and an optimiser that has made a step."""
+    """Parameters of a parallel module, with the epoch and an optimiser that has made a step."""
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([{"params": [weight]}], lr=0.0025, momentum=0.9, weight_decay=1e-4)
     weight.sum().backward()
@@ -101,6 +97,9 @@ def converted(request: pytest.FixtureRequest, conversions: Callable[[str], Conve
     return conversions(request.param)
 
 
+resnet50_only = pytest.mark.parametrize("converted", ["resnet50"], indirect=True)
+
+
 def convert(kind: str, folder: Path) -> Converted:
     torch.manual_seed(1)
     backbone, head = random_state(BACKBONES[kind][0]), pfenet_head(256, PASCAL_BINS, True, MIDDLE_CHANNELS[kind])
@@ -110,18 +109,7 @@ def convert(kind: str, folder: Path) -> Converted:
     source, out = folder / f"{kind}.pth", folder / f"{kind}.pt"
     # PFENet's torch 1.4 wrote files that are no zip archives
     torch.save(as_train_saves(published(backbone, head)), source, _use_new_zipfile_serialization=False)
-    result = succeeded(call(convert_pfenet, source, out))
-    return Converted(kind, backbone, head, source, out, result)
-
-
-@pytest.fixture
-def model(converted: Converted) -> NTRENet:
-    """As the checkpoint's own config says."""
-    checkpoint = load(converted.out)
-    config = config_from_dict(checkpoint["config"], "test")
-    model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
+    return Converted(kind, backbone, head, source, out, succeeded(call(convert_pfenet, source, out)))
 
 
 @pytest.mark.parametrize(
@@ -130,42 +118,32 @@ def model(converted: Converted) -> NTRENet:
     indirect=["converted"],
 )
 @torch.no_grad()
-def test_the_logit_of_the_converted_model_is_pfenets_difference_of_two(
-    converted: Converted, model: NTRENet, shots: int
-) -> None:
+def test_the_logit_of_the_converted_model_is_pfenets_difference_of_two(converted: Converted, shots: int) -> None:
+    checkpoint = load(converted.out)
+    model = build_saved_model(config_from_dict(checkpoint["config"], "test"), checkpoint, converted.out)
     torch.manual_seed(shots)
     query, supports, masks = episode(1, shots, (SIDE[converted.kind],) * 2)
     naive = BACKBONES[converted.kind][1](converted.backbone)
     expected, _, _, inner = pfenet(naive, converted.head, query, supports, masks, PASCAL_BINS)
-    got = model(query, supports, masks)
-    assert difference(expected).std() > 0.1
-    assert difference(expected).abs().max() > 1
-    assert (got.logits - difference(expected)).abs().max() < 1e-3
-    for logits, wanted in zip(got.fem.scale_logits, inner, strict=True):
+    got = trained_without_dropout(model)(query, supports, masks)
+    assert difference(expected).std() > 0.1 and difference(expected).abs().max() > 1
+    for logits, wanted in zip((got.logits, *got.fem.scale_logits), (expected, *inner), strict=True):
         assert (logits - difference(wanted)).abs().max() < 1e-3
 
 
-def test_the_command_says_what_it_took_and_what_to_do_next(converted: Converted) -> None:
+def test_the_command_says_what_it_found_and_what_to_do_next(converted: Converted) -> None:
     _, out, err = converted.result
     entries = [name for name in published(converted.backbone, converted.head) if "num_batches" not in name]
     stem = "standard" if converted.kind == "vgg16_bn" else "deep"
     assert f"PFENet with {converted.kind}, {stem} stem; {len(entries)} tensors mapped" in out
     assert sha256_of(converted.pfenet) in out
-    next_command = (
-        f"python test.py --config configs/pascal/{converted.kind}_fold0_1shot.yaml --checkpoint {converted.out}"
-        " model.bgem=false model.doem=false loss.pcl=false"
-    )
-    assert out.splitlines()[-1] == next_command
-    assert err == ""
-
-
-def test_the_checkpoint_is_of_this_project_and_names_what_nobody_knows(converted: Converted) -> None:
+    config = f"configs/pascal/{converted.kind}_fold0_1shot.yaml"
+    command = f"python test.py --config {config} --checkpoint {converted.out} {' '.join(convert_pfenet.ALL_OFF)}"
+    assert (out.splitlines()[-1], err) == (command, "")
     checkpoint = load(converted.out)
-    names = {"format", "config", "weights", "list_sha256", "step", "best_miou", "seconds", "model"}
-    assert set(checkpoint) == names | {"unknown"}
     assert checkpoint["weights"]["sha256"] == sha256_of(converted.pfenet)
-    config = load_config(ROOT / f"configs/pascal/{converted.kind}_fold0_1shot.yaml", convert_pfenet.ALL_OFF)
-    assert config_from_dict(checkpoint["config"], "test") == config
+    expected = load_config(ROOT / config, convert_pfenet.ALL_OFF)
+    assert config_from_dict(checkpoint["config"], "test") == expected
     unknown = {
         *("dataset", "classes", "base_classes", "fold_scheme", "folds", "fold", "image_size"),
         *("fem_scales", "prototype_channels", "seed"),
@@ -173,66 +151,30 @@ def test_the_checkpoint_is_of_this_project_and_names_what_nobody_knows(converted
     assert {key.rpartition(".")[2] for key in checkpoint["unknown"]} == unknown
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Command line that evaluates two episodes of a small data set at 65 pixels with ResNet-50."""
-    root = tmp_path_factory.mktemp("data")
-    generate(root, 24, 32)
-    lists = [f"data.{name}_list={root}/lists/{name}.txt" for name in ("train", "val")]
-    config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
-    size = ["data.image_size=65", "data.min_area=256", "eval.episodes=2", "precision=fp32", "device=cpu", "workers=0"]
-    return [
-        "--config",
-        str(config),
-        f"data.root={root}",
-        *lists,
-        *size,
-        "model.backbone=resnet50",
-        "model.channels=256",
-    ]
-
-
-@pytest.mark.parametrize("converted", ["resnet50"], indirect=True)
+@resnet50_only
 def test_test_py_evaluates_a_converted_checkpoint_on_the_fold_it_is_given(
-    converted: Converted, tiny: list[str], tmp_path: Path
+    converted: Converted, config: Path, tmp_path: Path
 ) -> None:
     results = tmp_path / "results.json"
-    command = ["--checkpoint", str(converted.out), *tiny, *convert_pfenet.ALL_OFF]
-    ends = {
-        0: call(test_command, *command),
-        2: call(test_command, *command, "data.fold=2", "data.shots=2", "--out", results),
-    }
-    for fold, (code, out, err) in ends.items():
-        assert code == 0, err
-        note = (
-            f"note: checkpoint {converted.out} does not say which fold it was trained on; it is tested on fold {fold}"
-        )
-        assert [line for line in out.splitlines() if line.startswith("note")] == [f"{note} as given"]
+    small = ["model.channels=256", "model.fem_scales=[1, 0.5, 0.25, 0.125]", "eval.episodes=2"]
+    network = ["--checkpoint", converted.out, "--config", config, "model.backbone=resnet50", *small]
+    for fold in (0, 2):
+        data = f"data.fold={fold}", "data.shots=2"
+        out = succeeded(call(test_command, *network, *convert_pfenet.ALL_OFF, *data, "--out", results)).out
+        (note,) = [line for line in out.splitlines() if line.startswith("note")]
+        assert str(converted.out) in note and f"fold {fold}" in note
         assert f"Synthetic-5i fold {fold} of 4" in out
     assert '"train_seed": null' in results.read_text()
+    refused(call(test_command, *network), "model.bgem is False there and True here")
+    other = [*network, *convert_pfenet.ALL_OFF, "model.backbone=resnet101"]
+    refused(call(test_command, *other), "model.backbone is resnet50 there")
 
 
-@pytest.mark.parametrize("converted", ["resnet50"], indirect=True)
-def test_what_a_converted_checkpoint_does_say_is_still_compared(converted: Converted, tiny: list[str]) -> None:
-    refused(call(test_command, "--checkpoint", converted.out, *tiny), "model.bgem is False there and True here")
-    other = [*tiny, *convert_pfenet.ALL_OFF, "model.backbone=resnet101"]
-    refused(call(test_command, "--checkpoint", converted.out, *other), "model.backbone is resnet50 there")
-
-
-@pytest.mark.parametrize("converted", ["resnet50"], indirect=True)
-def test_training_does_not_resume_from_a_converted_checkpoint(converted: Converted, tmp_path: Path) -> None:
-    overrides = [*convert_pfenet.ALL_OFF, f"resume={converted.out}", f"run_dir={tmp_path}"]
-    config = load_config(ROOT / "configs/pascal/resnet50_fold0_1shot.yaml", overrides)
-    with pytest.raises(UserError, match="holds a model only"):
-        _checkpoint_to_resume(config, {})
-
-
-@pytest.mark.parametrize("converted", ["resnet50"], indirect=True)
+@resnet50_only
 def test_a_file_is_not_converted_onto_itself(converted: Converted, tmp_path: Path) -> None:
     link = tmp_path / "link.pt"
     link.symlink_to(converted.pfenet)
     before = sha256_of(converted.pfenet)
-    refused(call(convert_pfenet, converted.pfenet, converted.pfenet), "is the file to be converted")
     refused(call(convert_pfenet, converted.pfenet, link), "is the file to be converted")
     assert sha256_of(converted.pfenet) == before
 
@@ -255,83 +197,46 @@ def test_a_bare_state_dict_with_a_standard_stem_and_without_counters_is_converte
     whole = hollow(deep=False, blocks=blocks)
     state = {name: value for name, value in whole.items() if "num_batches" not in name}
     torch.save(state, tmp_path / "pfenet.pth")
-    code, out, err = call(convert_pfenet, tmp_path / "pfenet.pth", tmp_path / "out.pt")
-    assert code == 0, err
+    out = succeeded(call(convert_pfenet, tmp_path / "pfenet.pth", tmp_path / "out.pt")).out
     assert f"{backbone}, standard stem; {len(state)} tensors mapped" in out
     assert load(tmp_path / "out.pt")["weights"]["stem"] == "standard"
     (tmp_path / "out.pt").unlink()
 
 
-def _extra(state: State) -> None:
-    state.update({f"aux.{n}.weight": torch.zeros(1) for n in range(4)})
+CHANGES: list[tuple[Iterable[str], dict[str, Any], list[str]]] = [  # entries removed and added -> pieces of the message
+    ([], {f"aux.{n}.weight": torch.zeros(1) for n in range(4)}, ["4 unknown (aux.0.weight, aux.1.weight, aux.2"]),
+    (["layer3.5.conv2.weight", "alpha_conv.2.0.weight"], {}, ["2 missing (", "layer3.5.conv2", "alpha_conv.2.0"]),
+    ([], {"cls.3.weight": torch.zeros(3, 256, 1, 1)}, ["1 of another shape (cls.3.weight (3, 256, 1, 1) for (2, 256"]),
+    ([], {"layer3.35.conv1.weight": torch.zeros(1)}, ["layer3 ends at index 35"]),
+    (hollow(deep=True), hollow_state(resnet_shapes(deep=True)), ["missing (", "unknown (conv1.weight, "]),
+    (hollow(deep=True), {}, ["no entry is named layer3"]),
+]
 
 
-def _missing(state: State) -> None:
-    del state["layer3.5.conv2.weight"], state["alpha_conv.2.0.weight"]
-
-
-def _three_classes(state: State) -> None:
-    state["cls.3.weight"] = torch.zeros(3, 256, 1, 1)
-
-
-def _deeper(state: State) -> None:
-    state["layer3.35.conv1.weight"] = torch.zeros(1)
-
-
-def _torchvision(state: State) -> None:
-    state.clear()
-    state.update(hollow_state(resnet_shapes(deep=True)))
-
-
-def _empty(state: State) -> None:
-    state.clear()
-
-
-@pytest.mark.parametrize(
-    ("damage", "pieces"),
-    [
-        (_extra, ["4 unknown (aux.0.weight, aux.1.weight, aux.2.weight, ...)"]),
-        (_missing, ["2 missing (", "layer3.5.conv2.weight", "alpha_conv.2.0.weight"]),
-        (_three_classes, ["1 of another shape (cls.3.weight (3, 256, 1, 1) for (2, 256, 1, 1))"]),
-        (_deeper, ["layer3 ends at index 35"]),
-        (_torchvision, ["missing (", "unknown (conv1.weight, "]),
-        (_empty, ["no entry is named layer3"]),
-    ],
-)
+@pytest.mark.parametrize(("removed", "added", "pieces"), CHANGES)
 def test_a_state_dict_that_is_not_pfenets_is_refused(
-    damage: Callable[[State], None], pieces: list[str], tmp_path: Path
+    removed: Iterable[str], added: dict[str, Any], pieces: list[str], tmp_path: Path
 ) -> None:
-    state, path, out = hollow(deep=True), tmp_path / "pfenet.pth", tmp_path / "out.pt"
-    damage(state)
-    torch.save(as_train_saves(state), path)
+    path, out = tmp_path / "pfenet.pth", tmp_path / "out.pt"
+    state = {name: value for name, value in hollow(deep=True).items() if name not in removed}
+    torch.save(as_train_saves(state | added), path)
     refused(call(convert_pfenet, path, out), path, *pieces)
     assert not out.exists()
 
 
-@pytest.mark.parametrize("form", ["torch file", "bare pickle"])
-def test_code_in_a_file_is_not_run_and_the_remedy_is_named(form: str, tmp_path: Path) -> None:
-    path, target = tmp_path / "pfenet.pth", tmp_path / "exploded"
-    content = {"state_dict": {}, "args": Trap(target)}
-    if form == "torch file":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content, protocol=2))
-    refused(call(convert_pfenet, path, tmp_path / "out.pt"), path, "state dict alone", "where you trust its source")
+def test_code_in_a_file_is_not_run_and_other_files_are_refused(tmp_path: Path) -> None:
+    path, target, out = tmp_path / "pfenet.pth", tmp_path / "exploded", tmp_path / "out.pt"
+    torch.save({"state_dict": {}, "args": Trap(target)}, path)
+    refused(call(convert_pfenet, path, out), path, "state dict alone", "trust its source")
     assert not target.exists()
-
-
-def test_text_and_an_absent_file_and_a_checkpoint_of_this_project_are_refused(tmp_path: Path) -> None:
-    text, ours, out = tmp_path / "text.pth", tmp_path / "ours.pt", tmp_path / "out.pt"
-    text.write_text("not a checkpoint\n")
-    torch.save({"format": 3, "config": {}, "model": {"fem.fuse.0.weight": torch.zeros(1)}}, ours)
-    refused(call(convert_pfenet, text, out), text, "cannot be read")
-    refused(call(convert_pfenet, ours, out), ours, "does not hold a state dict")
-    refused(call(convert_pfenet, tmp_path / "none.pth", out), "none.pth does not exist")
-    refused(call(convert_pfenet, text, tmp_path / "out.pth"), "must end in .pt")
+    path.write_text("not a checkpoint\n")
+    refused(call(convert_pfenet, path, out), path, "cannot be read")
+    refused(call(convert_pfenet, path, tmp_path / "out.pth"), "must end in .pt")
+    torch.save({"config": {}, "model": {"fem.fuse.0.weight": torch.zeros(1)}}, path)
+    refused(call(convert_pfenet, path, out), path, "does not hold a state dict")
 
 
 def test_every_module_of_the_all_off_model_has_one_name_in_pfenet() -> None:
     theirs = list(convert_pfenet.MODULES.values())
     assert len(set(theirs)) == len(theirs)
-    tops = {name.split(".")[0] for name in hollow(deep=True)}
-    assert {name.split(".")[0] for name in theirs} == tops
+    assert {name.split(".")[0] for name in theirs} == {name.split(".")[0] for name in hollow(deep=True)}

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from scenes import ROOT, scene, write_checkpoint
+from scenes import ROOT, iou, scene, write_checkpoint
 
 from util.data import synthetic
 from util.errors import UserError
@@ -77,10 +76,6 @@ def asked(support: tuple[np.ndarray, np.ndarray], photo: str, **changes: object)
     return request | {"threshold": 0.5, "edges": False} | changes
 
 
-def iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    return float((mask & truth).sum() / (mask | truth).sum())
-
-
 @pytest.mark.parametrize(("share", "edges"), [(0.5, False), (0.1, False), (0.5, True)])
 def test_what_is_painted_is_segmented(demo: Demo, segmenter: NTRESegmenter, share: float, edges: bool) -> None:
     image, _ = scene(4)
@@ -105,20 +100,13 @@ def test_another_threshold_takes_no_new_search(demo: Demo, monkeypatch: pytest.M
 def test_a_large_rotated_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(demo: Demo) -> None:
     image, disc = scene(4, 1200, 1600)
     stored = url(np.rot90(image).copy(), orientation=6)  # to be rotated clockwise
-    found = demo.find(*(base64.b64decode(u.partition(",")[2]) for u in (url(scene(1)[0]), painted(disc), stored)), "x")
-    assert (found.pixels.shape, found.size) == ((768, LONGEST, 3), disc.shape)
-    np.testing.assert_array_equal(found.pixels, cv2.resize(image, (LONGEST, 768), interpolation=cv2.INTER_AREA))
     answer = demo.segment(asked((scene(1)[0], disc), stored))
+    assert pixels_of(answer["overlay"]).shape == (768, LONGEST, 3)
     assert pixels_of(answer["mask"]).shape == disc.shape
 
 
-def test_rough_paint_and_a_box_are_brought_to_the_objects_edges(demo: Demo) -> None:
+def test_a_box_becomes_the_mask_of_the_object_in_it(demo: Demo) -> None:
     image, disc = scene(1, 240, 320)
-    y, x = np.argwhere(disc).mean(0).round().astype(int)
-    rough = np.zeros(disc.shape, np.uint8)
-    cv2.circle(rough, (int(x) + 8, int(y) + 8), int(1.1 * np.sqrt(disc.sum() / np.pi)), 1, -1)
-    sharp = pixels_of(demo.mask({"support": url(image), "mask": painted(rough > 0)})["mask"])[..., 3] > 0
-    assert iou(rough > 0, disc) < 0.8 < 0.93 < iou(sharp, disc)
     ys, xs = np.nonzero(disc)
     box = [float(xs.max()) + 4.5, float(ys.max()) + 4.5, float(xs.min()) - 4.5, float(ys.min()) - 4.5]  # upwards
     boxed = pixels_of(demo.mask({"support": url(image), "box": box})["mask"])[..., 3] > 0
@@ -132,7 +120,7 @@ def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
     with pytest.raises(UserError, match=r"^paint the object first"):
         demo.segment(asked((image, disc & False), url(scene(4)[0])))
     notes = f"data:text/plain;base64,{base64.b64encode(b'not an image').decode()}"
-    with pytest.raises(UserError, match=r"^photo\.png is no image in JPEG, PNG, WEBP, TIFF, BMP; convert it"):
+    with pytest.raises(UserError, match=r"^photo\.png cannot be read .*; convert it to JPEG or PNG"):
         demo.segment(asked(scene(1), notes))
 
 
@@ -218,10 +206,6 @@ def test_the_page_works_in_a_browser_without_any_other_host(checkpoint: Path, tm
             page = browser.new_page(viewport={"width": 1280, "height": 1400})
             page.set_default_timeout(60_000)
             walk(page, f"http://127.0.0.1:{port}", tmp_path)
-            phone = browser.new_page(viewport={"width": 360, "height": 800})
-            phone.goto(f"http://127.0.0.1:{port}")
-            phone.wait_for_selector("#results figure")
-            assert phone.evaluate("document.documentElement.scrollWidth") == 360
     finally:
         served.send_signal(signal.SIGINT)
         assert served.wait(30) == 0

@@ -1,7 +1,6 @@
 """Counts and scores against scikit-learn and against numbers worked out by hand."""
 
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -9,12 +8,13 @@ import torch
 from sklearn.metrics import jaccard_score, precision_score
 
 from util.engine.metrics import Scores, confusion, iou, mask_iou, scores
-from util.engine.record import over_seeds
+from util.engine.results import over_seeds
 
 CLASSES = {3: "cat", 7: "dog", 4: "cow"}
+Made = list[tuple[np.ndarray, np.ndarray, int]]
 
 
-def episodes(seed: int, count: int = 40, ignored: float = 0.2) -> list[tuple[np.ndarray, np.ndarray, int]]:
+def episodes(seed: int, count: int = 40, ignored: float = 0.2) -> Made:
     """Predictions, ground truths and class ids, of several sizes and shares of foreground."""
     rng = np.random.default_rng(seed)
     made = []
@@ -27,27 +27,17 @@ def episodes(seed: int, count: int = 40, ignored: float = 0.2) -> list[tuple[np.
     return made
 
 
-class Counted(NamedTuple):
-    counts: np.ndarray
-    class_ids: np.ndarray
-    classes: dict[int, str]
-
-    def scores(self) -> Scores:
-        return scores(*self)
-
-    @property
-    def table(self) -> np.ndarray:
-        """Summed counts, a row a class."""
-        return np.stack([self.counts[self.class_ids == class_id].sum(0) for class_id in self.classes])
+def count(made: Made) -> np.ndarray:
+    """Counts (N, 4)."""
+    pairs = [(torch.from_numpy(prediction), torch.from_numpy(truth)) for prediction, truth, _ in made]
+    return np.stack([confusion(*pair).numpy() for pair in pairs]) if made else np.zeros((0, 4), int)
 
 
-def count(made: list[tuple[np.ndarray, np.ndarray, int]], classes: dict[int, str] = CLASSES) -> Counted:
-    counts = [confusion(torch.from_numpy(prediction), torch.from_numpy(truth)).numpy() for prediction, truth, _ in made]
-    class_ids = np.array([class_id for _, _, class_id in made], int)
-    return Counted(np.stack(counts) if counts else np.zeros((0, 4), int), class_ids, classes)
+def scored(made: Made, classes: dict[int, str] = CLASSES) -> Scores:
+    return scores(count(made), np.array([class_id for _, _, class_id in made], int), classes)
 
 
-def flat(made: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np.ndarray]:
+def flat(made: Made) -> tuple[np.ndarray, np.ndarray]:
     """All ground truths and predictions in a row, without the ignored pixels."""
     truth = np.concatenate([t.ravel() for _, t, _ in made])
     prediction = np.concatenate([p.ravel() for p, _, _ in made])
@@ -57,7 +47,7 @@ def flat(made: list[tuple[np.ndarray, np.ndarray, int]]) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("seed", range(3))
 def test_scores_equal_those_of_scikit_learn(seed: int) -> None:
     made = episodes(seed)
-    found = count(made).scores()
+    found = scored(made)
     by_class = {name: flat([e for e in made if e[2] == class_id]) for class_id, name in CLASSES.items()}
     ious = {name: jaccard_score(*pair) for name, pair in by_class.items()}
     assert found.per_class == pytest.approx(ious, abs=1e-12)
@@ -81,7 +71,7 @@ def test_miou_is_the_mean_over_classes_of_the_iou_of_summed_counts() -> None:
         episode(tp=0, fp=10, fn=10, tn=80, class_id=3),  # IoU 0; together 90 / 120 = 0.75
         episode(tp=1, fp=1, fn=2, tn=96, class_id=7),  # 1 / 4 = 0.25
     ]
-    found = count(made, {3: "cat", 7: "dog"}).scores()
+    found = scored(made, {3: "cat", 7: "dog"})
     assert found.per_class == {"cat": 0.75, "dog": 0.25}
     assert found.miou == 0.5  # neither (0.9 + 0 + 0.25) / 3 nor (0.45 + 0.25) / 2 nor 91 / 124
 
@@ -91,7 +81,7 @@ def test_fb_iou_and_precision_are_of_all_counts() -> None:
         episode(tp=6, fp=2, fn=0, tn=12, class_id=3),
         episode(tp=2, fp=2, fn=8, tn=28, class_id=7),
     ]
-    found = count(made, {3: "cat", 7: "dog"}).scores()
+    found = scored(made, {3: "cat", 7: "dog"})
     # TP 8, FP 4, FN 8, TN 40: foreground 8 / 20, background 40 / 52
     assert found.fb_iou == pytest.approx((8 / 20 + 40 / 52) / 2)
     assert found.precision == pytest.approx(8 / 12)
@@ -100,51 +90,39 @@ def test_fb_iou_and_precision_are_of_all_counts() -> None:
 @pytest.mark.parametrize("predicted", [True, False])
 def test_ignored_pixels_change_nothing(predicted: bool) -> None:
     made = episodes(0, ignored=0.0)
-    plain = count(made)
+    wider = []
     for prediction, truth, class_id in made:
         rim = np.full((truth.shape[0], 9), 255, np.uint8)
-        plain_prediction = np.concatenate([prediction, np.full(rim.shape, predicted)], 1)
-        made = [*made[1:], (plain_prediction, np.concatenate([truth, rim], 1), class_id)]
-    assert np.array_equal(count(made).table, plain.table)
-    assert count(made).scores() == plain.scores()
+        rimmed = np.concatenate([prediction, np.full(rim.shape, predicted)], 1), np.concatenate([truth, rim], 1)
+        wider.append((*rimmed, class_id))
+    assert np.array_equal(count(wider), count(made))
 
 
-def test_no_episode_at_all_gives_finite_scores() -> None:
-    found = count([]).scores()
-    assert all(math.isfinite(value) for value in (*found[:3], *found.per_class.values()))
-    assert list(found.per_class) == ["cat", "dog", "cow"]
-
-
-def test_a_class_without_an_episode_counts_as_0_in_the_mean() -> None:
-    found = count([episode(tp=3, fp=0, fn=1, tn=0, class_id=7)], {3: "cat", 7: "dog"}).scores()
-    assert found.per_class == {"cat": 0.0, "dog": 0.75}
-    assert found.miou == 0.375
-
-
-def test_a_class_that_is_not_scored_is_an_error() -> None:
+def test_no_episode_at_all_gives_finite_scores_and_a_class_without_an_episode_counts_as_0() -> None:
+    nothing = scored([])
+    assert all(math.isfinite(value) for value in (*nothing[:3], *nothing.per_class.values()))
+    assert list(nothing.per_class) == ["cat", "dog", "cow"]
+    one = scored([episode(tp=3, fp=0, fn=1, tn=0, class_id=7)], {3: "cat", 7: "dog"})
+    assert (one.per_class, one.miou) == ({"cat": 0.0, "dog": 0.75}, 0.375)
     with pytest.raises(ValueError, match="classes \\[5\\]"):
-        count([episode(1, 1, 1, 1, class_id=5)]).scores()
+        scored([episode(1, 1, 1, 1, class_id=5)])
 
 
 def test_counts_do_not_overflow_over_a_whole_evaluation() -> None:
-    one = confusion(*map(torch.from_numpy, episode(5, 4, 3, 2, 1)[:2])).numpy()
+    (one,) = count([episode(5, 4, 3, 2, 1)])
     assert one.tolist() == [2, 4, 3, 5]
-    counts = np.stack([one, np.full(4, 2**40)])
-    assert scores(counts, np.array([1, 1]), {1: "a"}).miou == pytest.approx(1 / 3)
+    assert scores(np.stack([one, np.full(4, 2**40)]), np.array([1, 1]), {1: "a"}).miou == pytest.approx(1 / 3)
 
 
-def test_the_iou_of_single_episodes() -> None:
-    made = [episode(tp=6, fp=2, fn=4, tn=9, class_id=3), episode(tp=0, fp=0, fn=0, tn=5, class_id=3)]
-    assert iou(count(made).counts).tolist() == [0.5, 1.0]  # nothing is target, and nothing is predicted
+def test_an_episode_without_target_and_prediction_is_perfect_alone_and_as_a_class() -> None:
+    empty = episode(tp=0, fp=0, fn=0, tn=5, class_id=3)
+    made = [episode(tp=6, fp=2, fn=4, tn=9, class_id=3), empty]
+    assert iou(count(made)).tolist() == [0.5, 1.0]
     assert [mask_iou(*one[:2]) for one in made] == [0.5, 1.0]
+    assert scored([empty], {3: "cat"})[:2] == (1.0, 1.0)
 
 
-def test_a_class_whose_episodes_show_nothing_and_find_nothing_is_perfect_as_each_of_them_is() -> None:
-    found = count([episode(tp=0, fp=0, fn=0, tn=5, class_id=3)], {3: "cat"}).scores()
-    assert (found.miou, found.fb_iou) == (1.0, 1.0)
-
-
-def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:
+def test_several_seeds_give_mean_and_sample_standard_deviation_in_percent() -> None:
     found = [
         Scores(0.60, 0.70, 0.80, {"a": 0.5, "b": 0.7}),
         Scores(0.62, 0.70, 0.50, {"a": 0.6, "b": 0.64}),
@@ -152,8 +130,6 @@ def test_several_seeds_give_mean_and_sample_deviation_in_percent() -> None:
     ]
     spread = over_seeds(found)
     assert spread["miou"]["per_seed"] == pytest.approx([60, 62, 67])
-    assert spread["miou"]["mean"] == pytest.approx(63)
-    assert spread["miou"]["std"] == pytest.approx(math.sqrt((9 + 1 + 16) / 2))
-    assert (spread["fb_iou"]["mean"], spread["fb_iou"]["std"]) == pytest.approx((70, 0))
-    assert (spread["precision"]["mean"], spread["precision"]["std"]) == pytest.approx((50, 30))
+    for name, mean, std in (("miou", 63, math.sqrt((9 + 1 + 16) / 2)), ("fb_iou", 70, 0), ("precision", 50, 30)):
+        assert (spread[name]["mean"], spread[name]["std"]) == pytest.approx((mean, std))
     assert spread["per_class"] == pytest.approx({"a": 60, "b": 66})

@@ -19,7 +19,3 @@ def test_few_episodes_are_shown_once_each() -> None:
     for episodes in range(1, 7):
         shown = [n for numbers in choose(np.linspace(0, 1, episodes), 2).values() for n in numbers]
         assert sorted(shown) == list(range(episodes))
-
-
-def test_equal_scores_are_taken_in_order() -> None:
-    assert choose(np.zeros(5), 1)["best"] == [0]

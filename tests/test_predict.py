@@ -1,7 +1,6 @@
 """predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +13,6 @@ from scenes import ROOT, scene, write_checkpoint
 import predict
 from tests import harness
 from tests.harness import Result, beside_progress_bars, process, refused, succeeded
-from util.errors import UserError
-from util.photos import images
 from util.photos.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
@@ -108,7 +105,7 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
     assert "note: cannot read phone.HEIC; convert" in result.out
     names = {"q2": QUERIES[2], "first": QUERIES[0], "deep/er/first": QUERIES[1]}
     expected = {f"{name}_{ending}" for name in names for ending in ("mask.png", "overlay.jpg")}
-    assert files_in(out) == {*expected, "old_overlay.jpg", "predict.json"}
+    assert files_in(out) == {*expected, "old_overlay.jpg"}
     for name, image in names.items():
         mask, overlay = load(out / f"{name}_mask.png"), load(out / f"{name}_overlay.jpg")
         found = segmenter.segment(*zip(*SUPPORTS, strict=True), image).mask
@@ -134,12 +131,6 @@ def test_maps_threshold_and_cutout_are_the_segmenters(world: Path, segmenter: NT
 # Encodings and orientation
 
 
-def _palette_of_ids(mask: np.ndarray) -> Image.Image:
-    image = Image.fromarray(np.where(mask, 3, 9).astype(np.uint8))
-    image.putpalette([7 * n % 256 for n in range(768)])
-    return image
-
-
 def _soft(mask: np.ndarray) -> Image.Image:
     """0 and 255, with a border of 140 inside and 90 outside."""
     grey = Image.fromarray(255 * mask.astype(np.uint8))
@@ -148,13 +139,10 @@ def _soft(mask: np.ndarray) -> Image.Image:
 
 
 @pytest.mark.filterwarnings("ignore:.*soft border")
-@pytest.mark.parametrize(("encode", "options"), [(_palette_of_ids, ["--class-id", 3]), (_soft, [])])
-def test_a_mask_file_is_the_same_in_every_encoding(
-    world: Path, tmp_path: Path, encode: Callable[[np.ndarray], Image.Image], options: list[object]
-) -> None:
-    encode(SUPPORTS[0][1]).save(tmp_path / "mask.png")
+def test_a_mask_with_a_soft_border_is_cut_in_the_middle(world: Path, tmp_path: Path) -> None:
+    _soft(SUPPORTS[0][1]).save(tmp_path / "mask.png")
     reference = mask_of(world, tmp_path / "bits", *one_support(world, world / "s0.png", world / "m0.png"))
-    other = mask_of(world, tmp_path / "other", *one_support(world, world / "s0.png", tmp_path / "mask.png", *options))
+    other = mask_of(world, tmp_path / "other", *one_support(world, world / "s0.png", tmp_path / "mask.png"))
     np.testing.assert_array_equal(other, reference)
 
 
@@ -183,31 +171,6 @@ def test_an_image_with_an_exif_orientation_gives_what_the_rotated_image_gives(
         np.testing.assert_array_equal(turned, upright)
 
 
-# Continuing
-
-
-def test_a_second_run_leaves_finished_queries_and_does_the_others(world: Path, tmp_path: Path) -> None:
-    options = [*supported(world), "--query", *(world / f"q{n}.png" for n in range(3)), "--out", tmp_path]
-    assert "finished" not in succeeded(call(*options)).out
-    for path in tmp_path.glob("q*"):
-        os.utime(path, (1, 1))
-    (tmp_path / "q1_overlay.jpg").unlink()
-    assert "2 of 3 queries are finished already" in succeeded(call(*options)).out
-    renewed = {path.name for path in tmp_path.glob("q*") if path.stat().st_mtime > 1}
-    assert renewed == {"q1_mask.png", "q1_overlay.jpg"}
-    assert "finished" not in succeeded(call(*options, "--overwrite")).out
-    assert all(path.stat().st_mtime > 1 for path in tmp_path.glob("q*"))
-
-
-def test_predictions_of_other_settings_are_not_mixed(world: Path, tmp_path: Path) -> None:
-    options = ["--query", world / "q0.png", "--out", tmp_path]
-    succeeded(call(*supported(world), *options))
-    refused(call(*supported(world), *options, "--threshold", 0.7), tmp_path, "another threshold", "--overwrite")
-    one = one_support(world, world / "s0.png", world / "m0.png")
-    refused(call(*one, *options), tmp_path, "another targets, another threshold", "--overwrite")
-    succeeded(call(*one, *options, "--overwrite"))
-
-
 # Ground truth
 
 
@@ -221,14 +184,13 @@ def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | N
     return 100 * both / either
 
 
-def test_iou_is_that_of_a_loop_over_pixels_also_of_finished_queries(world: Path, tmp_path: Path) -> None:
+def test_iou_is_that_of_a_loop_over_pixels(world: Path, tmp_path: Path) -> None:
     ground_truths = {f"q{n}": scene(n + 3, *QUERIES[n].shape[:2])[1] for n in range(3)}
     for name, truth in ground_truths.items():
         save(tmp_path / f"truth/{name}.png", 255 * truth.astype(np.uint8))
     out = tmp_path / "out"
     given = [world / f"q{n}.png" for n in range(3)]
-    options = [*supported(world), "--query", *given, "--out", out, "--ground-truth", tmp_path / "truth"]
-    succeeded(call(*options))
+    succeeded(call(*supported(world), "--query", *given, "--out", out, "--ground-truth", tmp_path / "truth"))
     report = json.loads((out / "iou.json").read_text())
     expected = {
         name: naive_iou(load(out / f"{name}_mask.png"), mask, True, None) for name, mask in ground_truths.items()
@@ -236,10 +198,6 @@ def test_iou_is_that_of_a_loop_over_pixels_also_of_finished_queries(world: Path,
     assert report["queries"] == pytest.approx(expected)
     assert report["mean"] == pytest.approx(sum(expected.values()) / 3)
     assert 1 < report["mean"] < 99
-    (out / "iou.json").unlink()
-    (out / "q1_mask.png").unlink()
-    assert "2 of 3 queries are finished" in succeeded(call(*options)).out
-    assert json.loads((out / "iou.json").read_text()) == report
 
 
 def test_a_ground_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) -> None:
@@ -284,9 +242,8 @@ def test_a_labelled_map_shows_the_most_probable_target(
             seen.add(int(label))
         palette = np.array(labels.getpalette()).reshape(-1, 3)
         overlay = load(Path(f"out/q{n}_overlay.jpg"))
-        legend = overlay[QUERIES[n].shape[0] :].astype(int)
-        for colour in palette[1:3]:
-            assert (np.abs(legend - colour).sum(2) < 60).sum() > 20
+        assert overlay.shape == QUERIES[n].shape
+        assert palette[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
     assert seen == {0, 1, 2}
 
 
@@ -296,7 +253,7 @@ def test_a_labelled_map_shows_the_most_probable_target(
         ("dog: {supports: [s0.png, s1.png], masks: [m0.png]}", ["2 supports", "1 masks"]),
         ("dog: {supports: [s0.png]}", ["dog.masks", "required"]),
         ("dog: {supports: [s0.png], masks: [ids0.png]}", ["ids0.png", "3, 7", "class_id"]),
-        ("{}", ["1 to 254"]),
+        ("{}", ["names no targets"]),
     ],
 )
 def test_a_wrong_targets_file_is_refused(world: Path, tmp_path: Path, text: str, pieces: list[str]) -> None:
@@ -332,19 +289,17 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
     [
         (lambda w, t: {"--query": [t / "none.jpg"]}, ["none.jpg", "does not exist"]),
         (lambda w, t: {"--query": [w / "q0.png", save(t / "q0.jpg", QUERIES[0])]}, ["q0.png", "q0.jpg", "rename"]),
-        (lambda w, t: {"--query": [w], "--out": [w]}, ["--out", "name another"]),
+        (lambda w, t: {"--query": [w], "--out": [w]}, ["no images", "outside of --out"]),
         (lambda w, t: {"--mask": [w / "m0.png"]}, ["2 supports", "1 masks"]),
         (lambda w, t: {"--mask": [w / "m0.png", w / "m0.png"]}, ["m0.png", "60 x 48", "66 x 40"]),
         (lambda w, t: {"--mask": [w / "ids0.png", w / "ids1.png"], "--class-id": [5]}, ["ids0.png", "class 5", "3, 7"]),
-        (lambda w, t: {"--mask": None}, ["--mask", "--targets"]),
+        (lambda w, t: {"--support": None}, ["need --support"]),
         (lambda w, t: {"--mask": None, "--box": ["10,10,12", "1,1,9,9"]}, ["--box must be x0,y0,x1,y1", "10,10,12"]),
         (lambda w, t: {"--mask": None, "--box": ["1,1,9,9"]}, ["one --box for each --support"]),
         (lambda w, t: {"--mask": None, "--box": ["1,1,9,9", "1,1,9,999"]}, ["does not lie in", "66 x 40"]),
-        (lambda w, t: {"--backbone": ["resnet50"]}, ["--backbone", "without --checkpoint"]),
         (lambda w, t: {"--threshold": [1.5]}, ["--threshold", "1.5"]),
         (lambda w, t: {"--ground-truth": [save(t / "truth/q9.png", QUERIES[0]).parent]}, ["lacks 1 of 1", "q0"]),
         (lambda w, t: {"--ground-truth": [w / "m0.png"]}, ["m0.png", "60 x 48", "60 x 50"]),
-        (lambda w, t: {"--device": ["tpu"]}, ["device", "tpu"]),
     ],
 )
 def test_a_mistake_ends_in_one_line(
@@ -362,18 +317,6 @@ def test_a_mistake_ends_in_one_line(
     refused(call(*[word for key, values in options.items() if values for word in (key, *values)]), *pieces)
 
 
-def test_too_large_images_and_masks_that_look_soft_but_are_ids_are_refused(
-    world: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", QUERIES[0].shape[0] * QUERIES[0].shape[1] - 1)
-    with pytest.raises(UserError, match="megapixels"):
-        images.read_upright(world / "q0.png")
-    ids = np.zeros((4, 4), np.uint8)
-    ids[0], ids[1] = 80, 255
-    with pytest.raises(UserError, match="--class-id"):
-        images.target_mask(ids, None, "mask")
-
-
 # Without a checkpoint, with edges, with a box, and if nothing is found
 
 
@@ -383,7 +326,7 @@ def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world:
     assert "not the paper's network" in result.out and "efficientnet_lite0" in result.out
     free = NTRESegmenter.training_free(device="cpu")
     endings = ("mask.png", "overlay.jpg", "probability.png")
-    assert files_in(tmp_path / "out") == {f"q{n}_{ending}" for n in (0, 1) for ending in endings} | {"predict.json"}
+    assert files_in(tmp_path / "out") == {f"q{n}_{ending}" for n in (0, 1) for ending in endings}
     for n in (0, 1):
         found = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[n], edges=True)
         np.testing.assert_array_equal(load(tmp_path / f"out/q{n}_mask.png") > 0, found.mask)
@@ -404,8 +347,8 @@ def test_edges_are_drawn_for_a_network_on_request(world: Path, segmenter: NTRESe
 def test_if_nothing_is_found_the_end_says_what_to_try(world: Path, tmp_path: Path) -> None:
     options = [*supported(world), "--query", *(world / f"q{n}.png" for n in range(3)), "--out", tmp_path]
     result = succeeded(call(*options, "--threshold", 0.9999))
-    assert "nothing found in 3 of 3 images (q0, q1, q2); try a lower --threshold (now 0.9999)" in result.out
-    assert "nothing found" not in succeeded(call(*options, "--threshold", 0.0001, "--overwrite")).out
+    assert "nothing found in 3 of 3 images (q0, q1, q2); try a lower --threshold" in result.out
+    assert "nothing found" not in succeeded(call(*options, "--threshold", 0.0001)).out
 
 
 def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_lists_that_share_images_are_refused_on_a_benchmark(tiny: Path, config: 
     with (root / "lists/val.txt").open("a") as file:
         file.write(f"{first}\n")
     result = call(train, "--config", config, *overrides, "data.dataset=COCO-20i")
-    refused(result, "in the training and in the validation list", f"{root}/{first.split()[0]}")
+    refused(result, "in both the training and the validation list", f"{root}/{first.split()[0]}")
 
 
 def test_episodes_of_another_list_are_refused(tiny: Path, config: Path, short: Path, tmp_path: Path) -> None:

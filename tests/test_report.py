@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from util import report
+from scripts import report
+from scripts.report import Run
 from util.config import load_config
-from util.report import Run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
@@ -25,9 +25,10 @@ SETTING = "Toy-5i, ResNet-50, 1-shot"
 def config(row: str = "full", **changes: Any) -> dict[str, Any]:
     """NTRENet's default config with the switches of a row of paper.yaml, and ``changes`` such as model={'x': True}."""
     values = load_config(ROOT / "configs/pascal/resnet50_fold0_1shot.yaml").model_dump()
-    for key, value in report.switches(ROWS[row]).items():
-        section, name = key.split(".")
-        values[section][name] = value
+    for key, value in ROWS[row].items():
+        section, dot, name = key.partition(".")
+        if dot:
+            values[section][name] = value
     for section, new in changes.items():
         values[section] = values[section] | new
     return values
@@ -42,7 +43,7 @@ def results(row: str = "full", fold: int = 0, seed: int = 0, miou: Any = (50.0,)
     return {
         **{"dataset": "Toy-5i", "fold": fold, "folds": 4, "shots": 1, "backbone": "resnet50", "episodes": 1000},
         **{"seeds": list(range(len(miou))), "train_seed": seed, "config": config(row), "list_sha256": "a" * 64},
-        **{"seconds": 10.0, "peak_memory_mib": 100.0, "dtype": "float32"},
+        "dtype": "float32",
         "environment": {"device": "abacus", "git_revision": "1" * 40, "git_clean": True},
     } | scores | keys  # fmt: skip
 
@@ -87,7 +88,6 @@ def test_the_papers_tables_are_transcribed() -> None:
     assert printed("table1", "VGG-16", "OSLSM")["5-shot"] == [35.9, 58.1, 42.7, 39.1, 44.0, 61.5]
     assert printed("table1", "ResNet-101", "NTRENet")["5-shot"] == [67.9, 73.2, 60.1, 66.8, 67.0, 78.2]
     assert printed("table1", "ResNet-50", "ReRPI")["1-shot"] == [59.8, 68.3, 62.1, 48.5, 59.7, None]
-    assert printed("table1", "ResNet-50", "ReRPI")["reference"] == 1
     assert printed("table2", "ResNet-50", "ASGNet")["5-shot"] == [None, None, None, None, 42.5, 67.0]
     assert printed("table2", "ResNet-101", "NTRENet")["1-shot"] == [38.3, 40.4, 39.5, 38.1, 39.1, 67.5]
     assert TABLE3["bgem"]["paper"] == [63.2, 71.1, 57.7, 57.4, 62.4, 62.8]
@@ -99,10 +99,10 @@ def test_the_papers_tables_are_transcribed() -> None:
 
 def test_the_papers_means_are_those_of_its_folds_except_in_one_row() -> None:
     tables = [row for table in ("table1", "table2") for row in PAPER[table]["rows"]]
-    rows = [(row["backbone"], row["method"], shots, row[shots]) for row in tables for shots in ("1-shot", "5-shot")]
-    rows += [("", key, "", row["paper"]) for table in (TABLE3, TABLE4) for key, row in table.items()]
-    wrong = [r[:3] for r in rows if r[3][0] is not None and abs(np.mean(r[3][:4]) - r[3][4]) > 0.1 + 1e-6]
-    assert wrong == [("VGG-16", "MMNet", "5-shot")]
+    rows = [(row["method"], row[shots]) for row in tables for shots in ("1-shot", "5-shot")]
+    rows += [(key, row["paper"]) for table in (TABLE3, TABLE4) for key, row in table.items()]
+    wrong = [key for key, row in rows if row[0] is not None and abs(np.mean(row[:4]) - row[4]) > 0.1 + 1e-6]
+    assert wrong == ["MMNet"]
 
 
 # Which row a run is
@@ -117,21 +117,29 @@ def test_each_file_of_configs_ablation_and_each_width_of_figure_6_is_a_row_on_an
             assert [list(rows) for rows in settings.values()] == [[row]]
 
 
-@pytest.mark.parametrize("changes", [{"model": {"x": True}}, {"model": {"channels": 64}}, {"loss": {"pcl": 0.1}}])
-def test_a_run_whose_model_or_loss_departs_from_a_row_is_not_counted_as_it(run: Any, changes: dict[str, Any]) -> None:
-    """A fork's switch, other channels, another weight of a loss: none takes the place of NTRENet or PFENet."""
-    departing = [run(row, 0, 0, [90.0], config=config(row, **changes), modified="2027") for row in ("full", "pfenet")]
-    settings, replaced = report.arrange([run("full"), run("pfenet"), *departing], PAPER)
-    assert replaced == []
-    for row in ("full", "pfenet"):
-        assert [r.miou for r in settings[SETTING][row]] == [[50.0]]
+def test_a_run_that_paper_yaml_does_not_list_is_a_row_of_table_3_by_its_departures(run: Any) -> None:
+    """A fork's switch or number, another weight of a loss: none takes the place of NTRENet or PFENet."""
+    changes = {
+        "+ model.boundary=true": config(model={"boundary": True}),
+        "+ model.depth=3, loss.boundary=0.5": config(model={"depth": 3}, loss={"boundary": 0.5}),
+        "+ loss.pcl=0.1": config(loss={"pcl": 0.1}),
+        "+ model.bgem=false, model.doem=false, model.x=1, loss.pcl=0": config("pfenet", model={"x": 1}),
+    }
+    runs = [run("full", fold, 0, [50.0]) for fold in range(4)]
+    runs += [run("full", f, 0, [60.0], config=c, modified="2027") for c in changes.values() for f in range(4)]
+    settings, replaced = report.arrange(runs, PAPER)
+    assert replaced == [] and list(settings) == [SETTING]
+    text = next(part for part in report.tables(settings, PAPER) if part.startswith("| Network"))
+    assert row_of(text, "+ PCL (NTRENet)")[4] == "50.0"
+    for label in changes:
+        assert row_of(text, label)[4:6] == ["60.0", "+10.0"]  # the margin is to NTRENet
 
 
-def test_switches_name_the_row_and_numbers_of_no_row_name_the_setting(run: Any) -> None:
-    settings, _ = report.arrange([run(config=config(model={"x": True, "channels": 64})), run("bgem")], PAPER)
+def test_channels_name_the_setting(run: Any) -> None:
+    settings, _ = report.arrange([run(config=config("bgem", model={"channels": 64})), run("bgem")], PAPER)
     assert {setting: list(rows) for setting, rows in settings.items()} == {
         SETTING: ["bgem"],
-        f"{SETTING}, model.channels=64": ["model.x=true"],
+        f"{SETTING}, model.channels=64": ["bgem"],
     }
 
 
@@ -192,9 +200,7 @@ def test_a_cell_shows_the_deviation_a_random_backbone_and_the_difference_to_the_
     [
         ({"list_sha256": "b" * 64}, "test_list"),
         ({"environment": {"git_revision": "1" * 40, "git_clean": False}}, "revision"),
-        ({"episodes": 200}, "episodes"),
         ({"config": config("full", eval={"geometry": "exact"})}, "eval.geometry"),
-        ({"config": config("full", train={"lr": 0.01})}, "train.lr"),
         ({"config": config("full", model={"weights": "random"})}, "model.weights"),
     ],
 )
@@ -212,14 +218,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of the paper's own setting and of another data set, a replaced one, damaged files and a failed run."""
     root = tmp_path_factory.mktemp("runs")
     finished = {"steps": 1, "seconds": 7200.0, "peak_memory_mib": 2048.0}
-    starts = [{"time": "2026-01-01", "step": 0}, {"time": "2026-01-02", "step": 14}]
-    training = {"device": "abacus", "git_revision": "1" * 40, "finished": finished, "starts": starts}
+    training = {"device": "abacus", "git_revision": "1" * 40, "finished": finished}
     for i, row in enumerate(["pfenet", "bgem", "full", "per_scale"]):
         for fold in range(4):
             results_file = results(row, fold, 0, [50.0 + i, 52.0 + i], dataset="PASCAL-5i")
             write(root / f"{row}_{fold}", training, "run.json")
             write(root / f"{row}_{fold}", results_file | {"calibrated": {"miou": {"per_seed": [60.0 + i] * 2}}})
-    write(root / "full_0", {"novel": {"miou": {"0.5": 52.0, "0.4": 58.0}}}, "diagnosis.json")
     old = write(root / "old", results("full", 0, 0, [99.0, 99.0], dataset="PASCAL-5i"))
     os.utime(old, (1, 1))
     write(root / "toy", results("bgem", 2, 0, [40.0]))
@@ -241,50 +245,31 @@ def test_the_report_shows_our_runs_next_to_the_papers_and_hides_no_failure(runs:
         assert f"- {runs}/toy/results_{name}.json" in text
     assert f"- {runs}/crashed: unfinished" in text
     assert row_of(text, f"{runs}/old/results.json")[0] == "replaced by a newer run"
-    costs = ["2.00", "2048", "10", "100", "abacus", "1111111"]
-    assert row_of(text, f"{runs}/bgem_2/results.json", "bgem", "2", "0", "52.0")[:6] == costs
-    assert row_of(text, f"{runs}/bgem_2/results.json")[-1] == "resumed at step 14, 2026-01-02"
+    costs = ["2.00", "2048", "abacus", "1111111"]
+    assert row_of(text, f"{runs}/bgem_2/results.json", "bgem", "2", "0", "52.0")[:4] == costs
+    assert row_of(text, f"{runs}/old/results.json")[-1] == "no training record"
     assert row_of(text, "+ PCL (NTRENet)")[0] == "53.0 ± 1.4† (-12.4)"  # not 99.0
-    assert row_of(text, "+ BGEM")[4:9] == [
-        "52.0 ± 1.4† (-10.4)",
-        "+1.0",
-        "72.0 ± 1.4† (+9.2)",
-        "62.0 ± 1.4†",
-        "61.0 ± 0.0†",
-    ]
+    cells = ["52.0 ± 1.4† (-10.4)", "+1.0", "72.0 ± 1.4† (+9.2)", "62.0 ± 1.4†", "61.0 ± 0.0†"]
+    assert row_of(text, "+ BGEM")[4:9] == cells
     assert row_of(text, "ResNet-50", "PFENet, ours")[4] == "51.0 ± 1.4† (-9.8)"
     assert row_of(text, "at each scale of FEM")[4] == "54.0 ± 1.4†"
-    assert row_of(text.split("## Toy-5i")[1], "+ BGEM")[:7] == [
-        "not run",
-        "not run",
-        "40.0",
-        "not run",
-        "-",
-        "",
-        "60.0",
-    ]
+    cells = ["not run", "not run", "40.0", "not run", "-", "", "60.0"]
+    assert row_of(text.split("## Toy-5i")[1], "+ BGEM")[:7] == cells
     assert "ResNet-101" not in text  # not run
     assert command(runs).stdout.splitlines() == text.split("\n\n## Every run")[0].splitlines()[2:]
 
 
 def test_a_jsonl_file_gives_the_same_tables_as_its_runs(runs: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    tables = command(runs, "--lines", lines).stdout.split("\n", 1)[1]
-    again = command(lines, "--lines", tmp_path / "again.jsonl").stdout.split("\n", 1)[1]
-    assert again == tables
-    assert (tmp_path / "again.jsonl").read_bytes() == lines.read_bytes()
+    tables = command(runs, "--lines", lines).stdout.split("\n\n", 1)
+    assert tables[1] in command(lines).stdout
 
 
 def test_the_stored_results_are_read_and_give_the_published_table() -> None:
     done = command("scripts/results.jsonl")
     assert done.stderr == ""
     synthetic = done.stdout.split("## Synthetic-5i, EfficientNet-Lite0, 1-shot, model.channels=64\n")[1]
-    published = {
-        "PFENet": "54.7 ± 0.4",
-        "+ BGEM": "58.4 ± 1.3",
-        "+ DOEM": "61.6 ± 1.6",
-        "+ PCL (NTRENet)": "61.7 ± 1.6",
-    }
+    published = {"PFENet": "54.7 ± 0.4", "+ BGEM": "58.4 ± 1.3", "+ PCL (NTRENet)": "61.7 ± 1.6"}
     for label, mean in published.items():
         assert row_of(synthetic, label)[4] == mean
     assert row_of(synthetic, "once, with a base learner")[4:6] == ["73.2 ± 0.3", "81.2 ± 0.7"]
@@ -294,5 +279,3 @@ def test_a_folder_without_results_says_what_to_run(tmp_path: Path) -> None:
     write(tmp_path / "started", {"device": "abacus"}, "run.json")
     done = command(tmp_path)
     assert done.returncode == 2 and "(1 runs without results); run 'python test.py --config" in done.stderr
-    done = command(tmp_path / "elsewhere")
-    assert done.returncode == 2 and "elsewhere does not exist" in done.stderr

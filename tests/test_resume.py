@@ -6,7 +6,6 @@ import json
 import os
 import pty
 import random
-import re
 import shutil
 import signal
 import socket
@@ -312,15 +311,6 @@ def test_a_batch_that_cannot_be_shared_is_refused(
     refused(result, "train.batch_size 3 is shared by 2 processes; make it a multiple of that")
 
 
-@pytest.mark.parametrize("told", [{}, {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "here"}])
-def test_half_a_job_of_several_processes_is_refused(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
-) -> None:
-    for name, value in (told | {"WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
-    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), "WORLD_SIZE=2", "torchrun", "unset WORLD_SIZE")
-
-
 def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     first = started(config, run, "workers=2", LONG, EACH_STEP)
@@ -354,23 +344,9 @@ def test_resuming_with_other_settings_is_refused_and_names_each(run: Run, config
     assert contents(run.folder) == before
 
 
-def test_a_folder_of_another_config_is_refused_though_it_has_no_checkpoint(
-    config: Path, run: Run, tmp_path: Path
-) -> None:
-    shutil.copy(run.folder / "config.yaml", tmp_path)
-    result = call(train, "--config", config, f"run_dir={tmp_path}", "resume=auto", "train.lr=0.5")
-    refused(result, "train.lr is 0.03 there and 0.5 here")
-
-
 def test_a_checkpoint_without_optimizer_is_not_resumed(run: Run, config: Path, tmp_path: Path) -> None:
     result = call(train, "--config", config, f"run_dir={tmp_path}", f"resume={run.folder / 'best.pt'}")
     refused(result, run.folder / "best.pt", "last.pt")
-
-
-def test_a_truncated_checkpoint_without_another_is_not_resumed(run: Run, config: Path, tmp_path: Path) -> None:
-    (tmp_path / "last.pt").write_bytes((run.folder / "last.pt").read_bytes()[:50_000])
-    result = call(train, "--config", config, f"run_dir={tmp_path}", "resume=auto")
-    refused(result, tmp_path / "last.pt", "damaged", "use another one")
 
 
 def test_resuming_a_finished_run_changes_nothing(run: Run, config: Path, tmp_path: Path) -> None:
@@ -394,16 +370,3 @@ def test_a_run_resumes_with_its_data_moved_and_lists_of_windows_but_not_with_oth
     path = moved / "lists/train.txt"
     path.write_text("\n".join(path.read_text("utf-8-sig").split("\n")[::-1]))  # the same images: other episodes
     refused(call(train, "--config", config, *overrides, "resume=auto"), path, "has changed since checkpoint")
-
-
-def test_a_run_resumed_from_elsewhere_leaves_what_stands_in_run_dir_and_names_files_that_exist(
-    run: Run, config: Path, tmp_path: Path
-) -> None:
-    before, elsewhere = contents(run.folder), f"resume={run.folder / 'last.pt'}"
-    other = tmp_path / "other.pt"
-    shutil.copy(run.folder / "last.pt", other)
-    refused(call(train, "--config", config, f"run_dir={run.folder}", f"resume={other}"), run.folder)
-    assert contents(run.folder) == before
-    result = succeeded(call(train, "--config", config, f"run_dir={tmp_path / 'new'}", elsewhere))
-    named = re.findall(re.escape(str(tmp_path / "new")) + r"/\w+\.pt", result.out)
-    assert all(Path(path).exists() for path in named)

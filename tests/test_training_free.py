@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scenes import ROOT, scene
+from scenes import ROOT, iou, scene
 from torch import Tensor
 
 from model.training_free import Described, describe_support, join, target_score
@@ -78,13 +78,6 @@ def test_the_score_is_that_of_a_loop_over_positions(seed: int, shots: int) -> No
     np.testing.assert_allclose(score.numpy(), naive(query(seed), supports), atol=1e-4)
 
 
-def test_the_order_of_supports_is_of_no_account_and_copies_change_nothing() -> None:
-    supports = [described(n) for n in range(3)]
-    score = target_score(query(0), join(supports))
-    torch.testing.assert_close(target_score(query(0), join(supports[::-1])), score, atol=1e-4, rtol=0)
-    torch.testing.assert_close(target_score(query(0), join(supports * 2)), score, atol=1e-4, rtol=0)
-
-
 def test_what_is_like_the_target_is_found_and_what_is_like_the_rest_is_not() -> None:
     """Two kinds of features, each around a direction of its own; the first row of the query is of the target's."""
     kinds = query(0, channels=32).flatten(1)[:, :2]
@@ -132,8 +125,6 @@ def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
     assert target[1, 0] == pytest.approx(1 / 45)  # 9 rows and 5 columns of it lie in the image
     assert (target > 0).sum() == 1
     assert (other[:, 3] == 0).all() and (other[0, :2] == 1).all()
-    with pytest.raises(ValueError, match="layers must be"):
-        describe_support(torch.ones(4, 3, 4), layers[:, :16])
 
 
 # On images, with EfficientNet-Lite0's weights from pip
@@ -142,10 +133,6 @@ def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
 @pytest.fixture(scope="module")
 def segmenter() -> TrainingFreeSegmenter:
     return NTRESegmenter.training_free(device="cpu", precision="fp32")
-
-
-def iou(mask: np.ndarray, truth: np.ndarray) -> float:
-    return float((mask & truth).sum() / (mask | truth).sum())
 
 
 def test_a_disc_is_found_without_training_and_edges_find_its_border(segmenter: TrainingFreeSegmenter) -> None:

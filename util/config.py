@@ -9,7 +9,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from enum import Enum, auto
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +26,6 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def _names_of(value: Any) -> Any:
-    """Read the names if the path of a file of names is given instead of them."""
     if not isinstance(value, str):
         return value
     try:
@@ -36,21 +35,18 @@ def _names_of(value: Any) -> Any:
 
 
 Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_names_of)]
-"""names, or the path of a file that holds one name a line; the config holds the names themselves"""
+"""names, or the path of a file of one name a line, which the config then holds"""
 
 
 class Kind(Enum):
     """Which configs must agree on a key. A key without a tag has the kind of its section, by default RUN."""
 
-    TASK = auto()
-    """a checkpoint can only be tested or resumed with the value it was trained with"""
-    RUN = auto()
-    """a run can only be resumed with the same value; a test may have another"""
-    MACHINE = auto()
-    """changes no figure, so it may change when a run is resumed"""
+    TASK = "a checkpoint can only be tested or resumed with the value it was trained with"
+    RUN = "a run can only be resumed with the same value; a test may have another"
+    MACHINE = "changes no figure, so it may change when a run is resumed"
 
 
-TASK, RUN, MACHINE = Kind.TASK, Kind.RUN, Kind.MACHINE
+TASK, RUN, MACHINE = Kind
 
 
 class Section(BaseModel):
@@ -277,12 +273,11 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     path, *variants = [paths] if isinstance(paths, Path) else paths
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for source, layer in _layers(path, variants, overrides):
+    layers = [layer for file in (path, *variants) for layer in _layers(file)]
+    for source, layer in [*layers, *map(_override, overrides)]:
         _merge(values, layer, source, origin)
         origin[""] = source  # keys that contradict each other: the last source is to blame
-    if values.get("run_dir") is None:
-        values.pop("run_dir", None)
-    config = _validate(values, origin, str(path))
+    config = config_from_dict(values, str(path), origin)
     if config.run_dir:
         return config
     of_seed = [f"seed{config.seed}"] if config.seed else []
@@ -290,52 +285,35 @@ def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> 
     return config.model_copy(update={"run_dir": str(Path("runs") / path.resolve().parent.name / name)})
 
 
-def config_from_dict(values: dict[str, Any], source: str) -> Config:
-    """Validate a whole config from a checkpoint or a record; errors name ``source``."""
-    return _validate(values, {}, source)
-
-
-def _layers(path: Path, variants: Sequence[Path], overrides: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name and the values of each source; later ones win."""
-    leaf = read_yaml(path)
-    base = leaf.pop("base", None)
-    if isinstance(base, str):
-        yield str(path.parent / base), _read_without_base(path.parent / base, f"name it in {path}")
-    elif base is not None:
-        raise UserError(f"{path}: 'base' must be the path of one YAML file")
-    yield str(path), leaf
-    for variant in variants:
-        if variant.suffix not in (".yaml", ".yml"):
-            raise UserError(f"command line: '{variant}' is not key=value, such as train.lr=0.01, nor a YAML file")
-        yield str(variant), _read_without_base(variant, "a file that has one is a whole config; give it first")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise UserError(f"command line: '{override}' is not key=value, such as train.lr=0.01")
-        try:
-            value = yaml.load(text, _Loader)  # noqa: S506 (a subclass of SafeLoader)
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"command line: {key}: cannot read the value '{text:.100}'") from error
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        yield "command line", value
-
-
-def _read_without_base(path: Path, remedy: str) -> dict[str, Any]:
+def _layers(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the values of a file's base, if it has one, and of the file."""
     values = read_yaml(path)
-    if "base" in values:
-        raise UserError(f"{path}: cannot have a 'base' of its own; {remedy}")
-    return values
+    if (base := values.pop("base", None)) is not None:
+        yield from _layers(path.parent / str(base))
+    yield str(path), values
+
+
+def _override(text: str) -> tuple[str, dict[str, Any]]:
+    key, equals, written = text.partition("=")
+    if not equals:
+        raise UserError(f"command line: '{text}' is not key=value, such as train.lr=0.01")
+    try:
+        value = yaml.load(written, _Loader)  # noqa: S506 (a subclass of SafeLoader)
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"command line: {key}: cannot read the value '{written:.100}'") from error
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return "command line", value
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
-    """``--config``, the same for every command."""
+    """Add ``--config``, the same for every command."""
     what = "a fold's config, and any files that vary it, such as configs/ablation/pfenet.yaml"
     parser.add_argument("--config", type=Path, nargs="+", required=True, metavar="YAML", help=what)
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """Options of the command line, and its ``key=value`` overrides, which may be anywhere among them."""
+    """Return the command line's options, and its ``key=value`` overrides, which may be anywhere among them."""
     parser.usage = f"%(prog)s {parser.format_usage().split(maxsplit=2)[2].strip()} [key=value ...]"
     overrides = [word for word in sys.argv[1:] if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     args, others = parser.parse_known_args([word for word in sys.argv[1:] if word not in overrides])
@@ -396,8 +374,8 @@ def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[
             into[key] = value
 
 
-def _validate(values: dict[str, Any], origin: dict[str, str], file: str) -> Config:
-    """Check the values; an error names the source of the key, or ``file`` if no source is known."""
+def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> Config:
+    """Validate a whole config; an error names the key and its source in ``origin``, by default ``file``."""
     try:
         return Config.model_validate(values)
     except ValidationError as validation:
@@ -407,7 +385,7 @@ def _validate(values: dict[str, Any], origin: dict[str, str], file: str) -> Conf
     if error["type"] == "missing":
         raise UserError(f"{file}: key '{key}' is missing")
     parents = [".".join(location[:n]) for n in range(len(location), -1, -1)]
-    source = next((origin[parent] for parent in parents if parent in origin), file)
+    source = next((origin[parent] for parent in parents if parent in origin), file) if origin else file
     if error["type"] == "extra_forbidden":
         keys = sorted(keys_with(*Kind))
         known = {k.rsplit(".", 1)[-1]: k for k in keys} | {k: k for k in keys}
@@ -430,19 +408,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def keys_with(*kinds: Kind) -> frozenset[str]:
-    """The keys of these kinds: 'data.fold', 'train.lr', 'seed' ..."""
+    """Return the keys of these kinds: 'data.fold', 'train.lr', 'seed' ..."""
+
+    def tag(field: FieldInfo, default: Kind) -> Kind:
+        return next((kind for kind in field.metadata if isinstance(kind, Kind)), default)
+
     keys: dict[str, Kind] = {}
     for name, field in Config.model_fields.items():
-        kind = _tag(field, RUN)
+        kind = tag(field, RUN)
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            keys |= {f"{name}.{key}": _tag(own, kind) for key, own in field.annotation.model_fields.items()}
+            keys |= {f"{name}.{key}": tag(own, kind) for key, own in field.annotation.model_fields.items()}
         else:
             keys[name] = kind
     return frozenset(key for key, kind in keys.items() if kind in kinds)
-
-
-def _tag(field: FieldInfo, default: Kind) -> Kind:
-    return next((tag for tag in field.metadata if isinstance(tag, Kind)), default)
 
 
 NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")
@@ -450,12 +428,9 @@ NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")
 
 
 def departures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of ``model`` and ``loss`` in which a run departs from NTRENet, the default, with the run's values.
+    """Return the keys of ``model`` and ``loss`` in which a run departs from NTRENet, the default, with their values.
 
-    A key that this version does not know, such as a fork's, counts as well.
-
-    Args:
-        values: a config's values by key, as :func:`flatten` yields them
+    A key that this version does not know, such as a fork's, counts as well. ``values`` are those of :func:`flatten`.
     """
     default = dict(flatten({"model": ModelConfig().model_dump(), "loss": LossConfig().model_dump()}))
     given = {k: value for k, value in values.items() if k.startswith(("model.", "loss.")) and k not in NOT_A_DEPARTURE}

@@ -37,7 +37,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote; empty if there is no such file or it is damaged."""
+    """Read a file of :func:`write_json`; empty if there is no such file or it is damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -63,7 +63,7 @@ def write_atomically(
     Raises:
         OSError: naming the file, if the disk is full or the folder cannot be written; and whatever ``write`` raises.
     """
-    # a name of its own: processes that write the same file do not meet, and "x" follows no symbolic link
+    # a random name, because several processes may write the same file
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path), temporary.open("xb") as file:
@@ -81,18 +81,6 @@ def write_atomically(
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if force:
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to the disk; some file systems cannot."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def require_writable(path: Path, suffix: str) -> None:
@@ -115,7 +103,7 @@ def require_writable(path: Path, suffix: str) -> None:
 
 @contextmanager
 def held_alone(folder: Path) -> Iterator[None]:
-    """Make a run's folder and hold it; the system frees it when this process ends, however it ends.
+    """Make a run's folder and lock it; the system frees the lock when this process ends, however it ends.
 
     Raises:
         UserError: another process holds it, which is named; or it cannot be written.

@@ -5,7 +5,7 @@ is. The network was trained with TensorFlow's "same" padding; on sides of 8n + 1
 equals the symmetric padding used here.
 
 Only the blocks up to 112 channels are used, at output stride 8: the stride of the 80-channel group is dropped,
-without a dilation in its place. On small pictures the prior mask is sharper so than with dilated or deeper features.
+without a dilation in its place. On small images this gives a sharper prior mask than dilated or deeper features.
 """
 
 from torch import Tensor, nn

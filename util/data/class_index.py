@@ -1,8 +1,7 @@
 """List files, and the class index: how many pixels each class has in each image of a list.
 
 The index is counted once from all masks and cached next to the list (``train.txt.index.npz``), or in the user's cache
-folder if that cannot be written. The cache's key covers the list, the number of classes, the reader of the masks, and
-size and time of every image and mask, so that a changed file is noticed.
+folder if that cannot be written.
 """
 
 import hashlib
@@ -17,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from model import IGNORE
-from util.data.images import hint_at, image_size, orientation, read_class_ids
+from util.data.images import image_size, read_class_ids
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_atomically
@@ -41,7 +40,6 @@ class Item(NamedTuple):
 
 
 MakeItem = Callable[[Path, Path], Item]
-"""makes an item of the two paths of a line"""
 
 
 @dataclass(frozen=True)
@@ -67,29 +65,12 @@ class ClassIndex:
         """Return the lines whose masks hold at least ``min_area`` (1 or more) pixels of the class, ascending."""
         return np.flatnonzero(self.pixels[:, class_id] >= min_area)
 
-    def areas(self, line: int) -> dict[int, int]:
-        """Return the pixels of each class in a line's mask, by ascending id; 0 is the background."""
-        present = np.flatnonzero(self.pixels[line])
-        return dict(zip(present.tolist(), self.pixels[line, present].tolist(), strict=True))
-
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
     """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
 
     Raises:
-        UserError: as :func:`parse_list`, or lines that are not two paths, or repeated lines.
-    """
-    items, problems = parse_list(path, root, make_item)
-    if problems:
-        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
-    return items
-
-
-def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tuple[Item, ...], list[str]]:
-    """Return the items of a list, and the problems of its other lines.
-
-    Raises:
-        UserError: the list does not exist, cannot be read or is empty.
+        UserError: the list does not exist, cannot be read or is empty, or lines are not two paths or are repeated.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -111,9 +92,11 @@ def parse_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[tupl
                 problems.append(f"line {number}: the same as line {items[item]}")
         elif parts:
             problems.append(f"line {number}: want 'image mask', two paths without spaces; got '{line:.100}'")
-    if not items and not problems:
+    if problems:
+        raise UserError(f"list {path} {first_of(problems)}; correct or remove these lines")
+    if not items:
         raise UserError(f"list {path} holds no lines")
-    return tuple(items), problems
+    return tuple(items)
 
 
 def _normalised(path: str, root: Path) -> str:
@@ -130,7 +113,8 @@ def load_class_index(
         UserError: a missing or unreadable file, image and mask of different sizes, or a mask value that is no class.
     """
     items = read_list(list_path, root, make_item)
-    require_root(root)
+    if not root.is_dir():
+        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
     list_sha256 = hash_list(items, root)
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
@@ -151,18 +135,8 @@ def hash_list(items: Sequence[Item], root: Path) -> str:
     return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
-def require_root(root: Path) -> None:
-    """Raise a UserError if data.root is no folder, before every single file is missed."""
-    if not root.is_dir():
-        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
-
-
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
-    """Hash everything that an index depends on: list, number of classes, readers, size and time of every file.
-
-    Raises:
-        UserError: files that do not exist; names the first and how many there are.
-    """
+    """Hash all that an index depends on: list, classes, readers, size and time of every file; they must exist."""
     key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
     missing: list[str] = []
     for item in items:
@@ -172,28 +146,20 @@ def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_clas
                 stat = path.stat()
                 key.update(f" {stat.st_size} {stat.st_mtime_ns}".encode())
             except FileNotFoundError:
-                missing.append(f"{kind} {path} does not exist{'' if missing else hint_at(path)}")
-            except OSError as error:
-                missing.append(f"{kind} {path} cannot be reached ({error.strerror})")
+                missing.append(f"{kind} {path} does not exist")
     if missing:
-        more = f" ({len(missing)} of {2 * len(items)} files are missing)" if len(missing) > 1 else ""
-        raise UserError(f"{missing[0]}; check data.root and list {list_path}{more}")
+        raise UserError(f"{first_of(missing)}; check data.root and list {list_path}")
     return key.hexdigest()
 
 
 def count_pixels(item: Item, num_classes: int) -> np.ndarray:
-    """Count the pixels of background, each class, and 255 in one mask: (num_classes + 2,), int32.
-
-    Raises:
-        UserError: a file cannot be read, image and mask differ in size, or a value is no class.
-    """
+    """Count the pixels of background, each class, and 255 in one mask: (num_classes + 2,), int32."""
     mask = item.read(item.mask)
     height, width = image_size(item.image)
     if (height, width) != mask.shape:
-        turned = mask.shape == (width, height) and orientation(item.image) >= 5
         raise UserError(
-            f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]};"
-            f" they must be the same size{TURNED if turned else ''}"
+            f"image {item.image} is {width}x{height} but mask {item.mask} is {mask.shape[1]}x{mask.shape[0]}; they must"
+            " be the same size, without the rotation by EXIF tags"
         )
     values = np.bincount(mask.ravel(), minlength=256)
     largest = min(num_classes, IGNORE - 1) if item.class_id is None else 1
@@ -209,11 +175,8 @@ def count_pixels(item: Item, num_classes: int) -> np.ndarray:
     return counts
 
 
-TURNED = "; its EXIF orientation turns the image on screen: store it as it is seen, by mogrify -auto-orient"
-
-
 def _caches_of(list_path: Path) -> list[Path]:
-    """Return where the cache may be: next to the list, or if that cannot be written in the user's cache folder."""
+    """Return the possible paths of the cache: next to the list, and in the user's cache folder."""
     name = hashlib.sha256(os.fsencode(list_path.absolute())).hexdigest()[:16]
     user = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # noqa: PTH111 (raises without a home)
     return [list_path.with_name(f"{list_path.name}.index.npz"), Path(user, f"ntrenet/{name}.index.npz")]
@@ -224,10 +187,10 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
     for path in _caches_of(list_path):
         try:
             with np.load(path, allow_pickle=False) as stored:
-                if str(stored["key"]) == key:
-                    counts = stored["counts"]
-                    if counts.dtype == np.int32 and counts.shape == shape and counts.min() >= 0:
-                        return counts
+                counts = stored["counts"]
+                sound = counts.dtype == np.int32 and counts.shape == shape and counts.min() >= 0
+                if sound and str(stored["key"]) == key:
+                    return counts
         except Exception:  # zipfile, zlib and numpy raise many kinds for a damaged file; it is then counted again
             continue
     return None

@@ -95,13 +95,13 @@ class EpisodeDataset(Dataset[Episode]):
     def __init__(self, sampler: Episodes, *, transform: Transform) -> None:
         self.sampler, self.transform = sampler, transform
 
-    def __getitem__(self, number: int) -> Episode:
-        files = self.sampler(number)
+    def __getitem__(self, index: int) -> Episode:
+        files = self.sampler(index)
         items = [self.sampler.index.items[line] for line in (files.query, *files.supports)]
         target = items[0].value_of(files.class_id)
         pixels = []
         for position, item in enumerate(items):
-            rng = np.random.default_rng([self.sampler.seed, 2, number, position])
+            rng = np.random.default_rng([self.sampler.seed, 2, index, position])
             image, ids = self.transform(*read_image_and_ids(item), target, rng)
             pixels.append(np.stack([*image.transpose(2, 0, 1), ids]))
         return Episode(

@@ -9,7 +9,6 @@ from pathlib import Path
 from util.errors import UserError
 from util.progress import progress
 
-CHUNK = 1 << 20
 TIMEOUT = 60
 """seconds without a byte after which a connection counts as broken"""
 
@@ -18,20 +17,20 @@ def download(url: str, path: Path, md5: str) -> None:
     """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``.
 
     Raises:
-        UserError: no connection, a broken one, a wrong checksum, or the file cannot be written.
+        UserError: no connection, a broken one, or a wrong checksum.
     """
     part = path.with_name(path.name + ".part")
-    by_hand = f"or download {url} by hand and save it as {path}"
     if path.exists():
-        if file_md5(path) != md5:
-            raise UserError(f"{path} is not the file at {url}: its MD5 is not {md5}; delete it and run again")
         return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    by_hand = f"or download {url} by hand and save it as {path}"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         _receive(url, part)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(f"{url} is incomplete ({error}); run again to continue {part}, {by_hand}") from error
-    if (found := file_md5(part)) != md5:
+    with part.open("rb") as file:
+        found = hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    if found != md5:
         part.unlink()
         raise UserError(f"{url} has MD5 {found}, not {md5}, and was deleted; run again, {by_hand}")
     part.replace(path)
@@ -52,14 +51,7 @@ def _receive(url: str, part: Path) -> None:
         total = have + int(response.headers.get("Content-Length", 0))
         bar = progress(desc=part.stem, total=total or None, initial=have, unit="B", unit_scale=True)
         with part.open("ab" if have else "wb") as file, bar:
-            while data := response.read(CHUNK):
-                file.write(data)
-                bar.update(len(data))
+            while data := response.read(2**20):
+                bar.update(file.write(data))
     if part.stat().st_size < total:
         raise ConnectionError(f"{total - part.stat().st_size:,} bytes are missing")
-
-
-def file_md5(path: Path) -> str:
-    """Return the MD5 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()

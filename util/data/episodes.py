@@ -1,9 +1,9 @@
 """Episodes: drawn as a pure function of (seed, number), or read from a file."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class EpisodeFiles(NamedTuple):
 
 
 class Episodes(Protocol):
-    """A source of episodes."""
+    """A source of episodes: calling it with a number returns the episode of this number."""
 
     index: ClassIndex
     seed: int
@@ -37,8 +37,7 @@ def find_supports(
     """Return for each class the lines with ``min_area`` pixels of it whose images show none of ``avoid``."""
     avoided = index.photos[index.pixels[:, list(avoid)].any(1)]
     allowed = ~np.isin(index.photos, avoided)
-    qualifying = {c: index.qualifying(c, min_area) for c in classes}
-    return {c: lines[allowed[lines]] for c, lines in qualifying.items()}
+    return {c: np.flatnonzero(allowed & (index.pixels[:, c] >= min_area)) for c in classes}
 
 
 class EpisodeSampler:
@@ -84,19 +83,17 @@ class EpisodeSampler:
         self._pass, self._order = -1, self.queries
 
     def __len__(self) -> int:
-        """Return the number of queries in one pass."""
         return len(self.queries)
 
     def __call__(self, number: int) -> EpisodeFiles:
-        """Draw episode number ``number``."""
+        """Return episode number ``number``."""
         passes, position = divmod(number, len(self))
         if passes != self._pass:
             order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
             self._pass, self._order = passes, self.queries[order]
         query = int(self._order[position])
         rng = np.random.default_rng([self.seed, 1, number])
-        in_query = self.index.areas(query)
-        present = [c for c in self.classes if c in in_query]
+        present = [c for c in self.classes if self.index.pixels[query, c]]
         class_id = present[rng.integers(len(present))]
         lines, photos = self.supports_of[class_id], self.photos_of[class_id]
         chosen = rng.choice(photos[photos != self.index.photos[query]], self.shots, replace=False)
@@ -125,7 +122,7 @@ def read_episodes(
     Raises:
         UserError: the file does not fit the list, the fold or the shots; names the first line that does not.
     """
-    line_numbers = {line_of(item, root): line for line, item in enumerate(index.items)}
+    lines = {line_of(item, root): line for line, item in enumerate(index.items)}
     try:
         rows = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -133,9 +130,17 @@ def read_episodes(
     episodes: list[EpisodeFiles] = []
     for number, row in enumerate(rows, 1):
         try:
-            episodes.append(_read_episode(json.loads(row), index, line_numbers, classes, shots))
+            record = json.loads(row)
+            if record["list_sha256"] != index.list_sha256:
+                raise ValueError(f"made for another list than {index.list_path}")
+            query, *supports = (lines[name] for name in (record["query"], *record["supports"]))
+            if len(supports) != shots:
+                raise ValueError(f"{len(supports)} supports, but data.shots is {shots}")
+            if record["class_id"] not in classes:
+                raise ValueError(f"class {record['class_id']} is not novel in this fold")
+            episodes.append(EpisodeFiles(query, tuple(supports), record["class_id"]))
         except (ValueError, KeyError, TypeError) as error:
-            reason = error if type(error) is ValueError else "not an episode (query, supports, class_id, list_sha256)"
+            reason = error if type(error) is ValueError else "not an episode of this list"
             raise UserError(
                 f"episodes file {path} line {number}: {reason};"
                 " evaluate it with the list, fold and shots it was made for"
@@ -161,25 +166,3 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
         return json.dumps(record) + "\n"
 
     write_text(path, "".join(map(row, range(count))))
-
-
-def _read_episode(
-    record: dict[str, Any], index: ClassIndex, line_numbers: Mapping[str, int], classes: Sequence[int], shots: int
-) -> EpisodeFiles:
-    """Turn one record of an episodes file into an episode; a ValueError says why it does not fit."""
-    names, class_id = [record["query"], *record["supports"]], record["class_id"]
-    if record["list_sha256"] != index.list_sha256:
-        raise ValueError(
-            f"made for a list of SHA-256 {str(record['list_sha256'])[:16]}, {index.list_path} has"
-            f" {index.list_sha256[:16]}"
-        )
-    if unknown := [name for name in names if name not in line_numbers]:
-        raise ValueError(f"{unknown[0]:.200} is no line of {index.list_path}")
-    query, *supports = (line_numbers[name] for name in names)
-    if len({index.photos[line] for line in (query, *supports)}) < len(names):
-        raise ValueError("an image occurs twice in the episode")
-    if len(supports) != shots:
-        raise ValueError(f"{len(supports)} supports, but data.shots is {shots}")
-    if class_id not in classes:
-        raise ValueError(f"class {record.get('class', class_id)} is not novel in this fold")
-    return EpisodeFiles(query, tuple(supports), int(class_id))

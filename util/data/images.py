@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import Image, ImageFile
 
 from util.errors import UserError
 
@@ -19,6 +19,9 @@ MAX_PIXELS = 100_000_000
 
 FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
 """formats that are read, with their suffixes; Pillow also knows formats that run programs"""
+
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+"""suffixes of images, in lower case"""
 
 MASK_MODES = ("P", "L", "1")
 """palette or greyscale; a pixel's value is its class id"""
@@ -64,12 +67,6 @@ def image_size(path: Path) -> tuple[int, int]:
         return image.height, image.width
 
 
-def orientation(path: Path) -> int:
-    """Read the EXIF orientation, 1 to 8, by which viewers turn an image; 1 (as stored) if there is none."""
-    with _opened("image", path) as image:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-
-
 def refuse_scaled(image: Image.Image, name: str) -> None:
     """Raise a UserError for a mask whose values Pillow changes.
 
@@ -78,19 +75,6 @@ def refuse_scaled(image: Image.Image, name: str) -> None:
     tiles = getattr(image, "tile", ())
     if image.mode in ("L", "LA", "RGB", "RGBA") and any(";" in str(tile.args) for tile in tiles):
         raise UserError(f"{name} does not have plain 8 bits a channel, so its values are no class ids; convert it")
-
-
-def hint_at(path: Path) -> str:
-    """Say where a missing file may be, judging by the usual mistakes in lists; '' if it is not found there."""
-    if "\\" in str(path):
-        return "; write / instead of \\ in the list"
-    for suffix in (suffix for suffixes in FORMATS.values() for lower in suffixes for suffix in (lower, lower.upper())):
-        if path.with_suffix(suffix).is_file():
-            return f", but there is {path.with_suffix(suffix).name}"
-    for root in ("/", "."):  # the list's paths are absolute, or begin with data.root
-        if any(Path(root, *path.parts[n:]).is_file() for n in range(1, len(path.parts))):
-            return f", but would with data.root={root}"
-    return ""
 
 
 @contextmanager
@@ -103,7 +87,7 @@ def _opened(kind: str, path: Path) -> Iterator[ImageFile.ImageFile]:
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{kind} {path} does not exist{hint_at(path)}; check data.root and the list") from None
+        raise UserError(f"{kind} {path} does not exist; check data.root and the list") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{kind} {path} cannot be read ({error}); replace it or take it off the list") from error
 

@@ -1,6 +1,8 @@
 """Loader processes: how many, how they start, and how they end."""
 
+import atexit
 import multiprocessing
+import multiprocessing.process
 import os
 import shutil
 import signal
@@ -47,7 +49,7 @@ def start_worker(_: int) -> None:
 
 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:
-    """Yield the batches of a loader; its workers end with this iterator, so close it.
+    """Yield the batches of a loader; its workers end with this iterator, at the latest with the program.
 
     Raises:
         UserError: a file cannot be read, or a worker was killed.
@@ -55,14 +57,21 @@ def batches_of(loader: DataLoader[T]) -> Generator[T]:
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - others
+    if workers:
+        atexit.register(_kill, workers)
     try:
         yield from batches
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        for worker in workers:  # those that are left ignore SIGTERM, by which torch ends them
-            worker.kill()
         raise UserError(
             "the system ended a loader process, most often for lack of memory: lower workers, or give the job more"
             " memory; resume=auto continues from the last checkpoint"
         ) from error
+
+
+def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
+    """Kill workers that are alive when Python ends: it would send SIGTERM, which they ignore, and wait."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error at their death
+    for worker in workers:
+        worker.kill()

@@ -14,7 +14,7 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 WORTH_PROCESSES = 512
-"""shorter sequences are worked on in this process"""
+"""shorter sequences are processed in the main process"""
 
 
 def on_all_cores(

@@ -20,9 +20,9 @@ class Published(NamedTuple):
 
     title: str
     split: str
-    """'train' or 'val'; '' for a list that papers do not use"""
-    ignored: int | None
-    """number of masks that hold 255, if it is known"""
+    """'train' or 'val'"""
+    ignored: int
+    """number of masks that hold 255"""
 
 
 PUBLISHED = {
@@ -33,12 +33,6 @@ PUBLISHED = {
         "PASCAL-5i val, 1449, as published", "val", 1449
     ),
     "d1326bd532648d73bc4b1bd275434eba81930982dc7401a65a8cecb26c028e24": Published("the 10582 list", "train", 1464),
-    "0b2068f7a359d2907431803e1cd63bf6162da37d7d503b589d3b08c6fd0c2432": Published(
-        "SBD alone, 5623: not used in papers", "", None
-    ),
-    "aa623bd2c8ce4443a8aaae51c524c0eb165e8e44caf6aa9e3ad33d7b75a3ef20": Published(
-        "VOC train alone, 1464: not used in papers", "", 1464
-    ),
 }
 """by the SHA-256 of the sorted ids, one a line"""
 

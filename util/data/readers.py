@@ -1,12 +1,10 @@
 """Readers: a reader turns one line of a list into an Item and decides how its mask is decoded.
 
 ``data.reader`` names one of :data:`READERS`. A data set with masks of another kind needs a function here that makes an
-:class:`~util.data.class_index.Item` of a line's two paths, and a line in the table. The item names the function that
-reads its mask as (H, W) uint8 with 255 ignored. The other values are class ids, or, if the item has a class, 1 for
-this class and 0 for everything else; there can then be any number of classes.
+:class:`~util.data.class_index.Item` of a line's two paths, and a line in the table.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,7 @@ def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
     return Item(image, mask, ids[name], read_binary_mask)
 
 
-READERS: dict[str, Callable[[Path, Path, Mapping[str, int]], Item]] = {
-    "class_ids": class_ids,
-    "class_folders": class_folders,
-}
+READERS = {"class_ids": class_ids, "class_folders": class_folders}
 
 
 def reader_of(data: DataConfig) -> MakeItem:

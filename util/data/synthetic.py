@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from model import IGNORE
 from util.data.images import encoded, encoded_mask
 from util.files import write_bytes, write_text
 
@@ -23,7 +24,6 @@ Array = NDArray[Any]
 Texture = Callable[[Array, Array, Array], Array]
 
 VERSION = 1  # increase it if the same parameters no longer give the same files
-IGNORE = 255
 SPLITS = ("train", "val")
 JPEG_QUALITY = 92
 MIN_VISIBLE = 0.7  # share of each object's pixels that later objects leave visible
@@ -354,21 +354,20 @@ def generate(
     root = Path(root)
     record = root / "generator.json"
     parameters = json.dumps({"version": VERSION, "train": train, "val": val, "seed": seed}) + "\n"
-    counts = dict(zip(SPLITS, (train, val), strict=True))
-    items = [(split, index) for split in SPLITS for index in range(counts[split])]
+    items = [(split, index) for split, count in zip(SPLITS, (train, val), strict=True) for index in range(count)]
     texts = {"classes.txt": list(CLASS_NAMES)}
     for split in SPLITS:
-        texts[f"lists/{split}.txt"] = [" ".join(file_names(split, index)) for index in range(counts[split])]
+        texts[f"lists/{split}.txt"] = [" ".join(file_names(*item)) for item in items if item[0] == split]
     expected = [*texts, *(name for item in items for name in file_names(*item))]
-    if record.exists() and record.read_text() == parameters and all((root / n).exists() for n in expected):
+    if record.exists() and record.read_text() == parameters and all((root / name).exists() for name in expected):
         return False
 
     for folder in ("JPEGImages", "SegmentationClassAug", "lists"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)  # written last: an interrupted call is not taken for complete
-    for split, index in progress(items):
-        image, mask = make_image(seed, split, index)
-        image_name, mask_name = file_names(split, index)
+    for item in progress(items):
+        image, mask = make_image(seed, *item)
+        image_name, mask_name = file_names(*item)
         jpeg = encoded(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY)
         write_bytes(root / image_name, jpeg, force=False)
         write_bytes(root / mask_name, encoded_mask(mask), force=False)

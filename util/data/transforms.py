@@ -56,10 +56,10 @@ def augment(
         warped = cv2.warpAffine(mask, matrix, (size, size), flags=cv2.INTER_NEAREST, borderValue=IGNORE)
         if (warped == target).sum() >= 0.85 * target_pixels:
             break
-    picture = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=MEAN_COLOUR)
+    warped_image = cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR, borderValue=MEAN_COLOUR)
     if blur and rng.random() < blur:
-        picture = cv2.GaussianBlur(picture, (5, 5), 0)
-    return picture, warped
+        warped_image = cv2.GaussianBlur(warped_image, (5, 5), 0)
+    return warped_image, warped
 
 
 def _about_centre(
@@ -70,13 +70,13 @@ def _about_centre(
     linear = np.array([[cos, sin], [-sin, cos]])
     if flip:
         linear[0] *= -1
-    centre_in = (np.array(source) - 1) / 2  # pixel centres stand at whole numbers
+    centre_in = (np.array(source) - 1) / 2  # pixel centres are at whole numbers
     centre_out = (np.array(target) - 1) / 2
     return np.hstack([linear, (centre_out - linear @ centre_in)[:, None]])
 
 
 def _crop_offset(length: float, size: int, rng: np.random.Generator) -> float:
-    """Draw where the crop begins: anywhere it fits, or half of the missing length before a too small image."""
+    """Draw the offset of a crop: anywhere it fits, or half of the missing length before an image that is too small."""
     room = length - size
     return rng.uniform(0, room) if room > 0 else room / 2
 
@@ -90,11 +90,11 @@ def fitted_size(height: int, width: int, size: int) -> tuple[int, int]:
 def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Resize by the longer side, as an evaluation does, and place top left, the image on black, the mask on 255."""
     height, width = fitted_size(mask.shape[0], mask.shape[1], size)
-    picture = np.zeros((size, size, 3), np.uint8)
-    picture[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    fitted_image = np.zeros((size, size, 3), np.uint8)
+    fitted_image[:height, :width] = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     fitted = np.full((size, size), IGNORE, np.uint8)
     fitted[:height, :width] = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
-    return picture, fitted
+    return fitted_image, fitted
 
 
 def to_original(logits: Tensor, height: int, width: int, geometry: str) -> Tensor:

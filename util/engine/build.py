@@ -160,9 +160,12 @@ def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
     """Build SGD over everything but the frozen backbone."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     options = config.train
-    return torch.optim.SGD(
+    optimizer = torch.optim.SGD(
         trainable, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
     )
+    for parameter in trainable:  # a fused step that GradScaler skips, as it does the first ones, leaves them undefined
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def learning_rate(config: Config, step: int, total: int) -> float:

@@ -20,27 +20,16 @@ def joined_processes() -> Iterator[None]:
     """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs; alone, do nothing.
 
     Raises:
-        UserError: what torchrun tells its processes is there in part only; more processes on this machine than GPUs.
+        UserError: more processes on this machine than GPUs.
     """
-    told = {
-        name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
-    if told["WORLD_SIZE"] in ("", "1"):
+    if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return
-    if not all(told.values()) or not all(told[name].isdecimal() for name in told if name != "MASTER_ADDR"):
-        said = ", ".join(f"{name}={value or 'unset'}" for name, value in told.items())
-        raise UserError(
-            f"these variables do not make a job of several processes: {said}; start it by torchrun"
-            " --nproc_per_node=N train.py ..., or unset WORLD_SIZE for a single process"
-        )
     backend = "gloo"
     if torch.cuda.is_available():
-        local, gpus = int(told["LOCAL_RANK"]), torch.cuda.device_count()
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
-            raise UserError(
-                f"process {local} of this machine has no GPU, there are {gpus}; set --nproc_per_node={gpus}"
-            )
+            raise UserError(f"process {local} of this machine has no GPU of its own; set --nproc_per_node={gpus}")
         torch.cuda.set_device(local)
         backend = "nccl"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # the first process evaluates and builds indices alone

@@ -5,6 +5,7 @@ class and query, so that images come together; results are in the order of the e
 """
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -33,7 +34,7 @@ from util.engine.metrics import confusion, scores
 
 T = TypeVar("T")
 Measure = Callable[[Tensor, Tensor, int], Tensor]
-"""(score map (H, W), class ids (H, W), the target's id) -> what is kept of an episode, always of one shape"""
+"""(score map (H, W), class ids (H, W), the target's id) -> the measure of an episode, always of one shape"""
 IMAGE, QUERY = "image", "query"
 """kinds of cached entries; a class id is the third"""
 
@@ -185,45 +186,38 @@ def evaluate(
     measure: Measure = confusion_of,
     alone: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Measure a method's predictions on episodes, each at its query's original size.
-
-    Several processes share the episodes.
+    """Measure a method's predictions on episodes, each at its query's original size; several processes share them.
 
     Args:
         cache: from an evaluation before this one, of the same list.
         bar: of ``len(episodes)``.
-        stop: looked at between two batches.
-        alone: this process evaluates all episodes, whatever others do.
+        stop: looked at between two batches; raises Stopped.
+        alone: this process evaluates all episodes.
     Returns:
         (N, ...) of ``measure`` for each name of ``method.predict``, in the order of ``episodes``
     Raises:
-        Stopped: one of the processes was asked to.
         ValueError: the cache belongs to another backbone, image size or list.
     """
-    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
     cache = FeatureCache(config.eval.cache_gib) if cache is None else cache
-    order = sorted(range(len(episodes)), key=lambda n: (episodes[n].class_id, episodes[n].query))
-    share = order if alone else np.array_split(np.array(order), processes())[rank()].tolist()
-    values = {n: index.items[episodes[n].query].value_of(episodes[n].class_id) for n in share}
-    batches = [share[start : start + config.eval.batch_size] for start in range(0, len(share), config.eval.batch_size)]
+    batches = batches_in_order(episodes, config.eval.batch_size, alone)
+    values = [index.items[episode.query].value_of(episode.class_id) for episode in episodes]
     requests = [[key for n in batch for key in method.keys(episodes[n], values[n])] for batch in batches]
     steps = cache.plan(requests, method.nbytes, (*method.owner, index.list_sha256))
     loaded = load_images(method, index, steps, config)
-    rows: dict[str, dict[int, Tensor]] = {}
-    for turn, (batch, step) in enumerate(zip(batches, steps, strict=True), 1):
+    rows: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    for turn, (batch, step) in enumerate(zip(batches, steps, strict=True)):
         samples = next(loaded) if any(part == IMAGE for _, part in step.missing) else {}
         cache.entries.update(method.encode(step.missing, samples, cache.entries))
-        chosen = [episodes[n] for n in batch]
-        for name, maps in method.predict(chosen, [values[n] for n in batch], cache.entries).items():
+        scored = method.predict([episodes[n] for n in batch], [values[n] for n in batch], cache.entries)
+        for name, maps in scored.items():
             for n, score in zip(batch, maps, strict=True):
-                ids = cache.entries[episodes[n].query, IMAGE].ids
-                rows.setdefault(name, {})[n] = measure(score, ids, values[n])
+                rows[name][n] = measure(score, cache.entries[episodes[n].query, IMAGE].ids, values[n])
         for key in step.evicted:
             del cache.entries[key]
         if bar is not None:
             bar.update(len(batch))
             if measure is confusion_of and turn % 20 == 0:
-                bar.set_postfix(mIoU=f"{100 * miou_of(next(iter(rows.values())), episodes):.1f}", refresh=False)
+                show_miou(bar, next(iter(rows.values())), episodes)
         if stop is not None and stop.requested:
             break
     loaded.close()
@@ -232,8 +226,15 @@ def evaluate(
     return {name: ordered(of_name, len(episodes), alone) for name, of_name in rows.items()}
 
 
+def batches_in_order(episodes: Sequence[EpisodeFiles], size: int, alone: bool) -> list[list[int]]:
+    """Return this process's share of the episodes in batches, sorted so that images come together."""
+    order = sorted(range(len(episodes)), key=lambda n: (episodes[n].class_id, episodes[n].query))
+    share = order if alone else np.array_split(np.array(order), processes())[rank()].tolist()
+    return [share[start : start + size] for start in range(0, len(share), size)]
+
+
 class ImageDataset(Dataset[dict[int, Any]]):
-    """Item n is what the method reads of the images that step n of a plan is missing, by line."""
+    """Item n holds the samples of the images that step n of a plan is missing, by line."""
 
     def __init__(self, method: Method, items: Sequence[Item], steps: Sequence[list[int]]) -> None:
         self.method, self.items, self.steps = method, items, steps
@@ -241,12 +242,13 @@ class ImageDataset(Dataset[dict[int, Any]]):
     def __len__(self) -> int:
         return len(self.steps)
 
-    def __getitem__(self, number: int) -> dict[int, Any]:
-        return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[number]}
+    def __getitem__(self, index: int) -> dict[int, Any]:
+        return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[index]}
 
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
+    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
     dataset = ImageDataset(method, index.items, [lines for lines in missing if lines])
     return batches_of(
@@ -266,11 +268,12 @@ def as_it_is(sample: T) -> T:
     return sample
 
 
-def miou_of(rows: Mapping[int, Tensor], episodes: Sequence[EpisodeFiles]) -> float:
-    """Return the mIoU of some of the episodes, over the classes that occur in them."""
+def show_miou(bar: tqdm, rows: Mapping[int, Tensor], episodes: Sequence[EpisodeFiles]) -> None:
+    """Show the mIoU of the episodes so far, over the classes that occur in them."""
     class_ids = np.array([episodes[n].class_id for n in rows])
     counts = torch.stack(list(rows.values())).cpu().numpy()
-    return scores(counts, class_ids, {c: str(c) for c in np.unique(class_ids).tolist()}).miou
+    miou = scores(counts, class_ids, {c: str(c) for c in np.unique(class_ids).tolist()}).miou
+    bar.set_postfix(mIoU=f"{100 * miou:.1f}", refresh=False)
 
 
 def ordered(rows: Mapping[int, Tensor], count: int, alone: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ Key = tuple[int, str | int]
 
 
 class Step(NamedTuple):
-    """What a request changes in the cache."""
+    """Changes of the cache for one request."""
 
     missing: list[Key]
     """to be computed and put in before the request is served"""

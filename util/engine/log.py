@@ -1,4 +1,4 @@
-"""What a training run shows and writes: progress bar, TensorBoard, metrics.jsonl, config.yaml, run.json."""
+"""The log of a training run: progress bar, TensorBoard, metrics.jsonl, config.yaml, run.json."""
 
 import math
 import resource
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.losses import NTRELoss
 from model.parallel import log_mean, processes, rank
-from util.engine.metrics import Scores
+from util.engine.metrics import SCORE_TITLES, Scores
 from util.engine.record import append_json_line, environment, keep_json_lines
 from util.errors import UserError
 from util.files import read_json, write_json, write_text
@@ -57,7 +57,7 @@ class TrainingLog:
             self.events.close()
 
     def finish(self, step: int, seconds: float, device: torch.device) -> None:
-        """Write to run.json what the whole run took."""
+        """Write the steps, time and memory of the whole run to run.json."""
         path = self.folder / "run.json"
         took = {"steps": step, "seconds": seconds, "peak_memory_mib": peak_memory_mib(device)}
         write_json(path, read_json(path) | {"finished": took})
@@ -149,7 +149,7 @@ class TrainingLog:
         append_json_line(self.folder / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
         for name, value in found.per_class.items():
             self.events.add_scalar(f"val_iou/{name}", value, step)
-        for name in ("miou", "fb_iou", "precision"):
+        for name in SCORE_TITLES:
             self.events.add_scalar(f"val/{name}", getattr(found, name), step)
         self.events.add_image("episodes", image, step, dataformats="HWC")
         self.events.flush()

@@ -22,6 +22,10 @@ class Scores(NamedTuple):
     """IoU by class name"""
 
 
+SCORE_TITLES = {"miou": "mIoU", "fb_iou": "FB-IoU", "precision": "precision"}
+"""titles of the scores that test.py, TensorBoard and metrics.jsonl report"""
+
+
 def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     """Count the pixels of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
@@ -37,8 +41,8 @@ def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
 def iou(counts: np.ndarray) -> np.ndarray:
     """Compute the IoU of the target, TP / (TP + FP + FN), from counts (..., 4) of :func:`confusion`: (...).
 
-    It is 1 where nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project
-    is computed here.
+    It is 1 if nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project is
+    computed here.
     """
     union = counts[..., 1:].sum(-1)
     return np.where(union == 0, 1.0, _ratio(counts[..., 3], union))

@@ -91,13 +91,11 @@ def draw_rows(rows: list[list[Tile]]) -> np.ndarray:
     width = max(len(row) for row in rows) * (TILE + GAP) + GAP
     sheet = Image.new("RGB", (width, len(rows) * (TILE + CAPTION + GAP) + GAP), "white")
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(15)
     for y, row in enumerate(rows):
-        top = GAP + y * (TILE + CAPTION + GAP)
         for x, (caption, tile) in enumerate(row):
-            left = GAP + x * (TILE + GAP)
+            left, top = GAP + x * (TILE + GAP), GAP + y * (TILE + CAPTION + GAP)
             sheet.paste(Image.fromarray(tile).resize((TILE, TILE), Image.Resampling.BILINEAR), (left, top))
-            draw.text((left + 2, top + TILE + 4), caption, fill="black", font=font)
+            draw.text((left + 2, top + TILE + 4), caption, fill="black", font=ImageFont.load_default(15))
     return np.asarray(sheet)
 
 
@@ -119,24 +117,21 @@ def save_panels(
 ) -> None:
     """Draw the best, the worst and random episodes, ``number`` of each: one file an episode, and contact_sheet.png.
 
-    Files of an earlier evaluation are replaced once all are drawn.
-
     Args:
         baseline: another network, whose prediction is shown as well.
         counts: (N, 4), of the model on the episodes of ``source``
     """
-    rows: dict[str, list[Tile]] = {}
+    for old in folder.glob("*.png"):
+        old.unlink()
+    sheet = []
     for kind, chosen in choose(iou(counts), number).items():
         drawn = episode_rows(model, build_eval_loader(config, source, chosen), hardware=hardware, baseline=baseline)
         for rank, (episode, row) in enumerate(zip(chosen, drawn, strict=True), 1):
             name = config.data.classes[source(episode).class_id - 1]
+            sheet.append([(f"{kind} {rank}: {name}", row[0][1]), *row[1:]])
             file = f"{kind}_{rank}_{name.replace(' ', '_')}_episode{episode}.png"
-            rows[file] = [(f"{kind} {rank}: {name}", row[0][1]), *row[1:]]
-    for old in folder.glob("*.png"):
-        old.unlink()
-    for file, row in rows.items():
-        save_picture(folder / file, draw_rows([row]))
-    save_picture(folder / "contact_sheet.png", draw_rows(list(rows.values())))
+            save_picture(folder / file, draw_rows(sheet[-1:]))
+    save_picture(folder / "contact_sheet.png", draw_rows(sheet))
 
 
 def choose(ious: np.ndarray, number: int) -> dict[str, list[int]]:

@@ -6,7 +6,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,13 @@ from typing import Any
 import numpy
 import torch
 
-from util.errors import UserError
 from util.files import naming, write_text
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, device, command line, git revision and whether the tree was clean."""
+    """Return versions, device, command line, git revision and whether the tree was clean."""
     return {
         "command": sys.argv,
         "python": platform.python_version(),
@@ -36,52 +34,36 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def processor() -> str:
     """Return the processor's model name, such as 'AMD EPYC 7763', or at least its architecture."""
-    with suppress(OSError):
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() in ("model name", "Model") and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine() or "unknown processor"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
+    return next(names, "") or platform.processor() or platform.machine()
 
 
 @cache
 def revision() -> str:
-    """The git revision of the code, and whether files differ from it; as it was when first asked."""
+    """Return the git revision of the code, and whether files differ from it; the same for the whole process."""
     commit = _git("rev-parse", "HEAD")
     return "unknown" if commit is None else commit if _git("status", "--porcelain") == "" else f"{commit} with changes"
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True, timeout=10)
+        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that ``keep`` refuses: what an interrupted run wrote after its last checkpoint.
-
-    Raises:
-        UserError: a line is damaged; one that was cut short at the end is dropped.
-    """
+    """Drop the lines that ``keep`` refuses, and a last line that was cut short."""
     if path.exists():
-        try:
-            text = path.read_text(encoding="utf-8")
-            lines = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-            kept = "".join(line for line in lines if keep(json.loads(line)))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(
-                f"{path} holds a damaged line ({error!r:.100}); take it out, or name another run_dir"
-            ) from error
-        write_text(path, kept)
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_text(path, "".join(line for line in lines if line.endswith("\n") and keep(json.loads(line))))
 
 
 def append_json_line(path: Path, values: dict[str, Any]) -> None:
     """Append a line of JSON to a file."""
     with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

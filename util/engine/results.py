@@ -6,10 +6,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from util.engine.metrics import Scores
+from util.engine.metrics import SCORE_TITLES, Scores
 
-MOST_CLASSES, ENDS = 40, 10
-"""if there are more than MOST_CLASSES novel classes, as in FSS-1000, the table shows the ENDS worst and best ones"""
+MOST_CLASSES = 40
+"""of more novel classes, as in FSS-1000, the table does not show the IoU of each"""
 TITLES = {
     "all_foreground": "all foreground",
     "prior": "prior at 0.5",
@@ -20,7 +20,7 @@ TITLES = {
 
 
 def over_seeds(scores: list[Scores]) -> dict[str, Any]:
-    """miou, fb_iou and precision as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
+    """Return every score as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
 
     std is the sample standard deviation over the seeds, 0 for a single one.
     """
@@ -32,9 +32,7 @@ def over_seeds(scores: list[Scores]) -> dict[str, Any]:
 
     names = scores[0].per_class
     return {
-        "miou": spread([s.miou for s in scores]),
-        "fb_iou": spread([s.fb_iou for s in scores]),
-        "precision": spread([s.precision for s in scores]),
+        **{name: spread([getattr(s, name) for s in scores]) for name in SCORE_TITLES},
         "per_class": {name: 100 * statistics.fmean(s.per_class[name] for s in scores) for name in names},
     }
 
@@ -52,10 +50,11 @@ def table(results: dict[str, Any]) -> str:
     )
     rows: list[list[str]] = []
     if "miou" in results:
-        rows += class_rows(results["per_class"])
-        rows.append(["mIoU", cell(results["miou"]), "(this fold alone, not the mean of folds)"])
-        rows += [["FB-IoU", cell(results["fb_iou"])], ["precision", cell(results["precision"])]]
-    if (other := results.get("calibrated")) is not None:
+        if len(results["per_class"]) <= MOST_CLASSES:
+            rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
+        rows += [[title, cell(results[name])] for name, title in SCORE_TITLES.items()]
+        rows.append(["", "(of this fold alone, not means of folds)"])
+    if other := results.get("calibrated"):
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
         rows.append(["calibrated", cell(other["miou"]), why])
     for name, baseline in results.get("baselines", {}).items():
@@ -64,12 +63,3 @@ def table(results: dict[str, Any]) -> str:
         rows.append(["time", f"{results['seconds']:.0f} s"])
         rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
     return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")
-
-
-def class_rows(per_class: dict[str, float]) -> list[list[str]]:
-    """Return a row for each class; of many classes only the worst and the best, since --out has all of them."""
-    if len(per_class) <= MOST_CLASSES:
-        return [[name, f"{iou:.1f}"] for name, iou in per_class.items()]
-    ordered = [[name, f"{per_class[name]:.1f}"] for name in sorted(per_class, key=lambda name: per_class[name])]
-    between = f"{len(ordered) - 2 * ENDS} classes between these are in the file of --out"
-    return [*ordered[:ENDS], ["...", "", between], *ordered[-ENDS:]]

@@ -41,7 +41,7 @@ FEW_STEPS, USUAL_STEPS = 300, 600
 
 @dataclass
 class Training:
-    """Everything that changes during a run, and what it is trained with."""
+    """State of a run."""
 
     config: Config
     hardware: Hardware

@@ -16,11 +16,10 @@ from util.photos.segmenter import EncodedQuery, TrainingFreeSegmenter
 
 
 class Entry(NamedTuple):
-    """What is kept of an image."""
+    """An encoded image and its mask of class ids (H, W), uint8."""
 
     query: EncodedQuery
     ids: Tensor
-    """class ids (H, W), uint8"""
 
 
 class TrainingFreeMethod(Method):
@@ -61,11 +60,12 @@ class TrainingFreeMethod(Method):
         scores: dict[str, list[Tensor]] = {"training_free": [], "training_free_edges": []}
         for episode, value in zip(episodes, values, strict=True):
             query: EncodedQuery = held[episode.query, IMAGE].query
-            targets = []
-            for entry in (held[line, IMAGE] for line in episode.supports):
-                mask = target_of(entry.ids, value).cpu().numpy()
-                targets.append(self.segmenter.describe(entry.query.features, mask))
-            probability = self.segmenter.segment_encoded(self.segmenter.join(targets), query).probability
+            supports: list[Entry] = [held[line, IMAGE] for line in episode.supports]
+            target = [
+                self.segmenter.describe(support.query.features, target_of(support.ids, value).cpu().numpy())
+                for support in supports
+            ]
+            probability = self.segmenter.segment_encoded(target, query).probability
             sharp = sharp_mask(probability, query.pixels).astype(np.float32)
             for name, values_of in zip(scores, (probability, sharp), strict=True):
                 scores[name].append(torch.from_numpy(values_of).to(self.segmenter.hardware.device) - 0.5)

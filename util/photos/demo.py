@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,26 +24,16 @@ from util.data.folds import base_classes
 from util.data.images import encoded
 from util.engine.panels import DISTRACTOR, TARGET, heat, overlay
 from util.errors import UserError
-from util.photos.edges import mask_in_box, mask_of_paint, sharp_mask
+from util.photos.edges import mask_in_box, sharp_mask
 from util.photos.images import read_upright
 from util.photos.segmenter import NTRESegmenter, Segmentation, Segmenter
 
 HOST = "127.0.0.1"
 LONGEST = 1024
 """longer side, in pixels, to which images are shrunk; the network sees fewer"""
-LARGEST_REQUEST = 200_000_000
 KEPT = 16
 """results in memory"""
 EXAMPLE_SEED, EXAMPLE_ZOOM = 2, 4  # scripts/make_synthetic.py has another seed; drawings are about 150 pixels wide
-
-
-class Found(NamedTuple):
-    """A photo, shrunk, and the result in it."""
-
-    pixels: np.ndarray
-    size: tuple[int, int]
-    """(H, W) of the file"""
-    result: Segmentation
 
 
 class Demo:
@@ -52,7 +42,7 @@ class Demo:
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter = segmenter
         self.find = lru_cache(KEPT)(self._find)
-        self.encode = lru_cache(1)(self._encode)
+        self.encode = lru_cache(1)(lambda support, mask: segmenter.encode(*_support(support, mask)))
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         page = page.replace("{{about}}", html.escape(segmenter.about))
         page = page.replace("{{threshold}}", f"{segmenter.threshold:g}").replace("{{longest}}", str(LONGEST))
@@ -60,20 +50,18 @@ class Demo:
 
     def example(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return a drawn support, its mask and two images to search, of a class that was not trained on."""
-        network = self.segmenter if isinstance(self.segmenter, NTRESegmenter) else None
-        support, mask, *photos = example(None if network is None else network.config.data)
-        named = [{"name": f"example_{n}", "image": _jpeg(photo)} for n, photo in enumerate(photos, 1)]
-        return {"support": _jpeg(support), "mask": _tinted(mask > 0), "photos": named}
+        data = self.segmenter.config.data if isinstance(self.segmenter, NTRESegmenter) else None
+        support, mask, *photos = example(data)
+        named = [{"name": f"example_{n}", "image": _url(photo, "JPEG")} for n, photo in enumerate(photos, 1)]
+        return {"support": _url(support, "JPEG"), "mask": _tinted(mask > 0), "photos": named}
 
     def mask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Find the object in a box (x0, y0, x1, y1) or under rough paint."""
-        if "box" in request:
-            pixels, _ = _read(_bytes(request["support"]), "the support")
-            (x0, x1), (y0, y1) = (sorted(map(int, request["box"][n::2])) for n in (0, 1))
-            height, width = pixels.shape[:2]
-            x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
-            return {"mask": _tinted(mask_in_box(pixels, (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))}
-        return {"mask": _tinted(mask_of_paint(*_support(_bytes(request["support"]), _bytes(request["mask"]))))}
+        """Find the object in a box (x0, y0, x1, y1)."""
+        pixels, _ = _read(_bytes(request["support"]), "the support")
+        (x0, x1), (y0, y1) = (sorted(map(int, request["box"][n::2])) for n in (0, 1))
+        height, width = pixels.shape[:2]
+        x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
+        return {"mask": _tinted(mask_in_box(pixels, (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))}
 
     def segment(self, request: dict[str, Any]) -> dict[str, Any]:
         """Segment one photo: the photo with the target tinted, its mask at the file's size, and the maps."""
@@ -90,29 +78,31 @@ class Demo:
         if result.distractor is not None:
             maps["distracting objects"] = overlay(pixels, result.distractor > 0.5, DISTRACTOR)
         return {
-            "overlay": _jpeg(overlay(pixels, mask, TARGET)),
-            "mask": _png(255 * full.astype(np.uint8)),
+            "overlay": _url(overlay(pixels, mask, TARGET), "JPEG"),
+            "mask": _url(255 * full.astype(np.uint8)),
             "share": float(mask.mean()),
-            "maps": {name: _jpeg(drawn) for name, drawn in maps.items()},
+            "maps": {name: _url(drawn, "JPEG") for name, drawn in maps.items()},
         }
 
-    def _find(self, support: bytes, mask: bytes, photo: bytes, name: str) -> Found:
+    def _find(
+        self, support: bytes, mask: bytes, photo: bytes, name: str
+    ) -> tuple[np.ndarray, tuple[int, int], Segmentation]:
+        """Return the photo, shrunk, its size (H, W) before that, and the result in it."""
         pixels, size = _read(photo, name)
-        return Found(pixels, size, self.segmenter.segment_encoded(self.encode(support, mask), pixels))
-
-    def _encode(self, support: bytes, mask: bytes) -> Any:
-        return self.segmenter.encode(*_support(support, mask))
+        return pixels, size, self.segmenter.segment_encoded(self.encode(support, mask), pixels)
 
 
 def example(data: DataConfig | None) -> list[np.ndarray]:
     """Draw a support, its mask (0 and 1), and two images, of the first class that a network was not trained on."""
     trained = set() if data is None else {data.classes[number - 1] for number in base_classes(data)}
-    novel = [number for number, name in enumerate(synthetic.CLASS_NAMES, start=1) if name not in trained]
-    class_id = (novel or [1])[0]
+    class_id = next((n for n, name in enumerate(synthetic.CLASS_NAMES, 1) if name not in trained), 1)
     indices = [n for n in range(32) if class_id in synthetic.classes_of(EXAMPLE_SEED, "val", n)][:3]
     (support, labels), *others = (synthetic.make_image(EXAMPLE_SEED, "val", n) for n in indices)
-    smooth = _zoomed(255 * (labels == class_id).astype(np.uint8))
-    return [_zoomed(support), (smooth > 127).astype(np.uint8), *(_zoomed(image) for image, _ in others)]
+    images = [support, 255 * (labels == class_id).astype(np.uint8), *(image for image, _ in others)]
+    support, mask, *photos = (
+        cv2.resize(image, None, fx=EXAMPLE_ZOOM, fy=EXAMPLE_ZOOM, interpolation=cv2.INTER_CUBIC) for image in images
+    )
+    return [support, (mask > 127).astype(np.uint8), *photos]
 
 
 class Server(ThreadingHTTPServer):
@@ -131,7 +121,7 @@ class Server(ThreadingHTTPServer):
 class Handler(BaseHTTPRequestHandler):
     """Answers the demo's own page only: no other page in the browser may read or send anything."""
 
-    server: Server
+    server: Server  # type: ignore[assignment]
 
     def do_GET(self) -> None:
         """Send the page."""
@@ -142,12 +132,12 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a request of the page with JSON; a user's mistake with its message."""
-        answers = {f"/{name}": getattr(self.server.demo, name) for name in ("example", "mask", "segment")}
-        length = int(self.headers["Content-Length"] or 0)
-        if not self._is_own() or self.path not in answers or length > LARGEST_REQUEST:
+        demo = self.server.demo
+        answers = {"/example": demo.example, "/mask": demo.mask, "/segment": demo.segment}
+        if not self._is_own() or self.path not in answers:
             self.send_error(403)
             return
-        request = json.loads(self.rfile.read(length))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         try:
             with self.server.lock:  # one search, and one large image, at a time
                 status, answer = 200, answers[self.path](request)
@@ -155,13 +145,12 @@ class Handler(BaseHTTPRequestHandler):
             status, answer = 400, {"error": str(error)}
         self._send(status, "application/json", json.dumps(answer))
 
-    def log_message(self, *_: Any) -> None:
-        """Say nothing about requests that succeed or fail as they should."""
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing about requests."""
 
     def _is_own(self) -> bool:
         """Check ``Host`` against names that other sites let point here, and ``Origin`` against other sites."""
-        port = self.server.server_address[1]
-        own = [f"{name}:{port}" for name in (HOST, "localhost")]
+        own = [f"{name}:{self.server.server_address[1]}" for name in (HOST, "localhost")]
         host = self.headers["Host"]
         return host in own and self.headers.get("Origin", f"http://{host}") == f"http://{host}"
 
@@ -196,21 +185,13 @@ def _support(support: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _tinted(mask: np.ndarray) -> str:
     """Encode a mask as paint: opaque red on transparent."""
-    return _png(np.dstack([np.broadcast_to(np.uint8(TARGET), (*mask.shape, 3)), 255 * mask.astype(np.uint8)]))
-
-
-def _zoomed(image: np.ndarray) -> np.ndarray:
-    return cv2.resize(image, None, fx=EXAMPLE_ZOOM, fy=EXAMPLE_ZOOM, interpolation=cv2.INTER_CUBIC)
+    return _url(np.dstack([np.broadcast_to(np.array(TARGET, np.uint8), (*mask.shape, 3)), 255 * mask.astype(np.uint8)]))
 
 
 def _bytes(url: str) -> bytes:
     return base64.b64decode(url.partition(",")[2])
 
 
-def _jpeg(pixels: np.ndarray) -> str:
-    data = encoded(Image.fromarray(pixels), "JPEG", quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
-def _png(pixels: np.ndarray) -> str:
-    return f"data:image/png;base64,{base64.b64encode(encoded(Image.fromarray(pixels), 'PNG')).decode()}"
+def _url(pixels: np.ndarray, kind: str = "PNG") -> str:
+    data = encoded(Image.fromarray(pixels), kind, quality=90)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"

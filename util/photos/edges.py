@@ -8,9 +8,7 @@ CERTAIN_TARGET, CERTAIN_OTHER = 1.0, -0.4
 LONGER_SIDE = 288
 """of the image that GrabCut sees; its mask is interpolated"""
 BOX_SIDE = 576
-"""the same if a mask is made of a box or of paint: a support is worth more time"""
-MARGIN, CORE = 0.25, 0.5
-"""see :func:`mask_of_paint`"""
+"""the same for an object in a box: a support is worth more time"""
 FEWEST = 8
 """pixels of target, and of other, that GrabCut needs to learn their colours"""
 
@@ -41,26 +39,6 @@ def mask_in_box(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray
     coarse = cv2.resize(inside, _limited(inside, BOX_SIDE), interpolation=cv2.INTER_AREA)
     mask = _grab(image, np.where(coarse > 0, cv2.GC_PR_FGD, cv2.GC_BGD), iterations=5) & (inside > 0)
     return mask if mask.any() else inside > 0
-
-
-def mask_of_paint(image: np.ndarray, paint: np.ndarray) -> np.ndarray:
-    """Find the object under rough paint (H, W), boolean, on RGB (H, W, 3) uint8: boolean (H, W).
-
-    The middle of each stroke, from ``CORE`` of its depth on, is certainly target. Pixels further from the paint's
-    bounding box than ``MARGIN`` of its longer side are certainly not. GrabCut decides the others, so paint may cross
-    the object's border or miss a part of it. If GrabCut finds nothing, the paint is returned.
-    """
-    coarse = cv2.resize(paint.astype(np.uint8), _limited(paint, BOX_SIDE), interpolation=cv2.INTER_NEAREST)
-    x, y, w, h = cv2.boundingRect(coarse)
-    margin = round(MARGIN * max(w, h))
-    depth = cv2.distanceTransform(coarse, cv2.DIST_L2, 3)
-    ridge = cv2.dilate(depth, np.ones((2 * margin + 1, 2 * margin + 1), np.uint8))
-    seeds = np.full(coarse.shape, cv2.GC_BGD, np.uint8)
-    seeds[max(y - margin, 0) : y + h + margin, max(x - margin, 0) : x + w + margin] = cv2.GC_PR_BGD
-    seeds[coarse > 0] = cv2.GC_PR_FGD
-    seeds[(coarse > 0) & (depth >= CORE * ridge)] = cv2.GC_FGD
-    mask = _grab(image, seeds, iterations=5)
-    return mask if mask.any() else paint
 
 
 def _limited(image: np.ndarray, side: int) -> tuple[int, int]:

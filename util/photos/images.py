@@ -18,8 +18,6 @@ from model import IGNORE
 from util.data.images import FORMATS, MAX_PIXELS, refuse_scaled
 from util.errors import UserError
 
-LOSSY = ("JPEG", "WEBP")
-"""formats that blur the values of a mask"""
 SOFT_BORDER = 0.25
 """up to this share of a mask's pixels, values between 0 and 255 are taken for a soft border"""
 
@@ -34,13 +32,7 @@ class Upright(NamedTuple):
 
 
 def read_upright(file: Path | BytesIO, name: str | None = None) -> Upright:
-    """Read an image and apply its EXIF orientation.
-
-    Args:
-        name: for messages, if it is not the path.
-    Raises:
-        UserError: it is missing, damaged or too large, or has more than 8 bits a channel.
-    """
+    """Read an image and apply its EXIF orientation; messages call it ``name``, or its path."""
     with _opened(file, name or str(file)) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         return Upright(as_rgb(ImageOps.exif_transpose(image), name or str(file)), orientation)
@@ -51,9 +43,6 @@ def read_mask_on(image: Upright, path: Path) -> np.ndarray:
 
     A mask with an EXIF orientation of its own is rotated by that. A mask without one is rotated like the image if it
     has the image's stored size; if it has the displayed size, it lies on the image already.
-
-    Raises:
-        UserError: it cannot be read, or its size is not the image's.
     """
     height, width = image.pixels.shape[:2]
     stored = (width, height) if image.orientation >= 5 else (height, width)
@@ -63,15 +52,10 @@ def read_mask_on(image: Upright, path: Path) -> np.ndarray:
         if exif.get(ExifTags.Base.Orientation, 1) == 1 and (mask.height, mask.width) == stored:
             exif[ExifTags.Base.Orientation] = image.orientation
         values = mask_values(ImageOps.exif_transpose(mask), str(path))
-        if mask.format in LOSSY and values.dtype != np.bool_:
+        if mask.format in ("JPEG", "WEBP") and values.dtype != np.bool_:
             raise UserError(f"mask {path} is {mask.format}, which blurs values; save it as PNG")
     require_same_size(values, image.pixels, f"mask {path}")
     return values
-
-
-def read_ground_truth(path: Path | None, image: Upright, class_id: int | None) -> np.ndarray | None:
-    """Read an image's ground truth (H, W), if there is one: 1 target, 0 other, 255 ignored."""
-    return None if path is None else target_mask(read_mask_on(image, path), class_id, str(path))
 
 
 def require_same_size(mask: np.ndarray, image: np.ndarray, name: str) -> None:
@@ -84,10 +68,7 @@ def require_same_size(mask: np.ndarray, image: np.ndarray, name: str) -> None:
 def as_rgb(image: np.ndarray | Image.Image, name: str) -> np.ndarray:
     """Convert a Pillow image of any 8-bit mode to RGB (H, W, 3) uint8; numpy arrays must be that already.
 
-    Transparent pixels become white. EXIF orientation is ignored.
-
-    Raises:
-        UserError: another shape or type, or more than 8 bits a channel; the message begins with ``name``.
+    Transparent pixels become white. EXIF orientation is ignored. Messages begin with ``name``.
     """
     if isinstance(image, Image.Image):
         if image.mode.startswith(("I", "F")):
@@ -96,10 +77,8 @@ def as_rgb(image: np.ndarray | Image.Image, name: str) -> np.ndarray:
             layer = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
         image = np.asarray(image.convert("RGB"))
-    if not isinstance(image, np.ndarray):
-        raise UserError(f"{name} must be a numpy array or a Pillow image, not {type(image).__name__}")
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        raise UserError(f"{name} must be RGB, (H, W, 3) of uint8, not {image.shape} of {image.dtype}")
+    if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"{name} must be a Pillow image, or numpy RGB (H, W, 3) of uint8")
     return image
 
 
@@ -107,9 +86,6 @@ def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
     """Return the values (H, W) of a mask: the alpha channel, a palette's indices, or grey.
 
     An alpha channel is a mask if it is not opaque everywhere: boolean, 128 and above is target.
-
-    Raises:
-        UserError: colours, or another shape; the message begins with ``name``.
     """
     if isinstance(mask, Image.Image):
         if mask.mode in ("RGBA", "LA", "PA"):
@@ -122,25 +98,20 @@ def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
             mask = mask[:, :, 0]
         if mask.ndim == 3:
             raise UserError(f"{name} is coloured; a mask is a greyscale or palette image, or the alpha of an image")
-    if not isinstance(mask, np.ndarray):
-        raise UserError(f"{name} must be a numpy array or a Pillow image, not {type(mask).__name__}")
-    if mask.ndim != 2 or mask.size == 0:
-        raise UserError(f"{name} must be (H, W), not {mask.shape}")
+    if np.ndim(mask) != 2:
+        raise UserError(f"{name} must be a Pillow image or numpy (H, W), not {np.shape(mask)}")
     return mask
 
 
 def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarray:
     """Turn the values of a mask (H, W) into uint8: 1 target, 0 other, 255 ignored.
 
-    A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning.
+    A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning. Masks of class
+    ids rarely have few values between 0 and 255, and some of them above 128.
 
     Args:
         values: boolean, 0 and 1, or 0 and 255; with ``class_id`` class ids, 255 ignored.
-    Raises:
-        UserError: other values without a class_id, or a class_id that cannot be one.
     """
-    if class_id is not None and (class_id < 1 or class_id == IGNORE):
-        raise UserError(f"class_id must be 1 or more, and not {IGNORE}, which is 'ignored'; got {class_id}")
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
     if class_id is not None:
@@ -148,7 +119,8 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
     found = np.unique(values).tolist()
     if set(found) <= {0, 1} or set(found) <= {0, 255}:
         return (values != 0).astype(np.uint8)
-    if not _has_soft_border(values):
+    between = (values > 0) & (values < 255)
+    if not ({0, 255} <= set(found) and (values[between] >= 128).any() and between.mean() < SOFT_BORDER):
         shown = ", ".join(f"{value:g}" for value in found[:6]) + (", ..." if len(found) > 6 else "")
         raise UserError(
             f"{name} holds {shown}; a mask holds 0 and 1, 0 and 255, or class ids; for class ids say which is the"
@@ -158,27 +130,16 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
     return (values >= 128).astype(np.uint8)
 
 
-def _has_soft_border(values: np.ndarray) -> bool:
-    """Return whether few pixels of a mask of 0 and 255 lie in between. Masks of class ids rarely look like that."""
-    between = (values > 0) & (values < 255)
-    ends = values.dtype == np.uint8 and (values == 0).any() and (values == 255).any()
-    return bool(ends and (values[between] >= 128).any() and between.mean() < SOFT_BORDER)
-
-
 @contextmanager
 def _opened(file: Path | BytesIO, name: str) -> Iterator[ImageFile.ImageFile]:
     try:
         with Image.open(file, formats=tuple(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError
+                raise ValueError(f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels")
             yield image
     except UserError:
         raise
     except FileNotFoundError:
         raise UserError(f"{name} does not exist") from None
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{name} has more than {MAX_PIXELS / 1e6:.0f} megapixels; make it smaller") from error
-    except Image.UnidentifiedImageError as error:
-        raise UserError(f"{name} is no image in {', '.join(FORMATS)}; convert it") from error
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
-        raise UserError(f"{name} cannot be read ({error}); replace it or leave it out") from error
+        raise UserError(f"{name} cannot be read ({error}); convert it to JPEG or PNG, or leave it out") from error

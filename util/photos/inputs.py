@@ -1,0 +1,131 @@
+"""The files that predict.py reads: queries, ground truths, and the supports and masks that show a target."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import Field, ValidationError
+
+from util.config import Section, read_yaml
+from util.data.images import FORMATS
+from util.errors import UserError, first_of
+from util.photos.edges import mask_in_box
+from util.photos.images import read_mask_on, read_upright
+from util.photos.outputs import write_outputs
+from util.photos.segmenter import Segmenter, paired
+
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+UNREAD = (".heic", ".heif", ".avif", ".gif")
+
+
+def find_images(paths: Sequence[Path], out: Path | None = None) -> dict[str, Path]:
+    """List the given files, and the images in the given folders and their subfolders, by name.
+
+    A name is the path without its suffix, relative to the folder that was given ('sub/frame_01'). Hidden files and
+    the contents of ``out`` are left out.
+
+    Raises:
+        UserError: a folder holds no images, or two images have the same name.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        for file in _images_in(path, out) if path.is_dir() else [path]:
+            name = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+            other = found.setdefault(name, file)
+            if other.resolve() != file.resolve():
+                raise UserError(f"{other} and {file} are both named '{name}'; rename one, or leave one out")
+    return found
+
+
+def _images_in(folder: Path, out: Path | None) -> list[Path]:
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        and not (out is not None and file.resolve().is_relative_to(out.resolve()))
+    ]
+    if unread := [file.name for file in files if file.suffix.lower() in UNREAD]:
+        print(f"note: cannot read {first_of(unread, 3, ', ')}; convert to JPEG or PNG")
+    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    if not found:
+        raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)}) outside of --out")
+    return found
+
+
+def find_ground_truths(path: Path, queries: dict[str, Path]) -> dict[str, Path]:
+    """Find the ground truth of each query: by its name in a folder, or one file for one query."""
+    if not path.is_dir():
+        if len(queries) != 1:
+            raise UserError(f"--ground-truth {path} is no folder, and there are {len(queries)} queries")
+        return dict.fromkeys(queries, path)
+    masks = find_images([path])
+    if missing := [name for name in queries if name not in masks]:
+        raise UserError(f"--ground-truth {path} lacks {len(missing)} of {len(queries)} queries: {first_of(missing)}")
+    return masks
+
+
+class TargetFiles(Section, strict=False):
+    """Supports of one target, each with its mask."""
+
+    supports: list[Path] = Field(min_length=1)
+    masks: list[Path] = Field(min_length=1)
+    class_id: int | None = None
+    """value of the target in masks of class ids"""
+
+
+def read_targets(path: Path) -> dict[str, TargetFiles]:
+    """Read targets by name from a YAML file: ``dog: {supports: [a.jpg], masks: [a.png], class_id: 3}``.
+
+    Paths are relative to the file; class_id may be left out.
+    """
+    targets = {}
+    for name, entry in read_yaml(path).items():
+        try:
+            files = TargetFiles.model_validate(entry)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(str(part) for part in (name, *problem["loc"]))
+            raise UserError(f"{path}: {key}: {problem['msg'].lower()}") from error
+        supports, masks = ([path.parent / file for file in listed] for listed in (files.supports, files.masks))
+        targets[name] = TargetFiles(supports=supports, masks=masks, class_id=files.class_id)
+    if not targets:
+        raise UserError(f"{path} names no targets")
+    return targets
+
+
+def parse_box(text: str) -> tuple[int, int, int, int]:
+    """Parse the argument of --box."""
+    try:
+        x0, y0, x1, y1 = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UserError(f"--box must be x0,y0,x1,y1 in whole pixels, such as 40,30,220,310; got {text}") from None
+    return x0, y0, x1, y1
+
+
+def write_masks_of_boxes(supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path) -> list[Path]:
+    """Find the object in the box (x0, y0, x1, y1) of each support, and write its mask into ``out`` for correction."""
+    masks = []
+    for number, (support, (x0, y0, x1, y1)) in enumerate(zip(supports, boxes, strict=True), 1):
+        image = read_upright(support).pixels
+        height, width = image.shape[:2]
+        if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+            raise UserError(f"--box {x0},{y0},{x1},{y1} does not lie in {support}, which is {width} x {height} pixels")
+        mask = Image.fromarray(mask_in_box(image, (x0, y0, x1, y1)))
+        masks += write_outputs(out, f"box{number}_{support.stem}", {"mask.png": mask})
+        print(f"{masks[-1]} was made from --box; if it is wrong, correct it and give it as --mask")
+    return masks
+
+
+def encode_target(segmenter: Segmenter, files: TargetFiles) -> list[Any]:
+    """Read and encode the supports one by one, so that only one of them is in memory."""
+    target: list[Any] = []
+    for support, mask in paired(files.supports, files.masks):
+        image = read_upright(support)
+        values = read_mask_on(image, mask)
+        try:
+            target += segmenter.encode(image.pixels, values, files.class_id)
+        except UserError as error:
+            raise UserError(f"{mask}: {error}") from error
+    return target
