@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from model.parallel import Dropout2d
+from tests.harness import process, succeeded
 from tests.scenes import SMALL
 from util.config import Config, load_config
 from util.data.dataset import Episode
@@ -140,6 +141,20 @@ def test_compiled_training_gives_the_losses_of_eager_training(synthetic: Path, t
         trained(config_of(synthetic, tmp_path / str(on), f"train.compile={on}")) for on in ("false", "true")
     )
     assert compiled == pytest.approx(eager, rel=1e-4)
+
+
+# ---------------------------------------------------------------- the page about a machine
+
+
+@pytest.mark.slow
+def test_bench_writes_a_page_about_this_machine(tmp_path: Path) -> None:
+    page, small = tmp_path / "page.md", ["--backbone", "efficientnet_lite0", "--size", 65, "--repeats", 1]
+    small += ["--images", 24, "--episodes", 4, "--plain-episodes", 2, "--masks", 41, "--device", "cpu"]
+    succeeded(process("scripts/bench.py", "--mode", "page", "--out", page, *small))
+    rows = [line.split("|")[1:-1] for line in page.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row[0].split()[0] for row in rows[-3:]] == ["evaluation,", "loading", "class"]
+    for measured, plain, ours, *_, text in rows:
+        assert "failed" not in text and float(ours.split()[0]) > 0 and ("loading" in measured or plain.strip())
 
 
 # ---------------------------------------------------------------- on a GPU: python -m pytest -m gpu
