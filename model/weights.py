@@ -6,6 +6,7 @@ reported, so that a run can be traced to its weights.
 
 import hashlib
 import re
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -100,7 +101,14 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
 
 
 def load_data(path: Path) -> Any:
-    """Read tensors and plain values that ``torch.save`` wrote, onto the CPU; code in the file is not run."""
+    """Read tensors and plain values that ``torch.save`` wrote, onto the CPU; code in the file is not run.
+
+    torch does not compare the checksums of the zip file, and would take a flipped bit for another weight.
+    """
+    if zipfile.is_zipfile(path):  # files written before torch 1.6 are not
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} has another checksum")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
