@@ -93,7 +93,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
         ) from error
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
     if strange := strange_entry(state):
         raise WeightsError(f"weights file {path} is damaged: {strange}; fetch it again")

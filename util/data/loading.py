@@ -62,7 +62,7 @@ def batches_of(loader: DataLoader[T]) -> Generator[T]:
     try:
         yield from batches
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise UserError(
             "the system ended a loader process, most often for lack of memory: lower workers, or give the job more"
