@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from util.errors import UserError
+from util.errors import WORKER_KILLED, UserError
 
 PACKAGES = "torch torchvision numpy cv2 PIL yaml pydantic tensorboard tqdm filelock scipy tabulate"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
@@ -35,6 +35,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
 
         if isinstance(error, WeightsError):
             _refuse(str(error))
+        if str(error).startswith("DataLoader worker (pid"):  # torch raises it wherever the main process is
+            _refuse(WORKER_KILLED)
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         _refuse(f"out of memory ({error}); lower train.batch_size, eval.batch_size or data.image_size")

@@ -3,6 +3,12 @@
 from collections.abc import Sequence
 
 
+WORKER_KILLED = (
+    "the system ended a loader process, most often for lack of memory: lower workers, or give the job more memory;"
+    " resume=auto continues from the last checkpoint"
+)
+
+
 class UserError(Exception):
     """A mistake that the user can correct; the message says what is wrong, where, and the remedy."""
 

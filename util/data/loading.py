@@ -15,7 +15,7 @@ import cv2
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from util.errors import UserError
+from util.errors import WORKER_KILLED, UserError
 
 T = TypeVar("T")
 SHARED = Path("/dev/shm")
@@ -61,13 +61,12 @@ def batches_of(loader: DataLoader[T]) -> Generator[T]:
         atexit.register(_kill, workers)
     try:
         yield from batches
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, OSError, EOFError) as error:  # torch's error, or of the connection to the worker
+        for worker in workers:
+            worker.join(0.1)
+        if not any(worker.exitcode for worker in workers):
             raise
-        raise UserError(
-            "the system ended a loader process, most often for lack of memory: lower workers, or give the job more"
-            " memory; resume=auto continues from the last checkpoint"
-        ) from error
+        raise UserError(WORKER_KILLED) from error
 
 
 def _kill(workers: set[multiprocessing.process.BaseProcess]) -> None:
