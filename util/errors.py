@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-
 WORKER_KILLED = (
     "the system ended a loader process, most often for lack of memory: lower workers, or give the job more memory;"
     " resume=auto continues from the last checkpoint"
