@@ -198,7 +198,7 @@ def evaluate(
     Raises:
         ValueError: the cache belongs to another backbone, image size or list.
     """
-    cache = FeatureCache(config.eval.cache_gib) if cache is None else cache
+    cache = FeatureCache(config.eval.cache_gib, keep=False) if cache is None else cache
     batches = batches_in_order(episodes, config.eval.batch_size, alone)
     values = [index.items[episode.query].value_of(episode.class_id) for episode in episodes]
     requests = [[key for n in batch for key in method.keys(episodes[n], values[n])] for batch in batches]

@@ -24,10 +24,11 @@ class FeatureCache:
 
     Args:
         gib: bound of the memory, without the entries of the request that is being served.
+        keep: keep entries for a next evaluation, as long as there is room for them.
     """
 
-    def __init__(self, gib: float) -> None:
-        self.limit = gib * 2**30
+    def __init__(self, gib: float, *, keep: bool = True) -> None:
+        self.limit, self.keep = gib * 2**30, keep
         self.entries: dict[Key, Any] = {}
         self._owner: tuple[object, ...] | None = None
 
@@ -57,7 +58,7 @@ class FeatureCache:
                 uses[key] -= 1
                 held.move_to_end(key, last=uses[key] > 0)
             evicted = []
-            while used > self.limit:
+            while held and (used > self.limit or not (self.keep or uses[next(iter(held))])):
                 key, size = held.popitem(last=False)
                 used -= size
                 evicted.append(key)

@@ -48,7 +48,6 @@ class TrainingLog:
             self._write_record(training)
         self._unread: list[tuple[int, float, list[str], Tensor]] = []
         self._saved = time.monotonic()
-        self._waited = 0.0
 
     def close(self) -> None:
         """Finish the bar and the events."""
@@ -83,23 +82,23 @@ class TrainingLog:
     def timed(self, batches: Iterable[Any], epoch: int) -> Iterator[Any]:
         """Yield the batches of an epoch, and say at its end if the loader was the limit."""
         self.bar.set_description(f"epoch {epoch}/{self.config.train.epochs}", refresh=False)
-        ready, began, self._waited, steps = iter(batches), time.perf_counter(), 0.0, 0
+        ready, began, waited, steps = iter(batches), time.perf_counter(), 0.0, 0
         while True:
             asked = time.perf_counter()
             batch = next(ready, None)
             if batch is None:
                 break
             if steps:  # the first batch includes the start of the workers
-                self._waited += time.perf_counter() - asked
+                waited += time.perf_counter() - asked
             steps += 1
             yield batch
         seconds = time.perf_counter() - began
         if self.events is not None and steps:
             speed = steps * self.config.train.batch_size / seconds
             self.events.add_scalar("episodes_per_second", speed, self.bar.n)
-            if self._waited > LOADER_IS_THE_LIMIT * seconds:
+            if waited > LOADER_IS_THE_LIMIT * seconds:
                 self.bar.write(
-                    f"epoch {epoch}: {self._waited / seconds:.0%} of the time was spent waiting for images: the loader"
+                    f"epoch {epoch}: {waited / seconds:.0%} of the time was spent waiting for images: the loader"
                     f" is the limit, raise workers (now {self.config.workers})"
                 )
 
@@ -133,6 +132,8 @@ class TrainingLog:
                     self.events.add_scalar(f"loss/{name}", value, step)
             if self.events is not None:
                 self.events.add_scalar("lr", lr, step)
+        if self.events is not None:
+            self.events.flush()  # events are on the disk before a checkpoint that counts on them
         self.bar.set_postfix(loss=f"{np.mean(rows, 0)[0]:.3f}", lr=f"{lrs[-1]:.4f}", refresh=False)
 
     def checkpoint_is_due(self) -> bool:
