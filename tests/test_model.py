@@ -17,7 +17,6 @@ from torch import nn
 from model.backbone import build_backbone, fuse_batch_norm
 from model.doem import mine_distracting_objects
 from model.fem import FEM
-from model.matching import FeatureMatching
 from model.ops import concat_conv, masked_average_pool
 from model.parallel import Dropout2d
 from model.prior import prior_mask
@@ -135,28 +134,7 @@ def test_prior_equals_a_double_loop_over_query_and_support_positions(shots, shar
         assert np.abs(array(prior[b, 0]) - naive_prior(array(query[b]), list(array(support[b])))).max() < 1e-5
 
 
-# ---------------- FM and DOEM; the equations of the full network test BGMM and BGEM too
-
-
-@pytest.mark.parametrize("detach", [True, False])
-def test_the_first_predictions_loss_shapes_x_act_only_if_asked_to(detach):
-    matching = FeatureMatching(channels=3, detach_initial=detach)
-    activated, initial = matching(torch.randn(2, 3, 4, 5), torch.randn(2, 3, 1, 1), torch.rand(2, 1, 4, 5))
-    initial.sum().backward()
-    assert (matching.conv.weight.grad is None) == detach
-    assert matching.initial[0].weight.grad is not None and activated.requires_grad
-
-
-@pytest.mark.parametrize("average", ["region", "image"])
-def test_doem_pools_what_is_neither_background_nor_target(average):
-    feature = torch.tensor([[[[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]], [[0.0, -3.0, 1.0], [5.0, 9.0, 100.0]]]])
-    background = torch.tensor([[[[-1.0, -2.0, 3.0], [-0.1, 4.0, -9.0]]]])
-    initial = torch.tensor([[[[-1.0, 5.0, 2.0], [-0.1, -4.0, -9.0]]]])
-    mask, prototype = mine_distracting_objects(feature, background, initial, average)
-    # background holds positions 2 and 4, the target 1 and 2: 0, 3 and 5 are left, three of six
-    assert mask.tolist() == [[[[1, 0, 0], [1, 0, 1]]]]
-    positions = {"region": 3, "image": 6}[average]
-    assert prototype.flatten().tolist() == pytest.approx([(1 + 8 + 32) / positions, (0 + 5 + 100) / positions])
+# ---------------- DOEM; the equations of the full network test every box
 
 
 @pytest.mark.parametrize("average", ["region", "image"])
@@ -490,8 +468,10 @@ def test_every_ablation_equals_its_plain_formulation(lite0, row, shots):
         assert torch.allclose(got.support_bg_logits, expected.support_bg_logits, atol=1e-4)
 
 
-def test_gradients_equal_those_of_the_plain_formulation(lite0):
-    model = ablation(lite0)
+@pytest.mark.parametrize("row", ["full", "printed"])
+def test_gradients_equal_those_of_the_plain_formulation(lite0, row):
+    """The first prediction's loss does not shape X_act in the one, and does in the other."""
+    model = ablation(lite0, row)
     query, supports, masks = episode(2, 2)
     query_masks = (torch.rand(2, 65, 65) < 0.3).long()
     gradients = []
@@ -614,19 +594,6 @@ def test_dropout_zeroes_whole_channels_and_keeps_the_mean():
     assert ((dropped == 0).all(2) | (dropped == 1 / 0.75).all(2)).all()
     assert (dropped == 0).float().mean().item() == pytest.approx(0.25, abs=0.05)
     assert torch.equal(layer.eval()(x), x)
-
-
-@every_row
-def test_convolutions_before_a_relu_start_from_hes_initialisation_and_the_prior_weighs_as_much_as_a_feature(lite0, row):
-    model = network(lite0, **ROWS[row], channels=64, prototype_channels=12, fem_scales=(1, 0.5))
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and not name.startswith("backbone.") and module.out_channels > 1:
-            he = math.sqrt(2 / module.weight[0].numel())
-            prior_channel = module.in_channels == 2 * 64 + 1
-            features = module.weight[:, :-1] if prior_channel else module.weight
-            assert features.std().item() == pytest.approx(he, rel=0.1), name
-            if prior_channel:  # one input channel in addition to 64 of the feature
-                assert module.weight[:, -1].std().item() == pytest.approx(he * math.sqrt(64), rel=0.35), name
 
 
 # ---------------- weights files; test_bad_input.py and test_refusals.py test their errors
