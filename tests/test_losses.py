@@ -170,8 +170,6 @@ def test_an_episode_with_an_empty_bank_adds_nothing_and_no_gradient():
     query.requires_grad_(), support.requires_grad_()
     loss = prototypical_contrastive_loss(query, support, negatives, stored)
     loss.backward()
-    first_two = prototypical_contrastive_loss(query[:2], support[:2], negatives[:2], stored[:2])
-    assert loss.item() == pytest.approx(first_two.item() * 2 / 4, rel=1e-6)
     for gradient in (query.grad, support.grad):
         assert (gradient[2:] == 0).all()
         assert (gradient[:2] != 0).all()
