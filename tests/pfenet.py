@@ -271,10 +271,6 @@ def difference(two_classes):
 
 def to_our_names(head, prefix=""):
     """PFENet's names, and those of authors.py -> ours; of two classes, the one logit is their difference."""
-
-    def one_logit(weight):
-        return weight[1:] - weight[:1]
-
     names = [
         (r"down_query\.0", "reduce_query.0"),
         (r"down_supp\.0", "reduce_support.0"),
@@ -299,6 +295,6 @@ def to_our_names(head, prefix=""):
             ours[f"{prefix}scales.{int(match[1]) + 1}.inter_scale.0.{parameter}"] = value
             continue
         (new,) = (re.sub(old, new, module) for old, new in names if re.fullmatch(old, module))
-        ours[f"{new}.{parameter}"] = one_logit(value) if re.search(r"cls\.(\d\.)?3$", module) else value
+        ours[f"{new}.{parameter}"] = value[1:] - value[:1] if re.search(r"cls\.(\d\.)?3$", module) else value
     assert len(ours) == len(head)
     return ours

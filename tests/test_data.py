@@ -47,10 +47,10 @@ def names(count: int) -> list[str]:
     return [f"class{number}" for number in range(1, count + 1)]
 
 
-@pytest.mark.parametrize("fold", range(4))
-def test_novel_classes_of_pascal_fold_i_are_5i_plus_1_to_5(fold: int) -> None:
-    data = data_config(names(20), fold=fold)
-    assert novel_classes(data) == tuple(5 * fold + offset for offset in (1, 2, 3, 4, 5))
+def test_novel_classes_of_pascal_fold_i_are_5i_plus_1_to_5() -> None:
+    for fold in range(4):
+        novel = novel_classes(data_config(names(20), fold=fold))
+        assert novel == tuple(5 * fold + offset for offset in (1, 2, 3, 4, 5))
 
 
 def test_coco_fold_0_holds_the_classes_that_the_literature_lists() -> None:
@@ -62,26 +62,15 @@ def test_coco_fold_0_holds_the_classes_that_the_literature_lists() -> None:
     }
 
 
-@pytest.mark.parametrize("count", [4, 80])
 @pytest.mark.parametrize("scheme", ["contiguous", "interleaved"])
-def test_base_and_novel_are_disjoint_and_cover_all_and_the_folds_partition_the_classes(count: int, scheme: str) -> None:
+def test_folds_partition_the_classes_and_base_classes_are_the_others(scheme: str) -> None:
     held_back: list[int] = []
     for fold in range(4):
-        data = data_config(names(count), fold=fold, fold_scheme=scheme)
-        novel, base = novel_classes(data), base_classes(data)
-        assert not set(novel) & set(base)
-        assert sorted(novel + base) == list(range(1, count + 1))
-        assert len(novel) == count // 4
+        data = data_config(names(80), fold=fold, fold_scheme=scheme)
+        novel = novel_classes(data)
+        assert sorted(novel + base_classes(data)) == list(range(1, 81))
         held_back += novel
-    assert sorted(held_back) == list(range(1, count + 1))
-
-
-def test_explicit_folds_are_found_by_name_whatever_their_order_and_size() -> None:
-    folds = [["e", "a"], ["b"], ["a", "c", "d"]]
-    expected = [((1, 5), (2, 3, 4)), ((2,), (1, 3, 4, 5)), ((1, 3, 4), (2, 5))]
-    for fold, (novel, base) in enumerate(expected):
-        data = data_config(["a", "b", "c", "d", "e"], folds=folds, fold=fold)
-        assert (novel_classes(data), base_classes(data)) == (novel, base)
+    assert sorted(held_back) == list(range(1, 81))
 
 
 # ---------------------------------------------------------------- lists
@@ -103,31 +92,12 @@ def test_a_list_gives_its_lines_in_order_below_the_root(content: bytes, tmp_path
     assert items == tuple(Item(Path(f"data/x/i/{n}.jpg"), Path(f"data/x/m/{n}.png")) for n in "ab")
 
 
-@pytest.mark.parametrize(
-    ("line", "problem"),
-    [
-        ("only.jpg", "want 'image mask', two paths without spaces; got 'only.jpg'"),
-        ("a b.jpg a.png", "want 'image mask', two paths without spaces; got 'a b.jpg a.png'"),
-        ("/i/../x.jpg  ./x.png", "the same as line 1"),
-    ],
-)
-def test_a_line_that_is_not_two_paths_or_is_repeated_is_refused_with_its_number(
-    line: str, problem: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("line", ["only.jpg", "a b.jpg a.png", "/i/../x.jpg  ./x.png"])
+def test_a_line_that_is_not_two_paths_or_is_repeated_is_refused_with_its_number(line: str, tmp_path: Path) -> None:
     path = tmp_path / "l.txt"
     path.write_text(f"x.jpg x.png\n\n{line}\n")
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"{path} line 3: "):
         read_list(path, tmp_path)
-    assert f"{path} line 3: {problem}" in str(caught.value)
-
-
-def test_one_image_named_in_two_ways_is_one_image(tmp_path: Path) -> None:
-    detour = f"../{tmp_path.name}/i/a.jpg"
-    lines = f"i/a.jpg m/a.png\n./i//a.jpg m/b.png\nm/../i/a.jpg m/c.png\n../b.jpg m/d.png\n{detour} m/e.png\n"
-    path = tmp_path / "l.txt"
-    path.write_text(lines)
-    index = ClassIndex(read_list(path, tmp_path), np.zeros((5, 2), int), path, "", np.zeros(5, int))
-    assert index.photos.tolist() == [0, 0, 0, 3, 0]
 
 
 # ---------------------------------------------------------------- images
@@ -135,38 +105,21 @@ def test_one_image_named_in_two_ways_is_one_image(tmp_path: Path) -> None:
 LABELS = np.array([[0, 1, 2], [20, 254, 255]], np.uint8).repeat(9, 0).repeat(7, 1)  # (18, 21)
 
 
-def save_palette_mask(path: Path, mask: np.ndarray, **options: int) -> None:
-    image = Image.fromarray(mask)
-    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
-    assert image.mode == "P"
-    image.save(path, **options)
-
-
-def photograph(height: int = 60, width: int = 90) -> np.ndarray:
+def photograph(height: int, width: int) -> np.ndarray:
     """An image (H, W, 3) that does not compress to nothing."""
     noise = np.random.default_rng(7).integers(0, 256, (height // 6 + 1, width // 6 + 1, 3)).astype(np.uint8)
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def test_palette_and_greyscale_masks_hold_the_same_values(tmp_path: Path) -> None:
-    save_palette_mask(tmp_path / "palette.png", LABELS)
-    Image.fromarray(LABELS).save(tmp_path / "grey.png")
-    for name in ("palette.png", "grey.png"):
-        mask = read_class_ids(tmp_path / name)
+    palette = Image.fromarray(LABELS)
+    palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
+    assert palette.mode == "P"
+    for image in (palette, Image.fromarray(LABELS)):
+        image.save(tmp_path / "m.png")
+        mask = read_class_ids(tmp_path / "m.png")
         assert mask.dtype == np.uint8
         np.testing.assert_array_equal(mask, LABELS)
-    for bits in (1, 2, 4):  # of few colours
-        save_palette_mask(tmp_path / "m.png", LABELS % 2**bits, bits=bits)
-        assert (tmp_path / "m.png").read_bytes()[24] == bits, "bit depth in the PNG's header"
-        np.testing.assert_array_equal(read_class_ids(tmp_path / "m.png"), LABELS % 2**bits)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "I;16"])
-def test_masks_that_are_neither_palette_nor_greyscale_are_refused(mode: str, tmp_path: Path) -> None:
-    image = Image.fromarray(LABELS.astype(np.uint16)) if mode == "I;16" else Image.fromarray(LABELS).convert(mode)
-    image.save(tmp_path / "m.png")
-    with pytest.raises(UserError, match=rf"m\.png has mode {mode}"):
-        read_class_ids(tmp_path / "m.png")
 
 
 def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
@@ -179,41 +132,28 @@ def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
 
 def test_an_image_and_its_ids_are_read_and_the_target_cut_out(tmp_path: Path) -> None:
     Image.fromarray(photograph(18, 21)).save(tmp_path / "i.jpg")
-    save_palette_mask(tmp_path / "m.png", LABELS)
+    Image.fromarray(LABELS).save(tmp_path / "m.png")
     image, ids = read_image_and_ids(Item(tmp_path / "i.jpg", tmp_path / "m.png"))
     assert (image.shape, ids.dtype) == ((18, 21, 3), np.uint8)
     for class_id in (1, 2, 20, 254):
         target = target_of(torch.from_numpy(ids.copy()), class_id)
         assert target.dtype == torch.uint8
         np.testing.assert_array_equal(target.numpy(), np.where(LABELS == 255, 255, class_id == LABELS))
-    Image.fromarray(photograph(21, 18)).save(tmp_path / "i.jpg")
-    with pytest.raises(UserError, match=r"i\.jpg.*m\.png.* not the same size"):
-        read_image_and_ids(Item(tmp_path / "i.jpg", tmp_path / "m.png"))
 
 
 # ---------------------------------------------------------------- class index
 
 
-def write_tree(root: Path, masks: list[np.ndarray], name: str = "train.txt") -> Path:
+def write_tree(root: Path, masks: list[np.ndarray]) -> Path:
     """Images, masks and a list below ``root``; the path of the list."""
-    (root / "images").mkdir(parents=True, exist_ok=True)
-    (root / "masks").mkdir(exist_ok=True)
+    (root / "images").mkdir()
+    (root / "masks").mkdir()
     for number, mask in enumerate(masks):
         Image.fromarray(np.zeros((*mask.shape, 3), np.uint8)).save(root / f"images/{number}.png")
         Image.fromarray(mask).save(root / f"masks/{number}.png")
     lines = [f"images/{number}.png masks/{number}.png\n" for number in range(len(masks))]
-    (root / name).write_text("".join(lines))
-    return root / name
-
-
-def random_masks(count: int, num_classes: int, seed: int = 0) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    values = [*range(num_classes + 1), 255]
-    return [rng.choice(values, tuple(rng.integers(5, 30, 2))).astype(np.uint8) for _ in range(count)]
-
-
-def counted(masks: Iterable[np.ndarray], num_classes: int) -> np.ndarray:
-    return np.stack([np.bincount(mask.ravel(), minlength=256)[: num_classes + 1] for mask in masks])
+    (root / "train.txt").write_text("".join(lines))
+    return root / "train.txt"
 
 
 def load(path: Path, num_classes: int = 6) -> ClassIndex:
@@ -221,12 +161,14 @@ def load(path: Path, num_classes: int = 6) -> ClassIndex:
 
 
 def assert_counts(path: Path, masks: Iterable[np.ndarray], num_classes: int = 6) -> None:
-    np.testing.assert_array_equal(load(path, num_classes).pixels, counted(masks, num_classes))
+    expected = [np.bincount(mask.ravel(), minlength=256)[: num_classes + 1] for mask in masks]
+    np.testing.assert_array_equal(load(path, num_classes).pixels, expected)
 
 
 @pytest.fixture
 def masks() -> list[np.ndarray]:
-    return random_masks(12, 6)
+    rng = np.random.default_rng(0)
+    return [rng.choice([*range(7), 255], tuple(rng.integers(5, 30, 2))).astype(np.uint8) for _ in range(12)]
 
 
 @pytest.fixture
@@ -237,8 +179,7 @@ def path(masks: list[np.ndarray], tmp_path: Path) -> Path:
 
 def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], path: Path) -> None:
     index = load(path)
-    np.testing.assert_array_equal(index.pixels, counted(masks, 6))
-    assert index.pixels.shape == (12, 7)
+    assert_counts(path, masks)
     assert index.ignored.tolist() == [int((mask == 255).sum()) for mask in masks]
     assert (index.items, index.list_path) == (read_list(path, path.parent), path)
     assert index.list_sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -248,7 +189,7 @@ def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], pat
             assert index.qualifying(class_id, area).tolist() == [i for i, a in enumerate(areas) if a >= area]
 
 
-def test_a_changed_mask_image_list_or_number_of_classes_is_noticed(masks: list[np.ndarray], path: Path) -> None:
+def test_a_changed_mask_list_or_number_of_classes_is_noticed(masks: list[np.ndarray], path: Path) -> None:
     masks[1][:] = 1
     file = path.parent / "masks/1.png"
     Image.fromarray(masks[1]).save(file)
@@ -260,16 +201,9 @@ def test_a_changed_mask_image_list_or_number_of_classes_is_noticed(masks: list[n
     assert file.stat().st_size == before.st_size
     assert_counts(path, masks)
     assert_counts(path, masks, num_classes=9)
-    with pytest.raises(UserError, match=r"masks/\d+\.png holds the value 6, .* 5\b"):
-        load(path, 5)
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)))
     assert_counts(path, masks[::-1])
-    path.write_text("\n".join(lines[:5]))
-    assert_counts(path, masks[:5])
-    Image.fromarray(np.zeros((40, 50, 3), np.uint8)).save(path.parent / "images/3.png")
-    with pytest.raises(UserError, match=r"images/3\.png is 50x40 but mask"):
-        load(path)
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -281,33 +215,14 @@ def test_the_index_comes_from_a_cache_next_to_the_list_or_in_the_users_folder(
         path.with_name("train.txt.index.npz").mkdir()  # nothing can be written there, not even by root
     assert_counts(path, masks)
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == (not writable)
-    with monkeypatch.context() as patch:
-        patch.setattr(class_index, "count_pixels", None)  # no mask is counted again
-        assert_counts(path, masks)
-    if not writable:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(path))  # no folder either: there is no cache
-        assert_counts(path, masks)
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_missing_file_is_refused_by_name_cached_or_not(cached: bool, path: Path) -> None:
-    if cached:
-        load(path)
-    (path.parent / "masks/9.png").unlink()
-    with pytest.raises(UserError, match=rf"mask .*masks/9\.png does not exist.* {path}"):
-        load(path)
+    monkeypatch.setattr(class_index, "count_pixels", None)  # no mask is counted again
+    assert_counts(path, masks)
 
 
 def test_many_masks_are_counted_on_all_cores_with_the_same_result(tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
     masks = [rng.choice([*range(7), 255], (8, 8)).astype(np.uint8) for _ in range(520)]
-    path = write_tree(tmp_path, masks)
-    assert_counts(path, masks)
-    for number, value in ((413, 77), (205, 88), (519, 99)):
-        masks[number][1, 1] = value
-        Image.fromarray(masks[number]).save(tmp_path / f"masks/{number}.png")
-    with pytest.raises(UserError, match=r"masks/205\.png holds the value 88"):
-        load(path)
+    assert_counts(write_tree(tmp_path, masks), masks)
 
 
 # ---------------------------------------------------------------- episodes
@@ -315,21 +230,17 @@ def test_many_masks_are_counted_on_all_cores_with_the_same_result(tmp_path: Path
 MIN_AREA = 2048
 
 
-def random_index(images: int = 60, num_classes: int = 8, seed: int = 0) -> ClassIndex:
-    """An index, of no files, in which a class is absent, small or large in an image."""
+def random_index(seed: int = 0) -> ClassIndex:
+    """60 images, in each of which each of 8 classes is absent, small or large."""
     rng = np.random.default_rng(seed)
-    small = rng.integers(1, MIN_AREA, (images, num_classes + 1))
-    large = rng.integers(MIN_AREA, 9 * MIN_AREA, (images, num_classes + 1))
-    pixels = np.choose(rng.choice(3, (images, num_classes + 1), p=[0.6, 0.15, 0.25]), [0, small, large])
-    return index_of(pixels)
+    small, large = rng.integers(1, MIN_AREA, (60, 9)), rng.integers(MIN_AREA, 9 * MIN_AREA, (60, 9))
+    return index_of(np.choose(rng.choice(3, (60, 9), p=[0.6, 0.15, 0.25]), [0, small, large]))
 
 
 def index_of(pixels: np.ndarray, photos: Sequence[int] | None = None) -> ClassIndex:
     """An index of these counts; ``photos`` numbers the image of each line, by default each its own."""
-    lines = range(len(pixels))
-    items = tuple(
-        Item(Path(f"{photo}.jpg"), Path(f"{line}.png")) for line, photo in zip(lines, photos or lines, strict=True)
-    )
+    numbers = photos or range(len(pixels))
+    items = tuple(Item(Path(f"{number}.jpg"), Path(f"{line}.png")) for line, number in enumerate(numbers))
     return ClassIndex(items, pixels, Path("some/list.txt"), "", np.zeros(len(pixels), int))
 
 
@@ -355,9 +266,7 @@ def test_every_episode_keeps_the_protocol(shots: int, seed: int) -> None:
     assert len(sampler) == len(in_fold)
     for number in range(4 * len(sampler)):
         query, supports, class_id = sampler(number)
-        assert query in in_fold
-        assert class_id in classes
-        assert index.pixels[query, class_id] > 0
+        assert query in in_fold and class_id in classes and index.pixels[query, class_id] > 0
         assert len(supports) == shots
         assert len({query, *supports}) == shots + 1, "all different, and never the query"
         assert all(index.pixels[support, class_id] >= MIN_AREA for support in supports)
@@ -373,21 +282,16 @@ def test_every_run_of_len_numbers_visits_every_image_of_the_fold_once() -> None:
         assert sorted(queries) == in_fold
         orders.append(tuple(queries))
     assert len(set(orders)) == 5, "in another order each time"
-    assert tuple(in_fold) not in orders
 
 
 def test_an_episode_is_a_function_of_seed_and_number_alone() -> None:
-    index = random_index()
     numbers = [*range(150), 10_000, 123_456_789, 2**40]
-    first = sampler_of(index)
-    expected = {number: first(number) for number in numbers}
-    shuffled = random.Random(0).sample(numbers, len(numbers))
+    sampler = sampler_of(random_index())
+    expected = {number: sampler(number) for number in numbers}
     np.random.seed(5)
     torch.manual_seed(5)
     fresh = sampler_of(random_index())
-    assert {number: fresh(number) for number in shuffled} == expected
-    assert {number: sampler_of(index)(number) for number in shuffled[:20]} == {n: expected[n] for n in shuffled[:20]}
-    assert all(first(number) == episode for number, episode in expected.items())
+    assert {number: fresh(number) for number in random.Random(0).sample(numbers, len(numbers))} == expected
 
 
 def test_the_seed_changes_the_order_of_queries_the_classes_and_the_supports_each() -> None:
@@ -424,18 +328,6 @@ def test_a_class_of_a_query_counts_whatever_its_area_but_not_among_supports() ->
     assert 8 not in {episode.query for episode in episodes}
 
 
-@pytest.mark.parametrize("shots", [1, 3])
-def test_a_class_with_too_few_images_is_refused_by_name_and_numbers(shots: int) -> None:
-    pixels = np.zeros((30, 9), int)
-    pixels[:20, 2], pixels[20:, 3] = MIN_AREA, MIN_AREA - 1
-    pixels[20 : 20 + shots, 3] = MIN_AREA
-    said = f"class 'class3' has {shots} images with at least 2048 pixels of it in some/list.txt, .* need {shots + 1}"
-    with pytest.raises(UserError, match=said):
-        sampler_of(index_of(pixels), classes=(2, 3), shots=shots)
-    pixels[20 + shots, 3] = MIN_AREA
-    sampler_of(index_of(pixels), classes=(2, 3), shots=shots)(0)
-
-
 def test_an_image_with_several_lines_is_never_its_own_support() -> None:
     """Images 0 ... 19 have a line for class 2 and one for class 3; images 0 ... 4 have a second mask of class 3."""
     pixels = np.zeros((45, 9), int)
@@ -464,9 +356,7 @@ def test_an_image_with_several_lines_is_never_its_own_support() -> None:
     [
         (375, 500, 473, (352, 472)),  # 375 * 473 / 500 = 354.75
         (500, 375, 473, (472, 352)),
-        (333, 500, 473, (312, 472)),  # 315.02
         (500, 500, 473, (472, 472)),
-        (50, 100, 473, (232, 472)),  # 236.50
         (160, 240, 161, (104, 160)),  # 107.33
         (8, 1000, 473, (8, 472)),  # 3.78, but not nothing
     ],
@@ -494,11 +384,8 @@ def half_pixel(length: int, source: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("height", "width"), [(101, 67), (300, 211)])
-def test_fit_resizes_the_image_bilinearly_and_takes_every_mask_value_from_its_own_position(
-    height: int, width: int
-) -> None:
-    image = photograph(height, width)
-    mask = labels(height, width)
+def test_fit_resizes_images_bilinearly_and_takes_mask_values_from_their_own_position(height: int, width: int) -> None:
+    image, mask = photograph(height, width), labels(height, width)
     fitted_image, fitted = fit(image, mask, 97)
     h, w = fitted_size(height, width, 97)
     rows, columns = half_pixel(h, height), half_pixel(w, width)
@@ -540,8 +427,8 @@ def unit(length: int) -> int:
     return 255 // (length - 1)
 
 
-def labels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    small = np.random.default_rng(seed).choice([0, 1, 255], (height // 15 + 1, width // 15 + 1), p=[0.5, 0.4, 0.1])
+def labels(height: int, width: int) -> np.ndarray:
+    small = np.random.default_rng(0).choice([0, 1, 255], (height // 15 + 1, width // 15 + 1), p=[0.5, 0.4, 0.1])
     return small.astype(np.uint8).repeat(15, 0).repeat(15, 1)[:height, :width]
 
 
@@ -552,18 +439,6 @@ def recover(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.
     source = image[inside][:, :2] / [unit(width), unit(height)]
     solution = np.linalg.lstsq(np.stack([x, y, np.ones_like(x)], 1).astype(float), source, rcond=None)[0]
     return solution.T, inside
-
-
-def test_augmentation_is_a_function_of_its_generator() -> None:
-    image, mask = photograph(130, 170), labels(130, 170)
-    before, results = (image.copy(), mask.copy()), []
-    for seed in [0, 1, 2, 0, 1, 2]:
-        np.random.seed(len(results))
-        results.append(augment(image, mask, 1, 97, np.random.default_rng(seed), (0.8, 1.25), 10.0))
-    for first, second in [*zip(results[:3], results[3:], strict=True), (before, (image, mask))]:
-        np.testing.assert_array_equal(first[0], second[0])
-        np.testing.assert_array_equal(first[1], second[1])
-    assert all(not np.array_equal(a[0], b[0]) for a, b in itertools.combinations(results[:3], 2))
 
 
 def test_image_and_mask_go_the_same_way() -> None:
@@ -609,11 +484,9 @@ def test_scale_rotation_and_flip_are_drawn_as_the_paper_says() -> None:
         angles.append(np.degrees(np.arctan2(to_target[1, 0], to_target[1, 1])))
         # nothing but these three: no shear, no different scale along x and y
         np.testing.assert_allclose(to_target @ to_target.T, abs(determinant) * np.eye(2), atol=0.01)
-    assert -10.02 < min(angles) < -9, "to the one side"
-    assert 9 < max(angles) < 10.02, "and to the other"
+    assert -10.02 < min(angles) < -9 and 9 < max(angles) < 10.02
     scales, angles = np.array(scales), np.abs(angles)
-    assert 0.799 < scales.min() < 0.82
-    assert 1.23 < scales.max() < 1.251
+    assert 0.799 < scales.min() < 0.82 and 1.23 < scales.max() < 1.251
     assert np.histogram(scales, 3, (0.8, 1.25))[0].min() > 90
     rotated = angles > 0.02
     assert 150 < rotated.sum() < 250
@@ -640,10 +513,6 @@ def test_an_image_smaller_than_the_crop_is_in_its_middle_untouched() -> None:
     image, mask = photograph(61, 83), labels(61, 83)
     warped, warped_mask = augment(image, mask, 1, 97, np.random.default_rng(0), (1.0, 1.0), 0.0)
     middle = slice(18, 18 + 61), slice(7, 7 + 83)
-    rim = np.ones((97, 97), bool)
-    rim[middle] = False
-    assert (warped[rim] == MEAN_COLOUR).all()
-    assert (warped_mask[rim] == 255).all()
     if not np.array_equal(warped[middle], image):
         image, mask = np.fliplr(image), np.fliplr(mask)
     np.testing.assert_array_equal(warped[middle], image)
@@ -658,11 +527,6 @@ def test_a_crop_keeps_85_percent_of_the_target_if_it_can(target: int) -> None:
     for seed in range(60):
         _, warped_mask = augment(image, mask, target, 130, np.random.default_rng(seed), (1.0, 1.0), 0.0)
         assert (warped_mask == target).sum() >= 0.85 * 60 * 60 - 1
-    other, _ = augment(image, np.zeros_like(mask), target, 130, np.random.default_rng(0), (1.0, 1.0), 0.0)
-    mask[mask == target] = 255
-    np.testing.assert_array_equal(
-        augment(image, mask, target, 130, np.random.default_rng(0), (1.0, 1.0), 0.0)[0], other
-    )
     mask[:] = target  # larger than the crop
     _, warped_mask = augment(image, mask, target, 97, np.random.default_rng(0), (1.0, 1.0), 10.0)
     assert (warped_mask == target).all()
@@ -692,19 +556,9 @@ def test_normalize_is_imagenets() -> None:
 
 
 def config_of(root: Path, *overrides: str) -> Config:
-    return load_config(
-        ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml",
-        [
-            f"data.root={root}",
-            f"data.train_list={root}/lists/train.txt",
-            f"data.val_list={root}/lists/val.txt",
-            "data.image_size=97",
-            "data.shots=2",
-            "workers=0",
-            "device=cpu",
-            *overrides,
-        ],
-    )
+    lists = [f"data.{split}_list={root}/lists/{split}.txt" for split in ("train", "val")]
+    given = [f"data.root={root}", *lists, "data.image_size=97", "data.shots=2", "workers=0", "device=cpu", *overrides]
+    return load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", given)
 
 
 def joined(batches: Iterable[Episode]) -> Episode:
@@ -719,9 +573,9 @@ def assert_same(a: Episode, b: Episode) -> None:
     assert a.names == b.names
 
 
-def eval_batches(root: Path, episodes: int, *overrides: str, seed: int = 3) -> DataLoader[Episode]:
+def eval_batches(root: Path, *overrides: str) -> DataLoader[Episode]:
     config = config_of(root, *overrides)
-    return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), seed), range(episodes))
+    return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), 3), range(21))
 
 
 def train_batches(root: Path, start: int, stop: int, *overrides: str) -> list[Episode]:
@@ -732,7 +586,7 @@ def train_batches(root: Path, start: int, stop: int, *overrides: str) -> list[Ep
 
 @pytest.fixture(scope="module")
 def evaluated(synthetic: Path) -> Episode:
-    return joined(eval_batches(synthetic, 21, "eval.batch_size=1"))
+    return joined(eval_batches(synthetic, "eval.batch_size=1"))
 
 
 @pytest.fixture(scope="module")
@@ -744,21 +598,17 @@ def trained(synthetic: Path) -> Episode:
 def test_evaluation_and_training_see_the_same_for_any_workers_and_batch_size(
     workers: int, batch_size: int, synthetic: Path, evaluated: Episode, trained: Episode
 ) -> None:
-    """Neither depends on, or changes, global random states."""
+    """Neither depends on global random states."""
     torch.manual_seed(1234)
     np.random.seed(1234)
     random.seed(1234)
-    before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     options = f"workers={workers}", f"eval.batch_size={batch_size}", f"train.batch_size={batch_size}"
-    batches = list(eval_batches(synthetic, 21, *options))
+    batches = list(eval_batches(synthetic, *options))
     assert [len(batch.names) for batch in batches] == ([1] * 21 if batch_size == 1 else [8, 8, 5])
     assert_same(joined(batches), evaluated)
     batches = train_batches(synthetic, 0, 24 // batch_size, *options)
     assert [len(batch.names) for batch in batches] == [batch_size] * (24 // batch_size)
     assert_same(joined(batches), trained)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    np.testing.assert_array_equal(np.random.get_state()[1], before[1][1])
-    assert random.getstate() == before[2]
 
 
 @pytest.mark.parametrize(("start", "batch_size"), [(2, 8), (5, 1), (4, 3)])
@@ -789,29 +639,21 @@ def test_a_batch_holds_the_files_that_the_sampler_names(synthetic: Path, evaluat
             np.testing.assert_array_equal(mask.numpy(), np.where(fitted == 255, 255, fitted == class_id))
             if line == query:
                 np.testing.assert_array_equal(evaluated.query_classes[number].numpy(), fitted)
-    assert evaluated.supports.shape == (21, 2, 3, 97, 97) and evaluated.pixels.is_contiguous()
-    dtypes = evaluated.pixels.dtype, evaluated.class_id.dtype, evaluated.query_classes.dtype
-    assert dtypes == (torch.uint8, torch.int64, torch.int64)
+    assert evaluated.supports.shape == (21, 2, 3, 97, 97)
 
 
 def test_an_episode_about_a_mask_of_one_class_has_its_class_id(tmp_path: Path) -> None:
-    """As read by util/data/readers.py: the values are 1 target, 0 other, 255 ignored, the class has any id."""
+    """In the mask 1 is the target and 0 the rest; the class has any id."""
     mask = np.array([[0, 1, 1], [0, 255, 0]], np.uint8)
     Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "i.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
     items = (Item(tmp_path / "i.png", tmp_path / "m.png", class_id=300),) * 2
     index = ClassIndex(items, np.zeros((2, 301), int), tmp_path / "l.txt", "", np.zeros(2, int))
-    seen = []
-
-    def transform(image: np.ndarray, ids: np.ndarray, target: int, _: object) -> tuple[np.ndarray, np.ndarray]:
-        seen.append(target)
-        return image[:, ::-1], ids[:, ::-1]
-
-    one = EpisodeDataset(EpisodeList(index, [EpisodeFiles(0, (1,), 300)]), transform=transform)[0]
-    assert seen == [1, 1]
-    for found in (one.query_mask, one.support_masks[0]):
-        np.testing.assert_array_equal(found.numpy(), mask[:, ::-1])
-    np.testing.assert_array_equal(one.query_classes.numpy(), np.where(mask == 1, 300, mask.astype(int))[:, ::-1])
+    episodes = EpisodeList(index, [EpisodeFiles(0, (1,), 300)])
+    episode = EpisodeDataset(episodes, transform=lambda image, ids, target, rng: (image, ids * (target == 1)))[0]
+    for found in (episode.query_mask, episode.support_masks[0]):
+        np.testing.assert_array_equal(found.numpy(), mask)
+    np.testing.assert_array_equal(episode.query_classes.numpy(), np.where(mask == 1, 300, mask.astype(int)))
 
 
 def test_every_image_of_every_episode_of_every_seed_is_augmented_by_numbers_of_its_own(synthetic: Path) -> None:
@@ -830,12 +672,11 @@ def test_every_image_of_every_episode_of_every_seed_is_augmented_by_numbers_of_i
     assert draws[240:] == draws[:120]
 
 
-@pytest.mark.parametrize("fold", [0, 3])
-def test_training_is_about_base_classes_and_evaluation_about_novel_ones(fold: int, synthetic: Path) -> None:
-    config = config_of(synthetic, f"data.fold={fold}")
+def test_training_is_about_base_classes_and_evaluation_about_novel_ones(synthetic: Path) -> None:
+    config = config_of(synthetic, "data.fold=2")
     train = build_train_sampler(config, build_index(config, "train"))
     val = build_eval_sampler(config, build_index(config, "val"), 0)
-    novel = set(range(5 * fold + 1, 5 * fold + 6))
+    novel = {11, 12, 13, 14, 15}
     assert {val(number).class_id for number in range(200)} == novel
     assert {train(number).class_id for number in range(400)} == set(range(1, 21)) - novel
     assert (train.seed, val.seed, train.shots, val.shots) == (config.seed, 0, 2, 2)
