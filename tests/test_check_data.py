@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +10,13 @@ import pytest
 from PIL import Image
 
 from scripts import check_data
-from tests.harness import call, process, succeeded
+from tests.harness import call, copied, process, succeeded
 from util.config import Config, load_config
 from util.data import class_index
 from util.data.episodes import EpisodeFiles, EpisodeSampler, read_episodes, write_episodes
 from util.data.folds import novel_classes
 from util.data.published import PUBLISHED, Published
-from util.data.synthetic import CLASS_NAMES, generate
+from util.data.synthetic import CLASS_NAMES
 from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
 
@@ -26,19 +25,9 @@ Data = tuple[Path, list[str]]
 """root of a data set, and the overrides that select it"""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a small data set that is not changed."""
-    root = tmp_path_factory.mktemp("made")
-    generate(root, 40, 40, 0)
-    return root
-
-
 @pytest.fixture
-def data(made: Path, tmp_path: Path) -> Data:
-    root = tmp_path / "data"
-    shutil.copytree(made, root)
-    return root, [f"data.root={root}", f"data.train_list={root}/lists/train.txt", f"data.val_list={root}/lists/val.txt"]
+def data(synthetic: Path, tmp_path: Path) -> Data:
+    return copied(synthetic, tmp_path)
 
 
 def check(*overrides: str) -> tuple[int, str]:
@@ -79,9 +68,6 @@ def test_every_damaged_file_is_named(data: Data) -> None:
     code, out = check(*overrides)
     assert code == 1 and out.count("PROBLEM") == 2
     assert all(f"PROBLEM mask {mask} does not exist" in out for mask in masks)
-
-
-# ---------------------------------------------------------------- the published lists and VOC's border
 
 
 @pytest.fixture
@@ -148,9 +134,6 @@ def test_shared_images_are_an_error_on_benchmarks_and_a_warning_elsewhere(pascal
         assert code == (kind == "PROBLEM") and f"{kind} {message}" in out
 
 
-# ---------------------------------------------------------------- the cached index
-
-
 def test_only_a_sound_list_leaves_its_index_for_training(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     root, overrides = data
     broken = root / "JPEGImages/val_00003.jpg"
@@ -203,9 +186,6 @@ def test_repeated_lines_are_named(data: Data) -> None:
     assert code == 1 and re.search(f"PROBLEM list {root}/lists/val.txt {said}", out)
 
 
-# ---------------------------------------------------------------- episodes in a file
-
-
 @pytest.fixture
 def sampler(data: Data) -> tuple[Config, EpisodeSampler]:
     config = load_config(CONFIG, [*data[1], "data.shots=2"])
@@ -227,22 +207,19 @@ def test_episodes_come_back_from_a_file(sampler: tuple[Config, EpisodeSampler], 
             recorded(config, path, shots)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("query", "JPEGImages/other.jpg", "not an episode of this list"),
-        ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
-        ("class_id", 17, "is not novel in this fold"),
-    ],
-)
 def test_a_file_that_does_not_fit_is_refused_at_its_first_mismatch(
-    sampler: tuple[Config, EpisodeSampler], tmp_path: Path, key: str, value: object, words: str
+    sampler: tuple[Config, EpisodeSampler], tmp_path: Path
 ) -> None:
     config, episodes = sampler
     path = tmp_path / "e.jsonl"
     write_episodes(path, episodes, 5, root=Path(config.data.root), class_names=config.data.classes)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[3][key] = value
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=f"line 4: .*{words}"):
-        recorded(config, path)
+    for key, value, words in (
+        ("query", "JPEGImages/other.jpg", "not an episode of this list"),
+        ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
+        ("class_id", 17, "is not novel in this fold"),
+    ):
+        changed = [*lines[:3], lines[3] | {key: value}, *lines[4:]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        with pytest.raises(UserError, match=f"line 4: .*{words}"):
+            recorded(config, path)

@@ -53,9 +53,6 @@ def names_in(path: Path) -> list[str]:
     return path.read_text().splitlines()
 
 
-# ---------------------------------------------------------------- FSS-1000 in its official layout
-
-
 @pytest.fixture(scope="module")
 def fss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Root and lists of 1,000 classes, among them the 240 published test classes."""
@@ -117,9 +114,6 @@ def test_episodes_stay_within_a_folder_and_within_the_split(config: Config) -> N
     assert len({sampler(n).query for n in range(2400)}) == 2400, "every test image is a query once"
 
 
-# ---------------------------------------------------------------- masks of one class
-
-
 @pytest.mark.parametrize(
     ("values", "mode", "expected"),
     [
@@ -138,9 +132,6 @@ def test_a_mask_of_one_class_is_read_whatever_its_white_is(
         image.putpalette([*range(256)] * 3)
     (image.convert(mode) if mode == "RGB" else image).save(tmp_path / "m.png")
     assert read_binary_mask(tmp_path / "m.png")[0].tolist() == expected
-
-
-# ---------------------------------------------------------------- your own folders, by the real commands
 
 
 def test_own_folders_lead_from_lists_to_a_test_on_novel_classes(tmp_path: Path) -> None:
@@ -176,9 +167,6 @@ def test_mistakes_in_folders_and_lists_are_named(tmp_path: Path) -> None:
     root, lists = tmp_path / "data", tmp_path / "lists"
     write_folders(root, ["a", "b", "c", "d"], side=16)
     succeeded(make_lists(root, lists))
-    config = load_config(CONFIG, [*overrides(root, lists), "data.base_classes=[a, b, c, d]"])
-    with pytest.raises(UserError, match=r"in data.base_classes and in fold 0"):
-        base_classes(config.data)
     (lists / "val.txt").write_text("e/1.jpg a/1.png\n")
     with pytest.raises(UserError, match=r"line 1: .*folder 'e', which is not among data.classes"):
         build_index(load_config(CONFIG, overrides(root, lists)), "val")

@@ -75,9 +75,6 @@ def tested(mixed: Path, config: Path) -> Tested:
     return result, json.loads(out.read_text()), panel
 
 
-# ---------------------------------------------------------------- evaluation by hand
-
-
 def fitted(mask: np.ndarray) -> tuple[int, int]:
     """Height and width in the network's square of 65: the longer side fills it, both rounded down to 8."""
     height, width = mask.shape
@@ -144,9 +141,6 @@ def scores_by_hand(settings: Config, checkpoint: Path, seed: int, episodes: int)
             name: statistics.fmean(iou(table, 1) for table in counts[name]) for name in ("prior", "all_foreground")
         },
     }
-
-
-# ---------------------------------------------------------------- results
 
 
 def test_results_tell_what_was_evaluated(tested: Tested, config: Path, mixed: Path, tiny: Path) -> None:
@@ -229,9 +223,6 @@ def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
         assert picture.height > 4 * 65 and picture.width > 4 * 65  # four episodes, at least four tiles each
 
 
-# ---------------------------------------------------------------- pictures
-
-
 def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     config: Path, mixed: Path, tmp_path: Path
 ) -> None:
@@ -255,22 +246,13 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     assert single[0] == 7 * (TILE + GAP) + GAP
 
 
-# ---------------------------------------------------------------- options that make no sense
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_options_that_make_no_sense_are_refused(config: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command: list[Any] = ["--config", config, "--checkpoint", short / "best.pt", "eval.episodes=2"]
+    for arguments, words in (
         (["--save-panels", 0], ["--save-panels", "at least 1"]),
         (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
         (["--seeds", "-1"], ["--seeds", "different whole numbers"]),
         (["--out", "LICENSE/results.json"], ["LICENSE/results.json"]),
-    ],
-    ids=lambda value: " ".join(map(str, value)),
-)
-def test_options_that_make_no_sense_are_refused(
-    config: Path, short: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], words: list[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    best = short / "best.pt"
-    refused(call(test_command, "--config", config, "--checkpoint", best, "eval.episodes=2", *arguments), *words)
+    ):
+        refused(call(test_command, *command, *arguments), *words)

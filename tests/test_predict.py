@@ -1,4 +1,4 @@
-"""predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
+"""predict.py: the real command line on real files, against the segmenter and plain loops over pixels."""
 
 import json
 import shutil
@@ -131,9 +131,6 @@ def test_maps_threshold_edges_and_cutout_are_the_segmenters(
     np.testing.assert_array_equal(load(tmp_path / "q0_cutout.png"), np.dstack([QUERIES[0], mask]))
 
 
-# Encodings and orientation
-
-
 @pytest.mark.filterwarnings("ignore:.*soft border")
 def test_a_mask_with_a_soft_border_is_cut_in_the_middle(world: Path, tmp_path: Path) -> None:
     soft = np.asarray(Image.fromarray(255 * SUPPORTS[0][1].astype(np.uint8)).filter(ImageFilter.BoxBlur(1)))
@@ -153,9 +150,6 @@ def test_a_rotated_photo_gives_what_the_upright_one_gives(world: Path, tmp_path:
     for n, given in enumerate([rotated("m.png", mask, None), rotated("tagged.png", mask), world / "m0.png"]):
         found = mask_of(tmp_path, tmp_path / str(n), *one_support(world, support, given))
         np.testing.assert_array_equal(found, upright)
-
-
-# Ground truth
 
 
 def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | None) -> float:
@@ -194,8 +188,6 @@ def test_a_ground_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) ->
     assert report["mean"] != pytest.approx(naive_iou(mask, truth, 3, None))
 
 
-# Several targets
-
 TARGETS = """\
 zebra: {supports: [s0.png, s1.png], masks: [m0.png, m1.png]}
 ape: {supports: [s1.png], masks: [ids1.png], class_id: 7}
@@ -223,9 +215,6 @@ def test_a_labelled_map_shows_the_most_probable_target(
             seen.add(int(label))
         assert load(Path(f"out/q{n}_overlay.jpg")).shape == QUERIES[n].shape
     assert seen == {0, 1, 2}
-
-
-# Mistakes
 
 
 def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, tmp_path: Path) -> None:
@@ -266,9 +255,6 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
         refused(call("--query", world / "q0.png", "--out", tmp_path / "out", *options), *pieces)
 
 
-# Without a checkpoint, with edges, with a box, and if nothing is found
-
-
 def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world: Path, tmp_path: Path) -> None:
     options = [*supported(world)[2:], "--query", world / "q0.png", world / "q1.png"]
     result = succeeded(process(ROOT / "predict.py", *options, "--out", "out", "--maps", cwd=tmp_path))
@@ -302,34 +288,3 @@ def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> 
     assert (made & SUPPORTS[0][1]).sum() / (made | SUPPORTS[0][1]).sum() > 0.9
     found = NTRESegmenter.training_free(device="cpu").segment(SUPPORTS[0][0], made, QUERIES[0], edges=True)
     np.testing.assert_array_equal(load(tmp_path / "q0_mask.png") > 0, found.mask)
-
-
-# torch.hub
-
-HUB = """
-import torch
-from PIL import Image
-
-def load(backbone):
-    return torch.hub.load({root!r}, "ntrenet_" + backbone, source="local", checkpoint={checkpoint!r}, device="cpu")
-
-segmenter = load("efficientnet_lite0")
-result = segmenter.segment(Image.open({support!r}), Image.open({mask!r}), Image.open({query!r}))
-print(type(segmenter).__name__, result.mask.shape, result.mask.sum())
-try:
-    load("resnet50")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_another_backbone(
-    world: Path, segmenter: NTRESegmenter, tmp_path: Path
-) -> None:
-    paths = {"checkpoint": "small.pt", "support": "s0.png", "mask": "m0.png", "query": "q1.png"}
-    values = {key: str(world / name) for key, name in paths.items()}
-    (tmp_path / "load.py").write_text(HUB.format(root=str(ROOT), **values))
-    first, other = succeeded(process("load.py", cwd=tmp_path)).out.splitlines()
-    assert first == f"NTRESegmenter (64, 40) {segmenter.segment(*SUPPORTS[0], QUERIES[1]).mask.sum()}"
-    assert other.startswith("UserError checkpoint")
-    assert other.endswith("load it with ntrenet_efficientnet_lite0")

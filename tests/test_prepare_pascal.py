@@ -198,9 +198,6 @@ def test_mistakes_end_in_one_line_that_helps(mistake: str, run: Run, sources: Pa
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------- downloads
-
-
 PAYLOAD = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(PAYLOAD).hexdigest()
 

@@ -151,20 +151,15 @@ def test_the_ladder_trains_and_evaluates_each_row_fold_and_seed_once_and_continu
     assert [call[1] for call in place.calls()] == ["scripts/make_synthetic.py"]
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
+def test_a_wrong_argument_ends_before_anything_runs(place: Place) -> None:
+    for script, arguments, message in (
         ("reproduce.sh", ["table5"], "bash scripts/reproduce.sh table1|table2"),
         ("ladder.sh", ["configs/costum.yaml"], "configs/costum.yaml does not exist"),
         ("train_fold.sh", ["pascal", "resnet50", "0", "1", "pfnet"], "configs/ablation/pfnet.yaml does not exist"),
         ("test_fold.sh", ["pascal", "resnet50", "0", "1", "run_dir=elsewhere"], "leave out run_dir=elsewhere"),
-    ],
-)
-def test_a_wrong_argument_ends_before_anything_runs(
-    place: Place, script: str, arguments: list[str], message: str
-) -> None:
-    done = place.run(script, *arguments)
-    assert done.returncode == 2 and message in done.stderr
+    ):
+        done = place.run(script, *arguments)
+        assert done.returncode == 2 and message in done.stderr
     assert place.calls() == []
 
 

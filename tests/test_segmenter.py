@@ -12,7 +12,7 @@ from PIL import Image
 from scenes import ROOT, SIDE, scene, spread, write_checkpoint
 
 from model.ntrenet import NTRENetOutput
-from tests.harness import process, succeeded
+from tests.harness import process
 from util.errors import UserError
 from util.photos.segmenter import NTRESegmenter, Segmentation
 
@@ -121,9 +121,6 @@ def test_an_ablation_lacks_only_the_maps_it_does_not_make(
     path.unlink()
 
 
-# Images and masks
-
-
 def test_a_mask_is_the_same_in_every_encoding(segmenter: NTRESegmenter) -> None:
     image, mask = SUPPORTS[0]
     expected = segmenter.segment(image, mask, QUERY)
@@ -184,11 +181,10 @@ def test_what_cannot_be_used_is_refused_by_name(
         assert piece in str(refusal.value)
 
 
-# A host program
-
 HOST = """
 import multiprocessing, signal, sys, warnings
 import cv2, scipy.sparse, torch, tqdm  # scipy sets a filter of warnings itself
+from PIL import Image
 
 def settings():
     return {
@@ -201,16 +197,27 @@ def settings():
         "start method": multiprocessing.get_start_method(allow_none=True),
     }
 
+def load(name, **options):
+    return torch.hub.load(sys.argv[1], name, source="local", device="cpu", **options)
+
 before = settings()
-load = torch.hub.load
-load({root!r}, "ntrenet_efficientnet_lite0", source="local", checkpoint=sys.argv[1], device="cpu")
-load({root!r}, "training_free", source="local", device="cpu")
+load("training_free")
+segmenter = load("ntrenet_efficientnet_lite0", checkpoint=sys.argv[2])
 after = settings()
 print([key for key in before if before[key] != after[key]])
+result = segmenter.segment(*(Image.open(name) for name in ("support.png", "mask.png", "query.png")))
+print(type(segmenter).__name__, result.mask.shape, result.mask.sum())
+load("ntrenet_resnet50", checkpoint=sys.argv[2])
 """
 
 
-def test_a_host_program_keeps_its_settings(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "host.py").write_text(HOST.replace("{root!r}", repr(str(ROOT))))
-    result = succeeded(process(tmp_path / "host.py", checkpoint, cwd=tmp_path))
-    assert result.out.strip() == "[]"
+def test_hub_changes_no_setting_of_the_host_program_and_refuses_another_backbone(
+    segmenter: NTRESegmenter, checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "host.py").write_text(HOST)
+    for name, pixels in (("support", IMAGE), ("mask", MASK), ("query", QUERY)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    result = process("host.py", ROOT, checkpoint, cwd=tmp_path)
+    found = segmenter.segment(IMAGE, MASK, QUERY).mask
+    assert result.out.splitlines()[-2:] == ["[]", f"NTRESegmenter {found.shape} {found.sum()}"]
+    assert "UserError: checkpoint" in result.err and "load it with ntrenet_efficientnet_lite0" in result.err

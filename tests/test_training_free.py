@@ -113,9 +113,6 @@ def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
     assert (other[:, 3] == 0).all() and (other[0, :2] == 1).all()
 
 
-# On images, with EfficientNet-Lite0's weights from pip
-
-
 @pytest.fixture(scope="module")
 def segmenter() -> TrainingFreeSegmenter:
     return NTRESegmenter.training_free(device="cpu", precision="fp32")
@@ -142,9 +139,6 @@ def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_
     assert not sharp_mask(probability, image, 0.9).any()
     assert sharp_mask(probability, image, 0.01).all()
     assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), image).any()
-
-
-# On an evaluation's episodes
 
 
 def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
