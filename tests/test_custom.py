@@ -136,7 +136,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda at: Image.new("L", (30, 30)).save(at / "masks/002.png"),
         "002.jpg is 72x64 but mask .* 30x30",
     ),
-    "gaps": (lambda at: write_pair(at, "021", 38), r"\[1, 2, 3, 4, 38\]; renumber them"),
+    "gaps": (lambda at: write_pair(at, "021", 6), r"\[1, 2, 3, 4, 6\]; renumber them"),
     "same stem": (
         lambda at: Image.new("RGB", (72, 64)).save(at / "images/001.png"),
         "001.jpg and .* have the same name",

@@ -7,7 +7,6 @@ import base64
 import importlib.util
 import json
 import shutil
-import signal
 import socket
 import urllib.error
 import urllib.request
@@ -49,12 +48,12 @@ def demo(segmenter: NTRESegmenter) -> Demo:
     return Demo(segmenter)
 
 
-def url(pixels: np.ndarray, orientation: int = 1, kind: str = "PNG") -> str:
+def url(pixels: np.ndarray, orientation: int = 1) -> str:
     """An image as the page sends it."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, exif=exif)
+    Image.fromarray(pixels).save(buffer, "PNG", exif=exif)
     return f"data:image/any;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
@@ -141,8 +140,8 @@ def address(checkpoint: Path) -> Iterator[str]:
     served = start("demo.py", "--checkpoint", checkpoint, "--port", port, "--device", "cpu")
     assert served.stdout is not None and served.stdout.readline().startswith(f"open http://127.0.0.1:{port}")
     yield f"http://127.0.0.1:{port}"
-    served.send_signal(signal.SIGINT)
-    assert finished(served).code == 0
+    served.terminate()
+    finished(served)
 
 
 def send(target: str, body: object = None, **headers: str) -> str:

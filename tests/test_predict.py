@@ -118,10 +118,10 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
 def test_maps_threshold_edges_and_cutout_are_the_segmenters(
     world: Path, segmenter: NTRESegmenter, tmp_path: Path
 ) -> None:
-    threshold = float(np.quantile(segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[0]).probability, 0.7))
-    result = segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[0], threshold=threshold, edges=True)
-    options = ["--maps", "--cutout", "--edges", "--threshold", threshold]
-    mask = mask_of(world, tmp_path, *supported(world), *options)
+    threshold = float((world / "threshold").read_text())
+    result = segmenter.segment(*SUPPORTS[0], QUERIES[0], threshold=threshold, edges=True)
+    options = one_support(world, world / "s0.png", world / "m0.png", "--maps", "--cutout", "--edges")
+    mask = mask_of(world, tmp_path, *options)
     np.testing.assert_array_equal(mask > 0, result.mask)
     assert (result.mask != (result.probability > threshold)).any()
     for name in ("probability", "prior", "bg", "distractor"):
