@@ -19,12 +19,9 @@ fold=${SLURM_ARRAY_TASK_ID:?run this with sbatch}
 bash scripts/train_fold.sh "$1" "$2" "$fold" "$3" "${@:4}" &
 child=$!
 trap 'kill -TERM "$child"' TERM
-wait "$child"
+while kill -0 "$child" 2>/dev/null; do wait "$child"; done # a signal ends a wait while the run is still saving
+wait "$child" # again, for the run's own exit code
 code=$?
-while kill -0 "$child" 2>/dev/null; do # the signal ended the first wait while the run is still saving
-    wait "$child"
-    code=$?
-done
 [ "$code" -ne 143 ] || exec scontrol requeue "${SLURM_ARRAY_JOB_ID}_$fold"
 [ "$code" -eq 0 ] || exit "$code"
 exec bash scripts/test_fold.sh "$1" "$2" "$fold" "$3" "${@:4}"

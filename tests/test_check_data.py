@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,13 @@ import pytest
 from PIL import Image
 
 from scripts import check_data
-from tests.harness import call, process, succeeded
+from tests.harness import call, copied, process, succeeded
 from util.config import Config, load_config
 from util.data import class_index
 from util.data.episodes import EpisodeFiles, EpisodeSampler, read_episodes, write_episodes
 from util.data.folds import novel_classes
 from util.data.published import PUBLISHED, Published
-from util.data.synthetic import CLASS_NAMES, generate
+from util.data.synthetic import CLASS_NAMES
 from util.engine.build import build_eval_sampler, build_index
 from util.errors import UserError
 
@@ -27,19 +25,9 @@ Data = tuple[Path, list[str]]
 """root of a data set, and the overrides that select it"""
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Root of a small data set that is not changed."""
-    root = tmp_path_factory.mktemp("made")
-    generate(root, 40, 40, 0)
-    return root
-
-
 @pytest.fixture
-def data(made: Path, tmp_path: Path) -> Data:
-    root = tmp_path / "data"
-    shutil.copytree(made, root)
-    return root, [f"data.root={root}", f"data.train_list={root}/lists/train.txt", f"data.val_list={root}/lists/val.txt"]
+def data(synthetic: Path, tmp_path: Path) -> Data:
+    return copied(synthetic, tmp_path)
 
 
 def check(*overrides: str) -> tuple[int, str]:
@@ -74,15 +62,12 @@ def test_a_class_that_cannot_give_an_episode_fails_the_check(data: Data) -> None
 
 def test_every_damaged_file_is_named(data: Data) -> None:
     root, overrides = data
-    image, mask = root / "JPEGImages/val_00003.jpg", root / "SegmentationClassAug/val_00007.png"
-    image.write_bytes(image.read_bytes()[:-2000])
-    mask.unlink()
+    masks = [root / f"SegmentationClassAug/val_0000{n}.png" for n in (3, 7)]
+    for mask in masks:
+        mask.unlink()
     code, out = check(*overrides)
     assert code == 1 and out.count("PROBLEM") == 2
-    assert f"PROBLEM image {image} cannot be read" in out and f"PROBLEM mask {mask} does not exist" in out
-
-
-# ---------------------------------------------------------------- the published lists and VOC's border
+    assert all(f"PROBLEM mask {mask} does not exist" in out for mask in masks)
 
 
 @pytest.fixture
@@ -124,9 +109,6 @@ def test_a_pascal_list_that_no_paper_uses_gives_a_warning(pascal: Data) -> None:
     (root / "train.txt").write_text("".join(lines[:-1]))
     code, out = check(*overrides)
     assert code == 0 and f"WARNING list {root}/train.txt is not a train list that papers use (unknown)" in out
-    (root / "train.txt").write_text("".join(lines))
-    _, out = check(*overrides, f"data.train_list={root}/val.txt", f"data.val_list={root}/train.txt")
-    assert re.findall(r"papers use \(the tiny (\w+)\)", out) == ["val", "train"]
 
 
 def test_a_lost_border_fails_a_published_list_and_gives_a_warning_on_another(pascal: Data) -> None:
@@ -134,29 +116,22 @@ def test_a_lost_border_fails_a_published_list_and_gives_a_warning_on_another(pas
     for path in sorted((root / "SegmentationClassAug").glob("2001_*"))[1:]:
         mask = np.array(Image.open(path))
         Image.fromarray(np.where(mask == 255, 0, mask)).save(path)
-    for dataset in ("PASCAL-5i", "Mine"):
-        code, out = check(*overrides, f"data.dataset={dataset}")
-        assert code == 1
-        assert f"PROBLEM list {root}/val.txt: 1 of 12 masks hold 255, of the published ones 12" in out
+    code, out = check(*overrides)
+    assert code == 1 and f"PROBLEM list {root}/val.txt: 1 of 12 masks hold 255, of the published ones 12" in out
     lines = (root / "val.txt").read_text().splitlines(keepends=True)
     (root / "val.txt").write_text("".join(lines[:-1]))
     code, out = check(*overrides)
     assert code == 0 and f"WARNING list {root}/val.txt: 1 of 11 masks hold 255" in out
 
 
-@pytest.mark.parametrize(("dataset", "code"), [("PASCAL-5i", 1), ("Mine", 0)])
-def test_shared_images_are_an_error_on_benchmarks_and_a_warning_elsewhere(
-    pascal: Data, dataset: str, code: int
-) -> None:
+def test_shared_images_are_an_error_on_benchmarks_and_a_warning_elsewhere(pascal: Data) -> None:
     root, overrides = pascal
     with (root / "val.txt").open("a") as file:
         file.write("SegmentationClassAug/../JPEGImages/2000_000003.jpg SegmentationClassAug/2000_000003.png\n")
-    found, out = check(*overrides, f"data.dataset={dataset}")
     message = f"1 images are in both the training and the validation list ({root}/JPEGImages"
-    assert found == code and f"{'PROBLEM' if code else 'WARNING'} {message}" in out
-
-
-# ---------------------------------------------------------------- the cached index
+    for dataset, kind in (("PASCAL-5i", "PROBLEM"), ("Mine", "WARNING")):
+        code, out = check(*overrides, f"data.dataset={dataset}")
+        assert code == (kind == "PROBLEM") and f"{kind} {message}" in out
 
 
 def test_only_a_sound_list_leaves_its_index_for_training(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,30 +155,16 @@ def test_only_a_sound_list_leaves_its_index_for_training(data: Data, monkeypatch
         np.testing.assert_array_equal(index.ignored, counted.ignored)
 
 
-def damaged(path: Path, **arrays: np.ndarray) -> None:
-    with np.load(path) as stored:
-        np.savez(path, **(dict(stored) | arrays))
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(path.read_bytes()[:-200]),
-        lambda path: damaged(path, counts=np.full((40, 22), -1, np.int32)),
-        lambda path: damaged(path, counts=np.ones((40, 22))),
-        lambda path: damaged(path, counts=np.ones((39, 22), np.int32)),
-        lambda path: damaged(path, key=np.array("another")),
-    ],
-    ids=["cut", "negative", "float", "lines", "key"],
-)
-def test_a_damaged_index_is_counted_again(data: Data, damage: Callable[[Path], object]) -> None:
-    root, overrides = data
-    config = load_config(CONFIG, overrides)
+def test_a_damaged_index_is_counted_again(data: Data) -> None:
+    config, path = load_config(CONFIG, data[1]), data[0] / "lists/val.txt.index.npz"
     index = build_index(config, "val")
-    damage(root / "lists/val.txt.index.npz")
-    again = build_index(config, "val")
-    np.testing.assert_array_equal(again.pixels, index.pixels)
-    np.testing.assert_array_equal(again.ignored, index.ignored)
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    for change in ({"counts": np.ones((39, 22), np.int32)}, {"key": np.array("another")}):
+        np.savez(path, **(arrays | change))
+        np.testing.assert_array_equal(build_index(config, "val").pixels, index.pixels)
+    path.write_bytes(path.read_bytes()[:-200])
+    np.testing.assert_array_equal(build_index(config, "val").pixels, index.pixels)
 
 
 def test_images_that_exif_turns_are_counted_in_a_warning(data: Data) -> None:
@@ -223,9 +184,6 @@ def test_repeated_lines_are_named(data: Data) -> None:
     said = "line 41: the same as line 1; .*line 45: the same as line 5; and 35 more; correct or remove"
     code, out = check(*overrides)
     assert code == 1 and re.search(f"PROBLEM list {root}/lists/val.txt {said}", out)
-
-
-# ---------------------------------------------------------------- episodes in a file
 
 
 @pytest.fixture
@@ -249,24 +207,19 @@ def test_episodes_come_back_from_a_file(sampler: tuple[Config, EpisodeSampler], 
             recorded(config, path, shots)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("query", "JPEGImages/other.jpg", "not an episode of this list"),
-        ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
-        ("supports", 7, "not an episode of this list"),
-        ("class_id", 17, "is not novel in this fold"),
-        ("list_sha256", "0" * 64, "made for another list"),
-    ],
-)
 def test_a_file_that_does_not_fit_is_refused_at_its_first_mismatch(
-    sampler: tuple[Config, EpisodeSampler], tmp_path: Path, key: str, value: object, words: str
+    sampler: tuple[Config, EpisodeSampler], tmp_path: Path
 ) -> None:
     config, episodes = sampler
     path = tmp_path / "e.jsonl"
     write_episodes(path, episodes, 5, root=Path(config.data.root), class_names=config.data.classes)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[3][key] = value
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(UserError, match=f"line 4: .*{words}"):
-        recorded(config, path)
+    for key, value, words in (
+        ("query", "JPEGImages/other.jpg", "not an episode of this list"),
+        ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
+        ("class_id", 17, "is not novel in this fold"),
+    ):
+        changed = [*lines[:3], lines[3] | {key: value}, *lines[4:]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in changed))
+        with pytest.raises(UserError, match=f"line 4: .*{words}"):
+            recorded(config, path)

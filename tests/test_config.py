@@ -10,7 +10,7 @@ import yaml
 
 from model.torchvision_compat import import_models
 from tests.harness import ROOT
-from util.config import MACHINE, RUN, TASK, Kind, config_from_dict, departures, flatten, keys_with, load_config
+from util.config import MACHINE, RUN, TASK, Kind, departures, flatten, keys_with, load_config
 from util.data.synthetic import CLASS_NAMES
 from util.engine.checkpoint import require_same
 from util.errors import UserError
@@ -54,17 +54,12 @@ def refusal(path: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------- the configs of the repository
-
-
-def test_there_is_one_config_for_each_row_of_the_paper_and_fold() -> None:
-    names = {f"{folder}/{network}_fold{fold}_{k}shot.yaml" for folder, network, k in PAPER for fold in range(4)}
-    found = {f"{path.parent.name}/{path.name}" for path in SHIPPED if path.parent.name != "synthetic"}
-    assert found == names
-
-
-def test_name_content_command_and_the_papers_number_of_each_config_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_row_of_the_paper_and_fold_has_a_config_with_its_name_command_and_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.chdir(ROOT)
+    paths = {f"configs/{folder}/{name}_fold{fold}_{k}shot.yaml" for folder, name, k in PAPER for fold in range(4)}
+    assert {str(path.relative_to(ROOT)) for path in SHIPPED if path.parent.name != "synthetic"} == paths
     titles = {"pascal": "PASCAL-5i", "coco": "COCO-20i", "synthetic": "Synthetic-5i"}
     for path in SHIPPED:
         folder, lines = path.parent.name, path.read_text().splitlines()
@@ -112,18 +107,8 @@ def test_class_names_are_in_the_order_of_their_ids() -> None:
     assert tuple(synthetic.data.classes) == CLASS_NAMES
 
 
-def test_a_config_survives_the_way_through_a_checkpoint_or_a_yaml_file(tmp_path: Path) -> None:
-    for path in SHIPPED[:: len(SHIPPED) // 3]:
-        config = load_config(path)
-        assert config_from_dict(config.model_dump(), "x") == config
-        assert load_config(write(tmp_path / "c.yaml", yaml.safe_dump(config.model_dump()))) == config
-
-
-# ---------------------------------------------------------------- the value written is the value used
-
 OTHER_VALUES = {
     "data.folds": [["a"], ["b", "d"]],
-    "data.base_classes": ["c"],
     "data.shots": 5,
     "data.rotation": 3.5,
     "model.backbone": "resnet101",
@@ -146,8 +131,6 @@ def test_a_checkpoint_may_differ_from_a_config_in_keys_that_its_use_does_not_nee
     saved = load_config(path)
     for override, free_in_test, free_in_resume in [
         ("model.channels=8", False, False),
-        ("data.image_size=161", False, False),
-        ("data.shots=5", True, False),
         ("loss.pcl=0.5", True, False),
         ("workers=0", True, True),
     ]:
@@ -183,33 +166,31 @@ def test_the_value_written_is_the_value_used(key: str, tmp_path: Path) -> None:
         assert {k for k in values if values[k] != default[k]} - {"run_dir"} <= {key}
 
 
-def test_a_file_goes_before_its_base_and_the_command_line_before_both(tmp_path: Path) -> None:
+def test_a_variant_goes_before_a_file_a_file_before_its_base_and_the_command_line_before_all(tmp_path: Path) -> None:
     write(tmp_path / "base.yaml", MINIMAL + "  fold: 1\n  shots: 2\n  min_area: 3\ntrain: {lr: 0.1, epochs: 11}\n")
     path = write(tmp_path / "leaf.yaml", "base: base.yaml\ndata:\n  shots: 4\n  min_area: 5\ntrain: {lr: 0.2}\n")
     config = load_config(path, ["data.min_area=6", "train.lr=0.3", "train.lr=4e-1"])
     assert (config.data.fold, config.data.shots, config.data.min_area) == (1, 4, 6)
     assert (config.train.lr, config.train.epochs) == (0.4, 11)  # YAML 1.1 reads 4e-1 as a string
+    variants = [write(tmp_path / f"{lr}.yaml", f"train: {{lr: {lr}, power: 2}}\n") for lr in (0.25, 0.5)]
+    config = load_config([path, *variants], ["train.power=4"])
+    assert (config.train.lr, config.train.epochs, config.train.power) == (0.5, 11, 4)
 
-
-# ---------------------------------------------------------------- refusals
 
 WRONG = {
-    # a wrong value: the words of the message after file and key
     "train.lr: .nan": ["nan"],
     "train.epochs: '20'": ["integer", "'20'"],
     "data.shots: 0": ["greater than or equal to 1", "0"],
-    "loss.pcl: false": ["number", "False"],
-    "train: ": ["None"],
     "model.backbone: resnet18": ["'resnet50'", "'vgg16_bn'", "'resnet18'"],
 }
+"""words of the message about a wrong value"""
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_value_is_refused_by_key_value_and_place(wrong: str, tmp_path: Path) -> None:
     key, _, value = wrong.partition(": ")
     section, _, name = key.rpartition(".")
-    line = f"{name}: {value}\n"
-    text = MINIMAL + {"": line, "data": f"  {line}"}.get(section, f"{section}:\n  {line}")
+    text = MINIMAL + ("" if section == "data" else f"{section}:\n") + f"  {name}: {value}\n"
     plain, path = write(tmp_path / "plain.yaml", MINIMAL), write(tmp_path / "c.yaml", text)
     leaf = write(tmp_path / "leaf.yaml", "base: c.yaml\nworkers: 1\n")
     for source, message in (
@@ -224,17 +205,11 @@ def test_a_wrong_value_is_refused_by_key_value_and_place(wrong: str, tmp_path: P
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        # contradictions
         ("  fold: 4\n", ": data: fold must be 0 to 3"),
         ("  folds: [[a], [z]]\n", ": data: folds names 'z', which is not among classes"),
-        ("  folds: [[a, a], [b]]\n", ": data: a fold must not hold all classes, nor one of them twice"),
-        ("  scale: [1.1, 0.9]\n", ": data: scale must be [from, to] with from <= to"),
         ("model: {doem: false}\n", ": loss.pcl needs model.doem; set loss.pcl=0"),
         ("model: {bgem: false}\nloss: {pcl: 0}\n", ": model: doem needs bgem; set model.bgem=true or"),
-        # keys
-        ("xyzzy: 1\n", ": unknown key 'xyzzy'; known keys are data.base_classes"),
         ("train:\n  batchsize: 1\n", ": unknown key 'train.batchsize'; did you mean 'train.batch_size'?"),
-        ("  shot: 1\n", ": unknown key 'data.shot'; did you mean 'data.shots'?"),
         ("epoch: 1\n", ": unknown key 'epoch'; did you mean 'train.epochs'?"),
         ("seed: 1\nseed: 2\n", " line 8: not valid YAML: key 'seed' is given twice"),
         ("\tseed: 1\n", " line 7: not valid YAML"),
@@ -245,40 +220,37 @@ def test_contradictions_unknown_and_duplicate_keys_are_refused(text: str, expect
     assert refusal(path).startswith(f"{path}{expected}")
 
 
-@pytest.mark.parametrize(
-    ("overrides", "expected"),
-    [
-        (["data.classes=[a, b, c, a]"], "data: classes must be 2 to 254 different names"),
-        ([f"data.classes={[f'c{i}' for i in range(18)]}"], "data: 18 classes do not make 4 equal folds; list them"),
-        (["train.lr"], "'train.lr' is not key=value"),
-        (["train.lr=["], "train.lr: cannot read the value '['"),
-        (["lr=1"], "unknown key 'lr'; did you mean 'train.lr'?"),
-    ],
-)
-def test_wrong_overrides_are_refused(overrides: list[str], expected: str, tmp_path: Path) -> None:
-    message = refusal(write(tmp_path / "c.yaml", MINIMAL), *overrides)
-    assert message.startswith(f"command line: {expected}")
+def test_wrong_overrides_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.yaml", MINIMAL)
+    for override, expected in {
+        "data.classes=[a, b, c, a]": "data: classes must be 2 to 254 different names",
+        "data.classes=[a, b, c]": "data: 3 classes do not make 4 equal folds; list them",
+        "train.lr=[": "train.lr: cannot read the value '['",
+        "lr=1": "unknown key 'lr'; did you mean 'train.lr'?",
+    }.items():
+        assert refusal(path, override).startswith(f"command line: {expected}")
 
 
 def test_a_missing_key_section_or_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", re.sub(r"  root:.*\n", "", MINIMAL))
     assert refusal(path) == f"{path}: key 'data.root' is missing"
-    assert refusal(write(path, "seed: 1\n")) == f"{path}: key 'data' is missing"
     assert refusal(write(path, "# no keys\n")).startswith(f"{path}: must hold keys and values")
     wrong, right = (ROOT / f"configs/pascal/resnet50_fold0_{shots}.yaml" for shots in ("1shots", "1shot"))
     assert refusal(wrong) == f"config {wrong} does not exist; did you mean {right}?"
 
 
-# ---------------------------------------------------------------- base and run_dir
-
-
-def test_a_base_is_relative_to_the_file_that_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_is_relative_to_its_file_and_run_dir_named_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "base/letters.yaml", MINIMAL)
     path = write(tmp_path / "leaves/leaf.yaml", "base: ../base/letters.yaml\n")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert load_config(path).data.dataset == "Letters"
-    assert load_config(Path("../leaves/leaf.yaml")).run_dir == "runs/leaves/leaf"
+    config = Path("../leaves/leaf.yaml")
+    assert load_config(config).run_dir == "runs/leaves/leaf"
+    assert load_config(config, ["run_dir=runs/lr=0.1"]).run_dir == "runs/lr=0.1"
+    assert load_config(config, ["seed=1"]).run_dir == "runs/leaves/leaf_seed1"
 
 
 def test_mistakes_of_a_base_are_laid_at_the_base(tmp_path: Path) -> None:
@@ -288,15 +260,6 @@ def test_mistakes_of_a_base_are_laid_at_the_base(tmp_path: Path) -> None:
     base.unlink()
     assert refusal(path).startswith(f"config {base} does not exist")
 
-
-def test_run_dir_is_by_default_runs_and_the_configs_own_path(tmp_path: Path) -> None:
-    path = write(tmp_path / "letters/first.yaml", MINIMAL)
-    assert load_config(path).run_dir == "runs/letters/first"
-    assert load_config(path, ["run_dir=runs/lr=0.1"]).run_dir == "runs/lr=0.1"
-    assert load_config(path, ["seed=1"]).run_dir == "runs/letters/first_seed1"
-
-
-# ---------------------------------------------------------------- files that vary a config
 
 ABLATIONS = {
     "pfenet": {"model.bgem": False, "model.doem": False, "loss.pcl": 0},
@@ -336,20 +299,3 @@ def test_an_ablation_changes_exactly_what_it_is_named_for() -> None:
         varied = dict(flatten(load_config([fold, file]).model_dump()))
         assert varied.pop("run_dir") == f"{plain['run_dir']}_{file.stem}"
         assert {key: value for key, value in varied.items() if value != plain[key]} == ABLATIONS[file.stem]
-
-
-def test_the_command_line_wins_over_a_variant_and_a_later_variant_over_an_earlier_one(tmp_path: Path) -> None:
-    first, second = write(tmp_path / "a.yaml", "train: {lr: 0.25, epochs: 3}\n"), tmp_path / "b.yaml"
-    write(second, "train: {lr: 0.5, power: 2}\n")
-    config = load_config([write(tmp_path / "c.yaml", MINIMAL), first, second], ["train.power=4"]).train
-    assert (config.lr, config.epochs, config.power) == (0.5, 3, 4)
-
-
-def test_a_wrong_variant_is_refused_by_file(tmp_path: Path) -> None:
-    path, variant = write(tmp_path / "c.yaml", MINIMAL), tmp_path / "v.yaml"
-    for text, match in (
-        ("model: {doemm: false}\n", "unknown key 'model.doemm'; did you mean 'model.doem'"),
-        ("model: {doem: false}\n", "loss.pcl needs model.doem"),
-    ):
-        with pytest.raises(UserError, match=rf"^{re.escape(str(write(variant, text)))}: {match}"):
-            load_config([path, variant])

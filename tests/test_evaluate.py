@@ -75,9 +75,6 @@ def tested(mixed: Path, config: Path) -> Tested:
     return result, json.loads(out.read_text()), panel
 
 
-# ---------------------------------------------------------------- evaluation by hand
-
-
 def fitted(mask: np.ndarray) -> tuple[int, int]:
     """Height and width in the network's square of 65: the longer side fills it, both rounded down to 8."""
     height, width = mask.shape
@@ -144,9 +141,6 @@ def scores_by_hand(settings: Config, checkpoint: Path, seed: int, episodes: int)
             name: statistics.fmean(iou(table, 1) for table in counts[name]) for name in ("prior", "all_foreground")
         },
     }
-
-
-# ---------------------------------------------------------------- results
 
 
 def test_results_tell_what_was_evaluated(tested: Tested, config: Path, mixed: Path, tiny: Path) -> None:
@@ -216,30 +210,17 @@ def test_neither_memory_nor_batches_nor_workers_change_a_score(
 
 
 def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
-    result, results, _ = tested
+    result, results, panel = tested
     assert "Synthetic-5i fold 0 of 4, 1-shot, efficientnet_lite0: 6 episodes, seeds 0, 1, 2" in result.out
     for name in NOVEL:
         assert re.search(rf"^ +{name} +{results['per_class'][name]:.1f}$", result.out, re.MULTILINE)
     miou = results["miou"]
     assert re.search(rf"^ +mIoU +{miou['mean']:.1f} ± {miou['std']:.1f}", result.out, re.MULTILINE)
-    assert re.search(rf"^ +FB-IoU +{results['fb_iou']['mean']:.1f} ±", result.out, re.MULTILINE)
     assert re.search(rf"all foreground +{results['baselines']['all_foreground']['miou']:.1f}", result.out)
-    assert re.search(rf"training-free, edges +{results['baselines']['training_free_edges']['miou']:.1f}", result.out)
     assert "of this fold alone" in result.out
     assert beside_progress_bars(result.err) == []
-
-
-def test_the_picture_of_an_evaluation_opens(tested: Tested) -> None:
-    result, _, panel = tested
-    assert str(panel) in result.out
     with Image.open(panel) as picture:
-        assert picture.format == "PNG"
-        pixels = np.array(picture)
-    assert pixels.shape[0] > 4 * 65 and pixels.shape[1] > 4 * 65  # four episodes, at least four tiles each
-    assert pixels.std() > 10
-
-
-# ---------------------------------------------------------------- pictures
+        assert picture.height > 4 * 65 and picture.width > 4 * 65  # four episodes, at least four tiles each
 
 
 def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
@@ -263,32 +244,15 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
     assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
     assert single[0] == 7 * (TILE + GAP) + GAP
-    without = succeeded(call(test_command, *command, "--seeds", 0, 1, "--save-panels", 1))
-    assert "panels" in without.out
-    assert "18/18" in without.err and "/19" not in without.err  # episodes of both seeds, and no images among them
-    assert max(int(name.stem.rsplit("episode")[-1]) for name in folder.glob("*episode*")) < 9  # of the first seed
-    assert len(list(folder.iterdir())) == 4
-    assert Image.open(next(folder.glob("best_1_*"))).width == 7 * (TILE + GAP) + GAP - (TILE + GAP)
 
 
-# ---------------------------------------------------------------- options that make no sense
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
+def test_options_that_make_no_sense_are_refused(config: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    command: list[Any] = ["--config", config, "--checkpoint", short / "best.pt", "eval.episodes=2"]
+    for arguments, words in (
         (["--save-panels", 0], ["--save-panels", "at least 1"]),
         (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
         (["--seeds", "-1"], ["--seeds", "different whole numbers"]),
-        (["--shots", 0], ["shots", "greater than or equal to 1"]),
         (["--out", "LICENSE/results.json"], ["LICENSE/results.json"]),
-        (["precision=fp16"], ["precision=fp16", "precision=bf16 or fp32"]),
-    ],
-    ids=lambda value: " ".join(map(str, value)),
-)
-def test_options_that_make_no_sense_are_refused(
-    config: Path, short: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[Any], words: list[str]
-) -> None:
-    monkeypatch.chdir(ROOT)
-    best = short / "best.pt"
-    refused(call(test_command, "--config", config, "--checkpoint", best, "eval.episodes=2", *arguments), *words)
+    ):
+        refused(call(test_command, *command, *arguments), *words)

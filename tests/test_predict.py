@@ -1,8 +1,8 @@
-"""predict.py and torch.hub: the real command lines on real files, against the segmenter and plain loops over pixels."""
+"""predict.py: the real command line on real files, against the segmenter and plain loops over pixels."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,6 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
     save(folder / "deep/er/first.PNG", QUERIES[1])
     save(folder / ".hidden/x.png", QUERIES[1])
     save(out / "old_overlay.jpg", QUERIES[1])
-    (folder / "notes.txt").write_text("no image")
     (folder / "phone.HEIC").write_text("no image that can be read")
     options = [*supported(world), "--query", world / "q2.png", "photos", "--out", out]
     result = succeeded(process(ROOT / "predict.py", *options, cwd=tmp_path))
@@ -116,11 +115,15 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
         assert untouched < np.abs(overlay.astype(int) - image)[mask > 0].mean()
 
 
-def test_maps_threshold_and_cutout_are_the_segmenters(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
-    result = segmenter.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
-    threshold = float(np.quantile(result.probability, 0.9))
-    mask = mask_of(world, tmp_path, *supported(world), "--maps", "--cutout", "--threshold", threshold)
-    np.testing.assert_array_equal(mask > 0, result.probability > threshold)
+def test_maps_threshold_edges_and_cutout_are_the_segmenters(
+    world: Path, segmenter: NTRESegmenter, tmp_path: Path
+) -> None:
+    threshold = float((world / "threshold").read_text())
+    result = segmenter.segment(*SUPPORTS[0], QUERIES[0], threshold=threshold, edges=True)
+    options = one_support(world, world / "s0.png", world / "m0.png", "--maps", "--cutout", "--edges")
+    mask = mask_of(world, tmp_path, *options)
+    np.testing.assert_array_equal(mask > 0, result.mask)
+    assert (result.mask != (result.probability > threshold)).any()
     for name in ("probability", "prior", "bg", "distractor"):
         written = load(tmp_path / f"q0_{name}.png")
         assert written.dtype == np.uint8
@@ -128,50 +131,25 @@ def test_maps_threshold_and_cutout_are_the_segmenters(world: Path, segmenter: NT
     np.testing.assert_array_equal(load(tmp_path / "q0_cutout.png"), np.dstack([QUERIES[0], mask]))
 
 
-# Encodings and orientation
-
-
-def _soft(mask: np.ndarray) -> Image.Image:
-    """0 and 255, with a border of 140 inside and 90 outside."""
-    grey = Image.fromarray(255 * mask.astype(np.uint8))
-    inside, outside = (np.asarray(grey.filter(kind(3))) > 0 for kind in (ImageFilter.MinFilter, ImageFilter.MaxFilter))
-    return Image.fromarray(np.select([inside, mask, outside], [255, 140, 90], 0).astype(np.uint8))
-
-
 @pytest.mark.filterwarnings("ignore:.*soft border")
 def test_a_mask_with_a_soft_border_is_cut_in_the_middle(world: Path, tmp_path: Path) -> None:
-    _soft(SUPPORTS[0][1]).save(tmp_path / "mask.png")
-    reference = mask_of(world, tmp_path / "bits", *one_support(world, world / "s0.png", world / "m0.png"))
-    other = mask_of(world, tmp_path / "other", *one_support(world, world / "s0.png", tmp_path / "mask.png"))
-    np.testing.assert_array_equal(other, reference)
+    soft = np.asarray(Image.fromarray(255 * SUPPORTS[0][1].astype(np.uint8)).filter(ImageFilter.BoxBlur(1)))
+    masks = {"soft": save(tmp_path / "soft.png", soft), "sharp": save(tmp_path / "sharp.png", soft >= 128)}
+    found = [mask_of(world, tmp_path / name, *one_support(world, world / "s0.png", m)) for name, m in masks.items()]
+    np.testing.assert_array_equal(*found)
 
 
-STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    2: lambda seen: seen[:, ::-1],
-    6: lambda seen: np.rot90(seen, 1),  # to be rotated clockwise for display
-    5: lambda seen: np.swapaxes(seen, 0, 1),
-}
-"""EXIF orientation: pixels as stored, of an image as seen"""
+def test_a_rotated_photo_gives_what_the_upright_one_gives(world: Path, tmp_path: Path) -> None:
+    def rotated(name: str, pixels: np.ndarray, orientation: int | None = 6) -> Path:
+        """Orientation 6: to be rotated clockwise for display."""
+        return save(tmp_path / name, np.rot90(pixels).copy(), orientation)
 
-
-@pytest.mark.parametrize("orientation", STORED)
-def test_an_image_with_an_exif_orientation_gives_what_the_rotated_image_gives(
-    world: Path, tmp_path: Path, orientation: int
-) -> None:
-    image, mask = SUPPORTS[0]
-    turn = STORED[orientation]
-    support = save(tmp_path / "s.png", np.ascontiguousarray(turn(image)), orientation)
-    stored_mask = save(tmp_path / "m.png", np.ascontiguousarray(turn(mask)))
-    tagged_mask = save(tmp_path / "tagged.png", np.ascontiguousarray(turn(mask)), orientation)
-    save(tmp_path / "q0.png", np.ascontiguousarray(turn(QUERIES[0])), orientation)
+    support, _ = rotated("s.png", SUPPORTS[0][0]), rotated("q0.png", QUERIES[0])
+    mask = SUPPORTS[0][1]
     upright = mask_of(world, tmp_path / "upright", *one_support(world, world / "s0.png", world / "m0.png"))
-    masks = [stored_mask, tagged_mask, *([world / "m0.png"] if orientation > 4 else [])]
-    for number, given in enumerate(masks):
-        turned = mask_of(tmp_path, tmp_path / str(number), *one_support(world, support, given))
-        np.testing.assert_array_equal(turned, upright)
-
-
-# Ground truth
+    for n, given in enumerate([rotated("m.png", mask, None), rotated("tagged.png", mask), world / "m0.png"]):
+        found = mask_of(tmp_path, tmp_path / str(n), *one_support(world, support, given))
+        np.testing.assert_array_equal(found, upright)
 
 
 def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | None) -> float:
@@ -210,8 +188,6 @@ def test_a_ground_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) ->
     assert report["mean"] != pytest.approx(naive_iou(mask, truth, 3, None))
 
 
-# Several targets
-
 TARGETS = """\
 zebra: {supports: [s0.png, s1.png], masks: [m0.png, m1.png]}
 ape: {supports: [s1.png], masks: [ids1.png], class_id: 7}
@@ -221,11 +197,8 @@ ape: {supports: [s1.png], masks: [ids1.png], class_id: 7}
 def test_a_labelled_map_shows_the_most_probable_target(
     world: Path, segmenter: NTRESegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    yaml = tmp_path / "in/targets.yaml"
-    yaml.parent.mkdir()
-    yaml.write_text(TARGETS)
-    for path in world.glob("*.png"):
-        shutil.copy(path, yaml.parent)
+    shutil.copytree(world, tmp_path / "in")
+    (tmp_path / "in/targets.yaml").write_text(TARGETS)
     monkeypatch.chdir(tmp_path)
     common = ["--checkpoint", world / "small.pt", "--device", "cpu", "--targets", "in/targets.yaml"]
     succeeded(call(*common, "--query", world / "q0.png", world / "q1.png", "--out", "out", "--threshold", 0.45))
@@ -240,31 +213,8 @@ def test_a_labelled_map_shows_the_most_probable_target(
             candidates = {0: 0.45, 1: zebra[y, x], 2: ape[y, x]}
             assert label == max(candidates, key=lambda key: candidates[key])
             seen.add(int(label))
-        palette = np.array(labels.getpalette()).reshape(-1, 3)
-        overlay = load(Path(f"out/q{n}_overlay.jpg"))
-        assert overlay.shape == QUERIES[n].shape
-        assert palette[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+        assert load(Path(f"out/q{n}_overlay.jpg")).shape == QUERIES[n].shape
     assert seen == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("text", "pieces"),
-    [
-        ("dog: {supports: [s0.png, s1.png], masks: [m0.png]}", ["2 supports", "1 masks"]),
-        ("dog: {supports: [s0.png]}", ["dog.masks", "required"]),
-        ("dog: {supports: [s0.png], masks: [ids0.png]}", ["ids0.png", "3, 7", "class_id"]),
-        ("{}", ["names no targets"]),
-    ],
-)
-def test_a_wrong_targets_file_is_refused(world: Path, tmp_path: Path, text: str, pieces: list[str]) -> None:
-    for name in ("s0.png", "s1.png", "m0.png", "ids0.png"):
-        shutil.copy(world / name, tmp_path)
-    (tmp_path / "t.yaml").write_text(text)
-    options = ["--checkpoint", world / "small.pt", "--device", "cpu", "--targets", tmp_path / "t.yaml"]
-    refused(call(*options, "--query", world / "q0.png", "--out", tmp_path / "out"), *pieces)
-
-
-# Mistakes
 
 
 def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, tmp_path: Path) -> None:
@@ -284,40 +234,25 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
     assert {path.name for path in out.glob("*_mask.png")} == {"b_mask.png", "e_mask.png"}
 
 
-@pytest.mark.parametrize(
-    ("change", "pieces"),
-    [
-        (lambda w, t: {"--query": [t / "none.jpg"]}, ["none.jpg", "does not exist"]),
-        (lambda w, t: {"--query": [w / "q0.png", save(t / "q0.jpg", QUERIES[0])]}, ["q0.png", "q0.jpg", "rename"]),
-        (lambda w, t: {"--query": [w], "--out": [w]}, ["no images", "outside of --out"]),
-        (lambda w, t: {"--mask": [w / "m0.png"]}, ["2 supports", "1 masks"]),
-        (lambda w, t: {"--mask": [w / "m0.png", w / "m0.png"]}, ["m0.png", "60 x 48", "66 x 40"]),
-        (lambda w, t: {"--mask": [w / "ids0.png", w / "ids1.png"], "--class-id": [5]}, ["ids0.png", "class 5", "3, 7"]),
-        (lambda w, t: {"--support": None}, ["need --support"]),
-        (lambda w, t: {"--mask": None, "--box": ["10,10,12", "1,1,9,9"]}, ["--box must be x0,y0,x1,y1", "10,10,12"]),
-        (lambda w, t: {"--mask": None, "--box": ["1,1,9,9"]}, ["one --box for each --support"]),
-        (lambda w, t: {"--mask": None, "--box": ["1,1,9,9", "1,1,9,999"]}, ["does not lie in", "66 x 40"]),
-        (lambda w, t: {"--threshold": [1.5]}, ["--threshold", "1.5"]),
-        (lambda w, t: {"--ground-truth": [save(t / "truth/q9.png", QUERIES[0]).parent]}, ["lacks 1 of 1", "q0"]),
-        (lambda w, t: {"--ground-truth": [w / "m0.png"]}, ["m0.png", "60 x 48", "60 x 50"]),
-    ],
-)
-def test_a_mistake_ends_in_one_line(
-    world: Path, tmp_path: Path, change: Callable[[Path, Path], dict[str, list[object] | None]], pieces: list[str]
-) -> None:
-    options: dict[str, list[object] | None] = {
-        "--checkpoint": [world / "small.pt"],
-        "--support": [world / "s0.png", world / "s1.png"],
-        "--mask": [world / "m0.png", world / "m1.png"],
-        "--query": [world / "q0.png"],
-        "--out": [tmp_path / "out"],
-        "--device": ["cpu"],
-    }
-    options |= change(world, tmp_path)
-    refused(call(*[word for key, values in options.items() if values for word in (key, *values)]), *pieces)
-
-
-# Without a checkpoint, with edges, with a box, and if nothing is found
+def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
+    same_name = save(tmp_path / "q0.jpg", QUERIES[0])
+    truth = save(tmp_path / "truth/q9.png", QUERIES[0]).parent
+    targets = tmp_path / "targets.yaml"
+    targets.write_text(f"dog: {{supports: [{world}/s0.png], masks: [{world}/ids0.png]}}")
+    given = supported(world)
+    unmasked = given[: given.index("--mask")]
+    mistakes: list[tuple[list[object], list[str]]] = [
+        ([*given, "--query", world / "q0.png", same_name], ["q0.png", "q0.jpg", "rename"]),
+        ([], ["need --support"]),
+        (["--targets", targets], ["ids0.png", "3, 7", "class_id"]),
+        ([*unmasked, "--box", "10,10,12", "1,1,9,9"], ["--box must be x0,y0,x1,y1", "10,10,12"]),
+        ([*unmasked, "--box", "1,1,9,9", "1,1,9,999"], ["does not lie in", "66 x 40"]),
+        ([*given, "--threshold", 1.5], ["--threshold", "1.5"]),
+        ([*given, "--ground-truth", truth], ["lacks 1 of 1", "q0"]),
+        ([*given, "--ground-truth", world / "m0.png"], ["m0.png", "60 x 48", "60 x 50"]),
+    ]
+    for options, pieces in mistakes:
+        refused(call("--query", world / "q0.png", "--out", tmp_path / "out", *options), *pieces)
 
 
 def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world: Path, tmp_path: Path) -> None:
@@ -334,14 +269,6 @@ def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world:
     succeeded(call(*options, "--out", tmp_path / "plain", "--no-edges"))
     plain = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
     np.testing.assert_array_equal(load(tmp_path / "plain/q0_mask.png") > 0, plain.mask)
-
-
-def test_edges_are_drawn_for_a_network_on_request(world: Path, segmenter: NTRESegmenter, tmp_path: Path) -> None:
-    threshold = float((world / "threshold").read_text())
-    found = segmenter.segment(*SUPPORTS[0], QUERIES[0], threshold=threshold, edges=True)
-    mask = mask_of(world, tmp_path, *one_support(world, world / "s0.png", world / "m0.png"), "--edges")
-    np.testing.assert_array_equal(mask > 0, found.mask)
-    assert (found.mask != (found.probability > threshold)).any()
 
 
 def test_if_nothing_is_found_the_end_says_what_to_try(world: Path, tmp_path: Path) -> None:
@@ -361,34 +288,3 @@ def test_a_box_around_the_object_makes_its_mask(world: Path, tmp_path: Path) -> 
     assert (made & SUPPORTS[0][1]).sum() / (made | SUPPORTS[0][1]).sum() > 0.9
     found = NTRESegmenter.training_free(device="cpu").segment(SUPPORTS[0][0], made, QUERIES[0], edges=True)
     np.testing.assert_array_equal(load(tmp_path / "q0_mask.png") > 0, found.mask)
-
-
-# torch.hub
-
-HUB = """
-import torch
-from PIL import Image
-
-def load(backbone):
-    return torch.hub.load({root!r}, "ntrenet_" + backbone, source="local", checkpoint={checkpoint!r}, device="cpu")
-
-segmenter = load("efficientnet_lite0")
-result = segmenter.segment(Image.open({support!r}), Image.open({mask!r}), Image.open({query!r}))
-print(type(segmenter).__name__, result.mask.shape, result.mask.sum())
-try:
-    load("resnet50")
-except Exception as error:
-    print(type(error).__name__, error)
-"""
-
-
-def test_hub_loads_a_segmenter_from_elsewhere_and_refuses_another_backbone(
-    world: Path, segmenter: NTRESegmenter, tmp_path: Path
-) -> None:
-    paths = {"checkpoint": "small.pt", "support": "s0.png", "mask": "m0.png", "query": "q1.png"}
-    values = {key: str(world / name) for key, name in paths.items()}
-    (tmp_path / "load.py").write_text(HUB.format(root=str(ROOT), **values))
-    first, other = succeeded(process("load.py", cwd=tmp_path)).out.splitlines()
-    assert first == f"NTRESegmenter (64, 40) {segmenter.segment(*SUPPORTS[0], QUERIES[1]).mask.sum()}"
-    assert other.startswith("UserError checkpoint")
-    assert other.endswith("load it with ntrenet_efficientnet_lite0")

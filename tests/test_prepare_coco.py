@@ -158,35 +158,19 @@ def test_as_a_process_on_all_cores(coco: Path, tmp_path: Path) -> None:
     assert same(made(tmp_path / "data/coco"))
 
 
-def change_first(**values: object) -> Callable[[dict[str, Any]], object]:
-    return lambda data: data["annotations"][0].update(values)
-
-
-MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "category missing": (lambda data: data["categories"].pop(1), "its categories, by id, are not the classes of"),
-    "category unknown": (change_first(category_id=12), "is damaged or no instances file (KeyError(12)"),
-    "image unknown": (change_first(image_id=1), "is damaged or no instances file (KeyError(1)"),
-    "no polygon": (change_first(segmentation=["x"]), "is damaged"),
-    "another file": (lambda data: data.clear(), "is damaged"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_wrong_annotations_end_in_one_line(coco: Path, run: Run, mistake: str) -> None:
+def test_wrong_annotations_end_in_one_line(coco: Path, run: Run) -> None:
     path = coco / "annotations/instances_train2014.json"
-    change, reason = MISTAKES[mistake]
     data = json.loads(path.read_text())
-    change(data)
-    path.write_text(json.dumps(data))
-    refused(run(), path.name, reason, prepare_coco.AGAIN)
+    mistakes = {"categories": "its categories, by id, are not the classes of", "images": "is damaged"}
+    for key, reason in mistakes.items():
+        path.write_text(json.dumps(data | {key: data[key][1:]}))
+        refused(run(), path.name, reason, prepare_coco.AGAIN)
 
 
-def test_missing_damaged_and_unwritable_files_end_in_one_line(coco: Path, run: Run) -> None:
+def test_missing_and_damaged_files_end_in_one_line(coco: Path, run: Run) -> None:
     image, path = coco / f"val2014/{name('val', 7)}.jpg", coco / "annotations/instances_train2014.json"
     image.unlink()
     refused(run(), "val2014: 1 of 1 annotated images are missing", image.name, "val2014.zip")
-    Path("file").touch()
-    refused(run("--out", "file/o"), "file/o", "Not a directory")
     path.write_text(path.read_text()[:500])
     refused(run(), f"{path.name} is damaged", prepare_coco.AGAIN)
     path.unlink()

@@ -2,7 +2,6 @@
 
 import hashlib
 import http.server
-import io
 import random
 import sys
 import tarfile
@@ -104,10 +103,6 @@ def tree(root: Path) -> dict[str, bytes]:
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
-def times(root: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-
-
 def test_archives_give_every_image_and_mask(run: Run, sources: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run()
     for name in TRAIN | VOC_VAL:
@@ -142,10 +137,10 @@ def test_goes_on_after_an_interruption(run: Run, sources: Path, monkeypatch: pyt
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(prepare_pascal, "write_bytes", interrupted)
         run("second")
-    stamps = times(out)
-    assert len(stamps) == 3
+    finished = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    assert len(finished) == 3
     assert tree(run("second")) == complete
-    assert stamps.items() <= times(out).items()
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
 
 
 def test_aug_adds_the_images_of_its_list(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,34 +176,14 @@ def test_the_lists_that_are_shipped_are_the_published_ones(title: str, number: i
     assert (len(lines), hashlib.sha256(text.encode()).hexdigest()) == (number, sha)
 
 
-def test_archives_cannot_write_elsewhere(run: Run, sources: Path) -> None:
-    before, prefix = tree(run()), "VOCdevkit/VOC2012/"
-    with tarfile.open(sources / "voc.tar", "w") as archive:
-        for name in ("../escaped", f"{prefix}../../../escaped", f"{sources}/escaped"):
-            info = tarfile.TarInfo(name)
-            info.size = 4
-            archive.addfile(info, io.BytesIO(b"evil"))
-        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE):
-            info = tarfile.TarInfo(f"{prefix}JPEGImages/{A}.jpg")
-            info.type, info.linkname = kind, "../../../../etc/passwd"
-            archive.addfile(info)
-        archive.add(sources / "VOCdevkit", "VOCdevkit")
-    names = set(sources.iterdir()) | set(sources.parent.iterdir())
-    assert tree(run("second")) == before
-    assert (set(sources.iterdir()) | set(sources.parent.iterdir())) - names == {sources / "second"}
-
-
 def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
 
 MISTAKES: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "voc alone": (str, {"voc": "voc.tar"}, "give --voc and --sbd"),
-    "no archive": (str, {"voc": "none.tar", "sbd": "sbd.tgz"}, r"none\.tar is no archive"),
-    "no tar": (lambda at: (at / "voc.tar").write_text("<html>"), {}, r"voc\.tar is damaged or no tar archive; .*again"),
     "cut tar": (lambda at: cut(at / "sbd.tgz"), {}, r"sbd\.tgz is damaged or no tar archive; .*again"),
     "swapped": (str, {"voc": "sbd.tgz", "sbd": "voc.tar"}, rf"sbd\.tgz and .*voc\.tar lack JPEGImages/{A}"),
-    "wrong folder": (str, {"voc": SBD, "sbd": "."}, "holds no VOCdevkit/VOC2012/JPEGImages; give the archive"),
     "no image": (lambda at: (at / f"{VOC}/JPEGImages/{A}.jpg").unlink(), FOLDERS, f"lack JPEGImages/{A}.*; download"),
     "cut mat": (lambda at: cut(at / f"{SBD}/cls/{H}.mat"), FOLDERS, rf"{H}\.mat is damaged"),
 }
@@ -221,9 +196,6 @@ def test_mistakes_end_in_one_line_that_helps(mistake: str, run: Run, sources: Pa
     with pytest.raises(UserError, match=message) as error:
         run(**given)
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------- downloads
 
 
 PAYLOAD = random.Random(0).randbytes(300_000)
