@@ -212,12 +212,12 @@ load("ntrenet_resnet50", checkpoint=sys.argv[2])
 
 
 def test_hub_changes_no_setting_of_the_host_program_and_refuses_another_backbone(
-    segmenter: NTRESegmenter, checkpoint: Path, tmp_path: Path
+    checkpoint: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "host.py").write_text(HOST)
     for name, pixels in (("support", IMAGE), ("mask", MASK), ("query", QUERY)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     result = process("host.py", ROOT, checkpoint, cwd=tmp_path)
-    found = segmenter.segment(IMAGE, MASK, QUERY).mask
+    found = NTRESegmenter.from_checkpoint(checkpoint, device="cpu").segment(IMAGE, MASK, QUERY).mask
     assert result.out.splitlines()[-2:] == ["[]", f"NTRESegmenter {found.shape} {found.sum()}"]
     assert "UserError: checkpoint" in result.err and "load it with ntrenet_efficientnet_lite0" in result.err
