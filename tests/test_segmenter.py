@@ -182,7 +182,7 @@ def test_what_cannot_be_used_is_refused_by_name(
 
 
 HOST = """
-import multiprocessing, signal, sys, warnings
+import multiprocessing, signal, sys, time, warnings
 import cv2, scipy.sparse, torch, tqdm  # scipy sets a filter of warnings itself
 from PIL import Image
 
@@ -200,6 +200,8 @@ def settings():
 def load(name, **options):
     return torch.hub.load(sys.argv[1], name, source="local", device="cpu", **options)
 
+child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(8,))
+child.start()
 before = settings()
 load("training_free")
 segmenter = load("ntrenet_efficientnet_lite0", checkpoint=sys.argv[2])
@@ -207,17 +209,20 @@ after = settings()
 print([key for key in before if before[key] != after[key]])
 result = segmenter.segment(*(Image.open(name) for name in ("support.png", "mask.png", "query.png")))
 print(type(segmenter).__name__, result.mask.shape, result.mask.sum())
+print("child is alive:", child.is_alive())
+child.join()  # Python waits for it at the end, unless somebody kills it
+print("child ended with", child.exitcode)
 load("ntrenet_resnet50", checkpoint=sys.argv[2])
 """
 
 
-def test_hub_changes_no_setting_of_the_host_program_and_refuses_another_backbone(
-    checkpoint: Path, tmp_path: Path
-) -> None:
+def test_hub_changes_nothing_in_the_host_program_and_refuses_another_backbone(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "host.py").write_text(HOST)
     for name, pixels in (("support", IMAGE), ("mask", MASK), ("query", QUERY)):
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
     result = process("host.py", ROOT, checkpoint, cwd=tmp_path)
     found = NTRESegmenter.from_checkpoint(checkpoint, device="cpu").segment(IMAGE, MASK, QUERY).mask
-    assert result.out.splitlines()[-2:] == ["[]", f"NTRESegmenter {found.shape} {found.sum()}"]
+    changed, segmented, *child = result.out.splitlines()[-4:]
+    assert (changed, segmented) == ("[]", f"NTRESegmenter {found.shape} {found.sum()}")
+    assert child == ["child is alive: True", "child ended with 0"]
     assert "UserError: checkpoint" in result.err and "load it with ntrenet_efficientnet_lite0" in result.err
