@@ -54,8 +54,7 @@ class Source(NamedTuple):
     """VOC or SBD as an archive or an unpacked folder, or a ready-made folder."""
 
     path: Path
-    prefix: str
-    """of the names in an archive"""
+    prefix: str  # of the names in an archive
     names: dict[str, str]
     """for JPEGImages and SegmentationClassAug, the name of an id's file below the prefix or in the folder"""
 

@@ -9,16 +9,11 @@ from pathlib import Path
 from util.errors import UserError
 from util.progress import progress
 
-TIMEOUT = 60
-"""seconds without a byte after which a connection counts as broken"""
+TIMEOUT = 60  # seconds without a byte after which a connection counts as broken
 
 
 def download(url: str, path: Path, md5: str) -> None:
-    """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``.
-
-    Raises:
-        UserError: no connection, a broken one, or a wrong checksum.
-    """
+    """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``."""
     part = path.with_name(path.name + ".part")
     if path.exists():
         return

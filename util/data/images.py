@@ -20,11 +20,9 @@ MAX_PIXELS = 100_000_000
 FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
 """formats that are read, with their suffixes; Pillow also knows formats that run programs"""
 
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-"""suffixes of images, in lower case"""
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # suffixes of images, in lower case
 
-MASK_MODES = ("P", "L", "1")
-"""palette or greyscale; a pixel's value is its class id"""
+MASK_MODES = ("P", "L", "1")  # palette or greyscale; a pixel's value is its class id
 
 VOC_PALETTE = bytes(
     sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for i in range(256) for channel in range(3)

@@ -19,8 +19,7 @@ from util.errors import WORKER_KILLED, UserError
 
 T = TypeVar("T")
 SHARED = Path("/dev/shm")
-PREFETCHED = 2
-"""batches that each worker has ready or in transit"""
+PREFETCHED = 2  # batches that each worker has ready or in transit
 
 
 def usable_workers(workers: int, batch_bytes: int) -> int:
@@ -49,11 +48,7 @@ def start_worker(_: int) -> None:
 
 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:
-    """Yield the batches of a loader; its workers end with this iterator, at the latest with the program.
-
-    Raises:
-        UserError: a file cannot be read, or a worker was killed.
-    """
+    """Yield the batches of a loader; its workers end with this iterator, at the latest with the program."""
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - others
