@@ -123,17 +123,13 @@ def find_files(folder: Path) -> dict[str, Path]:
             if stem in found:
                 raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
             found[stem] = path
-    if not found:
-        raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)})")
     return found
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
     """Names of the classes 1, 2, ...; a UserError if their ids have gaps or the names do not fit the ids."""
     found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
-    if not found:
-        raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
-    if found[-1] != len(found):
+    if not found or found[-1] != len(found):
         raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; renumber them")
     if path is None:
         return [f"class_{value}" for value in found]

@@ -37,17 +37,15 @@ from util.progress import progress
 
 DOWNLOADS = {
     "voc": (
-        "VOCtrainval_11-May-2012.tar",
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         "6cd6e144f989b92b3379bac3b3de84fd",
     ),
     "sbd": (
-        "benchmark.tgz",
         "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
         "82b4d87ceb2ed10f6038a1cba92111cb",
     ),
 }
-"""file name, address and MD5, as in torchvision"""
+"""address and MD5, as in torchvision"""
 
 
 class Source(NamedTuple):
@@ -89,9 +87,9 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             " --download to fetch what is not given"
         )
     paths = {"voc": args.voc, "sbd": args.sbd}
-    for kind, (name, url, md5) in DOWNLOADS.items():
+    for kind, (url, md5) in DOWNLOADS.items():
         if paths[kind] is None:
-            paths[kind] = args.out / "downloads" / name
+            paths[kind] = args.out / "downloads" / Path(url).name
             download(url, paths[kind], md5)
     voc = {"JPEGImages": "JPEGImages/{}.jpg", "SegmentationClassAug": "SegmentationClass/{}.png"}
     sbd = {"JPEGImages": "img/{}.jpg", "SegmentationClassAug": "cls/{}.mat"}

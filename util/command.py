@@ -45,13 +45,9 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _require_packages() -> None:
-    missing = [name for name in PACKAGES.split() if find_spec(name) is None]
-    if missing:
-        remedy = "activate the environment or run 'pip install -r requirements.txt' first"
-        _refuse(f"{sys.executable} has no package '{missing[0]}'; {remedy}")
-
-
 if sys.version_info < (3, 11):  # noqa: UP036 (an older Python can read this file)
     _refuse(f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}")
-_require_packages()
+for package in PACKAGES.split():
+    if find_spec(package) is None:
+        remedy = "activate the environment or run 'pip install -r requirements.txt' first"
+        _refuse(f"{sys.executable} has no package '{package}'; {remedy}")

@@ -87,8 +87,7 @@ def require_writable(path: Path, suffix: str) -> None:
         raise UserError(f"{path} must end in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
         if path.stat().st_size == 0:
             path.unlink()
     except OSError as error:

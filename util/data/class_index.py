@@ -7,6 +7,7 @@ folder if that cannot be written.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -179,12 +180,9 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
 
 def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts of a list's masks, (lines, num_classes + 2), for :func:`load_class_index`."""
-    reasons = []
     for path in _caches_of(list_path):
-        try:
+        with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
-        except OSError as error:
-            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
-    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")
+    tqdm.write(f"note: the class index is not cached, neither next to {list_path} nor in the user's cache folder")

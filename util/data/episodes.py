@@ -36,11 +36,8 @@ class EpisodeSampler:
     queries in turn: every ``len(self)`` numbers are one pass over all of them in a new random order. The query's
     class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K supports
     are drawn from the images in which that class qualifies, without repetition and never the query's. An image with
-    several lines is a query with each of its masks, and a support with one of those that qualify.
-
-    Args:
-        classes: ids of the classes an episode can be about.
-        avoid: ids of classes whose images are left out altogether (``data.novel_in_train: drop``).
+    several lines is a query with each of its masks, and a support with one of those that qualify. Images that show a
+    class of ``avoid`` are left out altogether (``data.novel_in_train: drop``).
     """
 
     def __init__(
