@@ -142,11 +142,9 @@ def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
 def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     """Which images go to val, (images,) boolean.
 
-    Rare classes choose first. A class moves its images to val, in the given order, until there are as many as it
-    wants: ``share`` of them, at least the two of an episode. An image stays in train if one of its classes needs it
-    there. Of three images of a class train keeps two; a single one stays in train.
-
-    ``present`` is (images, classes) boolean, ``order`` a random order of the images.
+    ``present`` is (images, classes) boolean. Rare classes choose first. A class moves its images to val, in the given
+    order, until there are as many as it wants: ``share`` of them, at least the two of an episode. An image stays in
+    train if one of its classes needs it there. Of three images of a class train keeps two; a single one stays in train.
     """
     in_val = np.zeros(len(present), bool)
     totals = present.sum(0)

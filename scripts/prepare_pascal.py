@@ -129,15 +129,14 @@ def build(source: Source, targets: list[Path]) -> None:
     """Build the target files that the source has."""
     kinds = source.names
     by_name = {kinds[file.parent.name].format(file.stem): file for file in targets if file.parent.name in kinds}
-    matrices: list[tuple[bytes, Path, str]] = []
+    matrices: list[tuple[bytes, Path]] = []
     with progress(desc=f"reading {source.path.name}", total=len(by_name), unit="file", disable=not by_name) as bar:
         for name, content in read(source, by_name):
             target = by_name[name]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)  # a symbolic link to a folder that was moved
             if name.endswith(".mat"):
-                data = content.read_bytes() if isinstance(content, Path) else content
-                matrices.append((data, target, f"{source.path}: {name}"))
+                matrices.append((content.read_bytes() if isinstance(content, Path) else content, target))
             elif isinstance(content, Path):
                 target.symlink_to(content.resolve())
             else:
@@ -161,13 +160,13 @@ def read(source: Source, names: Collection[str]) -> Iterator[tuple[str, Path | b
         raise UserError(f"{source.path} is damaged or no tar archive; delete it and download it again") from error
 
 
-def write_mask(matrix: tuple[bytes, Path, str]) -> None:
-    """Write the mask of one of SBD's .mat files: its content, the target, and its name for messages."""
-    data, target, origin = matrix
+def write_mask(matrix: tuple[bytes, Path]) -> None:
+    """Write the mask of one of SBD's .mat files: its content and the target."""
+    data, target = matrix
     try:
         ids = np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0][0])
     except Exception as error:  # SciPy raises many kinds for a damaged file
-        raise UserError(f"{origin} is damaged ({' '.join(str(error).split())}); download or unpack it again") from error
+        raise UserError(f"SBD's {target.stem}.mat is damaged ({error}); download or unpack it again") from error
     write_bytes(target, encoded_mask(ids), force=False)
 
 

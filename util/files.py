@@ -55,11 +55,8 @@ def write_atomically(
 ) -> None:
     """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
 
-    ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays.
-
-    Args:
-        keep: becomes the old file's new name.
-        force: fsync; not worth its time for thousands of files that can be made again.
+    ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays. ``keep`` becomes the
+    old file's new name. ``force`` is fsync; not worth its time for thousands of files that can be made again.
     """
     # a random name, because several processes may write the same file
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")

@@ -66,10 +66,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def refuse_scaled(image: Image.Image, name: str) -> None:
-    """Raise a UserError for a mask whose values Pillow changes.
-
-    Pillow stretches grey of 2 or 4 bits to 0 ... 255, inverts inverted grey, and keeps half of 16 bits a channel.
-    """
+    """Raise a UserError for a mask whose values Pillow changes."""
+    # Pillow stretches grey of 2 or 4 bits to 0 ... 255, inverts inverted grey, and keeps half of 16 bits a channel
     tiles = getattr(image, "tile", ())
     if image.mode in ("L", "LA", "RGB", "RGBA") and any(";" in str(tile.args) for tile in tiles):
         raise UserError(f"{name} does not have plain 8 bits a channel, so its values are no class ids; convert it")
