@@ -2,7 +2,7 @@
 
 Opens every image and mask of both lists, names the published lists among them, checks that VOC's ignored border is
 there, and counts for every fold the images of each class. The exit code is 1 if training the config's fold would be
-wrong, else 0; warnings do not change it. The class index of a list without problems is cached for training.
+wrong, else 0; warnings do not change it. The class indexes are cached for training.
 """
 
 import argparse
@@ -19,16 +19,7 @@ from PIL import ExifTags, Image
 from tabulate import tabulate
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.data.class_index import (
-    ClassIndex,
-    Item,
-    count_pixels,
-    hash_list,
-    index_key,
-    load_class_index,
-    read_list,
-    write_cache,
-)
+from util.data.class_index import ClassIndex, Item, count_pixels, load_class_index, read_list
 from util.data.episodes import find_supports
 from util.data.folds import base_classes, novel_classes
 from util.data.images import read_image
@@ -37,10 +28,8 @@ from util.data.published import is_benchmark, overlap, published, title_of
 from util.data.readers import reader_of
 from util.errors import UserError, first_of
 
-SHOWN = 20
-"""problems and warnings on screen"""
-FEWEST = 5
-"""classes of a fold in the table"""
+SHOWN = 20  # problems and warnings on screen
+FEWEST = 5  # classes of a fold in the table
 
 
 def main() -> None:
@@ -70,17 +59,13 @@ def main() -> None:
 
 
 def check_files(config: Config, path: Path) -> list[str]:
-    """Open every file of a list and return the problems. If there are none, its class index is cached."""
-    root, num_classes = Path(config.data.root), len(config.data.classes)
+    """Open every file of a list and return the problems."""
     try:
-        items = read_list(path, root, reader_of(config.data))
+        items = read_list(path, Path(config.data.root), reader_of(config.data))
     except UserError as error:
         return [str(error)]
-    checked = on_all_cores(partial(check_item, num_classes=num_classes), items, f"checking {path}")
-    problems = [found for found in checked if isinstance(found, str)]
-    if not problems:
-        write_cache(path, index_key(items, path, hash_list(items, root), num_classes), np.array(checked, np.int32))
-    return problems
+    checked = on_all_cores(partial(check_item, num_classes=len(config.data.classes)), items, f"checking {path}")
+    return [found for found in checked if isinstance(found, str)]
 
 
 def check_item(item: Item, num_classes: int) -> np.ndarray | str:
@@ -101,8 +86,8 @@ def is_turned(item: Item) -> bool:
 def check_list(config: Config, name: str, index: ClassIndex, problems: list[str], warnings: list[str]) -> None:
     """Compare a list and the number of masks that hold 255 with the published ones."""
     title, official = title_of(index.items), published(index.items)
-    masks, ignored = len(index.items), int((index.ignored > 0).sum())
-    found = f"{ignored} of {masks} masks hold 255"
+    ignored = int((index.ignored > 0).sum())
+    found = f"{ignored} of {len(index.items)} masks hold 255"
     print(f"{name:5} {index.list_path}: {title}; {found}; SHA-256 {index.list_sha256[:16]}")
     if official and ignored != official.ignored:
         problems.append(
@@ -114,16 +99,10 @@ def check_list(config: Config, name: str, index: ClassIndex, problems: list[str]
             f"list {index.list_path}: EXIF turns {turned} images on screen, which is ignored here: their masks must"
             " fit the stored pixels; mogrify -auto-orient stores images as they are seen"
         )
-    if not config.data.dataset.upper().startswith("PASCAL"):
-        return
-    if official is None or official.split != name:
+    if config.data.dataset.upper().startswith("PASCAL") and (official is None or official.split != name):
         warnings.append(
             f"list {index.list_path} is not a {name} list that papers use ({title}): results are not comparable with"
             f" published ones; lists/pascal/{name}.txt is the usual one"
-        )
-    if official is None and ignored < masks / 2:
-        warnings.append(
-            f"list {index.list_path}: {found}: if some have lost VOC's ignored border, that costs 4.6 points of mIoU"
         )
 
 

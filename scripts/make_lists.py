@@ -12,12 +12,8 @@ the lists, here data/mine/lists/mine.yaml, if there is none yet.
     python scripts/make_lists.py --root data/fss --out lists/fss
 
 ROOT holds a folder for each class, named after it, such as FSS-1000's: images with their masks, 1.jpg with 1.png and so
-on. A mask is black and white, the class in white (util/data/readers.py: read_binary_mask). Written are
-
-  OUT/classes.txt                    all classes, in the order of their ids
-  OUT/{train,val,test}_classes.txt   the classes that are for training, validation and test
-  OUT/train.txt                      'image mask' lines of the training classes
-  OUT/val.txt                        those of the other classes
+on. A mask is black and white, the class in white. Written to OUT are classes.txt (all, in the order of their ids),
+{train,val,test}_classes.txt, train.txt ('image mask' lines of the training classes) and val.txt (of the others).
 
 24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of test_classes.txt and
 val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a config are printed.
@@ -47,21 +43,9 @@ from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_text
 
-LARGEST_ID = 254
-CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"
-"""the base of the config that is written"""
-CUSTOM_SIZE, BATCH_SIZE = 321, 8
-"""data.image_size and train.batch_size of CUSTOM"""
-EPISODE = 2
-"""images of a class that a 1-shot episode needs"""
-STEPS = 600
-"""training steps, however few images there are"""
-VALIDATIONS = 4
-"""in a training; with the 200 episodes of CUSTOM they take a small part of the time"""
-MIN_SHARE = 0.005
-"""share of an image that a class needs to be an example of it"""
-TEST_SHARE = 0.24
-"""share of the classes for test, and share of those for validation, in folders of classes"""
+CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"  # the base of the config that is written
+CUSTOM_SIZE, BATCH_SIZE = 321, 8  # its data.image_size and train.batch_size
+EPISODE = 2  # images of a class that a 1-shot episode needs
 
 
 def main() -> None:
@@ -74,8 +58,6 @@ def main() -> None:
     parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     args = parser.parse_args()
-    if not 0 < args.val < 1:
-        raise UserError(f"--val must lie between 0 and 1, got {args.val:g}")
     if (args.images is None) != (args.masks is None):
         raise UserError("--images and --masks go together; without both, --root holds a folder for each class")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -96,9 +78,6 @@ def name_in_list(path: Path, root: Path) -> str:
     return name
 
 
-# ---------------------------------------------------------------- a folder of images and one of masks
-
-
 def list_pairs(args: argparse.Namespace) -> None:
     images, masks = find_files(args.images), find_files(args.masks)
     for missing, files, others in (("mask", images, masks), ("image", masks, images)):
@@ -108,7 +87,7 @@ def list_pairs(args: argparse.Namespace) -> None:
     if not items:
         raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
     lines = [f"{name_in_list(item.image, args.root)} {name_in_list(item.mask, args.root)}" for item in items]
-    checked = on_all_cores(partial(check_item, num_classes=LARGEST_ID), items, "checking")
+    checked = on_all_cores(partial(check_item, num_classes=254), items, "checking")
     if problems := [found for found in checked if isinstance(found, str)]:
         raise UserError(first_of(problems))
     pixels = np.array(checked)[:, 1:-1]  # of the values 1 ... 254
@@ -144,17 +123,13 @@ def find_files(folder: Path) -> dict[str, Path]:
             if stem in found:
                 raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
             found[stem] = path
-    if not found:
-        raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)})")
     return found
 
 
 def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
     """Names of the classes 1, 2, ...; a UserError if their ids have gaps or the names do not fit the ids."""
     found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
-    if not found:
-        raise UserError("the masks hold nothing but 0 (background) and 255 (ignored); a class's pixels are 1, 2, ...")
-    if found[-1] != len(found):
+    if not found or found[-1] != len(found):
         raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; renumber them")
     if path is None:
         return [f"class_{value}" for value in found]
@@ -167,11 +142,9 @@ def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
 def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
     """Which images go to val, (images,) boolean.
 
-    Rare classes choose first. A class moves its images to val, in the given order, until there are as many as it
-    wants: ``share`` of them, at least the two of an episode. An image stays in train if one of its classes needs it
-    there. Of three images of a class train keeps two; a single one stays in train.
-
-    ``present`` is (images, classes) boolean, ``order`` a random order of the images.
+    ``present`` is (images, classes) boolean. Rare classes choose first. A class moves its images to val, in the given
+    order, until there are as many as it wants: ``share`` of them, at least the two of an episode. An image stays in
+    train if one of its classes needs it there. Of three images of a class train keeps two; a single one stays in train.
     """
     in_val = np.zeros(len(present), bool)
     totals = present.sum(0)
@@ -197,11 +170,11 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
     """
     sizes = [image_size(item.image) for item in items]
     side, area = (statistics.median(of(size) for size in sizes) for of in (max, math.prod))
-    min_area = round(MIN_SHARE * area)
+    min_area = round(0.005 * area)
     folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), 4))]
     usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
     epoch_steps = max(1, usable // BATCH_SIZE)
-    epochs = math.ceil(STEPS / epoch_steps)
+    epochs = math.ceil(600 / epoch_steps)  # 600 steps, however few images there are
     scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
     paths = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1])}
     data = paths | {"classes": names, "folds": folds, "scale": scale, "min_area": min_area}
@@ -209,13 +182,10 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
         "base": os.path.relpath(CUSTOM, lists[0].parent.resolve()),
         "data": {"dataset": root.resolve().name} | data,
         "train": {"epochs": epochs},
-        "eval": {"every": max(1, epochs // VALIDATIONS)},
+        "eval": {"every": max(1, epochs // 4)},
     }
     text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
     return f"# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n{text}"
-
-
-# ---------------------------------------------------------------- one folder for each class
 
 
 def list_folders(root: Path, out: Path, seed: int) -> None:
@@ -237,11 +207,7 @@ def list_folders(root: Path, out: Path, seed: int) -> None:
 
 
 def find_lines(root: Path) -> dict[str, list[str]]:
-    """Find the 'image mask' lines of each class by the class's name.
-
-    Raises:
-        UserError: ``root`` holds fewer than 3 classes, an image has no mask, or a name has a space.
-    """
+    """Find the 'image mask' lines of each class by the class's name."""
     suffixes = set(SUFFIXES) - {".png"}
     images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in suffixes)
     if bare := [str(image) for image in images if not image.with_suffix(".png").exists()]:
@@ -259,11 +225,7 @@ def find_lines(root: Path) -> dict[str, list[str]]:
 
 
 def split_classes(names: list[str], out: Path, seed: int) -> dict[str, set[str]]:
-    """Split the classes into 'train', 'val' and 'test': as files in ``out`` say, the others drawn by the seed.
-
-    Raises:
-        UserError: such a file names a class that has no folder, or the files leave no class for training.
-    """
+    """Split the classes into 'train', 'val' and 'test': as files in ``out`` say, the others drawn by the seed."""
     chosen: dict[str, set[str]] = {}
     for part in ("test", "val"):
         path = out / f"{part}_classes.txt"
@@ -274,7 +236,7 @@ def split_classes(names: list[str], out: Path, seed: int) -> dict[str, set[str]]
     drawn = sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
     for part in ("test", "val"):
         left = [name for name in drawn if not any(name in taken for taken in chosen.values())]
-        chosen.setdefault(part, set(left[: max(1, round(TEST_SHARE * len(names)))]))
+        chosen.setdefault(part, set(left[: max(1, round(0.24 * len(names)))]))
     chosen["train"] = set(names) - chosen["test"] - chosen["val"]
     if not chosen["train"] or chosen["test"] & chosen["val"]:
         raise UserError(f"the classes in {out} leave none for training, or are for both validation and test")

@@ -38,14 +38,11 @@ from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_bytes, write_text
 
-EXPECTED = {"train": 82081, "val": 40137}
-"""images with at least one annotation, of 82783 and 40504"""
+EXPECTED = {"train": 82081, "val": 40137}  # images with at least one annotation, of 82783 and 40504
 CLASSES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
 OUT, LISTS = Path("data/coco"), Path("lists/coco")
-NEXT = "python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.yaml"
 AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
-IMAGE = re.compile(r"[\w-]+\.jpg")
-"""names of images become names of masks, which must stay in their folder"""
+IMAGE = re.compile(r"[\w-]+\.jpg")  # names of images become names of masks, which must stay in their folder
 
 
 class Job(NamedTuple):
@@ -54,8 +51,7 @@ class Job(NamedTuple):
     name: str
     height: int
     width: int
-    shapes: list[tuple[int, int, Any]]
-    """annotation id, mask value and segmentation"""
+    shapes: list[tuple[int, int, Any]]  # annotation id, mask value and segmentation
 
     @property
     def mask(self) -> str:
@@ -73,15 +69,12 @@ def main() -> None:
                 raise UserError(f"{needed} does not exist; --root is the folder the three COCO 2014 zips unpack to")
     for split in EXPECTED:
         prepare_split(split, args.root, args.out)
-    print(f"next: {NEXT}" + ("" if args.out == OUT else f" data.root={args.out}"))
+    overrides = "" if args.out == OUT else f" data.root={args.out}"
+    print(f"next: python scripts/check_data.py --config configs/coco/resnet50_fold0_1shot.yaml{overrides}")
 
 
 def prepare_split(split: str, root: Path, out: Path) -> None:
-    """Make the masks of a split, the link to its images, and its list.
-
-    Raises:
-        UserError: the number of annotated images is not the official one, or image files are missing.
-    """
+    """Make the masks of a split, the link to its images, and its list."""
     year = f"{split}2014"
     path, folder, link = root / f"annotations/instances_{year}.json", out / "annotations" / year, out / year
     jobs = read_jobs(path)
@@ -105,11 +98,7 @@ def prepare_split(split: str, root: Path, out: Path) -> None:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """The annotated images of an annotation file, by name.
-
-    Raises:
-        UserError: a damaged file, or other categories than the configs'.
-    """
+    """The annotated images of an annotation file, by name."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         categories = sorted(data["categories"], key=lambda category: category["id"])

@@ -37,25 +37,22 @@ from util.progress import progress
 
 DOWNLOADS = {
     "voc": (
-        "VOCtrainval_11-May-2012.tar",
         "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar",
         "6cd6e144f989b92b3379bac3b3de84fd",
     ),
     "sbd": (
-        "benchmark.tgz",
         "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz",
         "82b4d87ceb2ed10f6038a1cba92111cb",
     ),
 }
-"""file name, address and MD5, as in torchvision"""
+"""address and MD5, as in torchvision"""
 
 
 class Source(NamedTuple):
     """VOC or SBD as an archive or an unpacked folder, or a ready-made folder."""
 
     path: Path
-    prefix: str
-    """of the names in an archive"""
+    prefix: str  # of the names in an archive
     names: dict[str, str]
     """for JPEGImages and SegmentationClassAug, the name of an id's file below the prefix or in the folder"""
 
@@ -90,9 +87,9 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
             " --download to fetch what is not given"
         )
     paths = {"voc": args.voc, "sbd": args.sbd}
-    for kind, (name, url, md5) in DOWNLOADS.items():
+    for kind, (url, md5) in DOWNLOADS.items():
         if paths[kind] is None:
-            paths[kind] = args.out / "downloads" / name
+            paths[kind] = args.out / "downloads" / Path(url).name
             download(url, paths[kind], md5)
     voc = {"JPEGImages": "JPEGImages/{}.jpg", "SegmentationClassAug": "SegmentationClass/{}.png"}
     sbd = {"JPEGImages": "img/{}.jpg", "SegmentationClassAug": "cls/{}.mat"}
@@ -132,15 +129,14 @@ def build(source: Source, targets: list[Path]) -> None:
     """Build the target files that the source has."""
     kinds = source.names
     by_name = {kinds[file.parent.name].format(file.stem): file for file in targets if file.parent.name in kinds}
-    matrices: list[tuple[bytes, Path, str]] = []
+    matrices: list[tuple[bytes, Path]] = []
     with progress(desc=f"reading {source.path.name}", total=len(by_name), unit="file", disable=not by_name) as bar:
         for name, content in read(source, by_name):
             target = by_name[name]
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)  # a symbolic link to a folder that was moved
             if name.endswith(".mat"):
-                data = content.read_bytes() if isinstance(content, Path) else content
-                matrices.append((data, target, f"{source.path}: {name}"))
+                matrices.append((content.read_bytes() if isinstance(content, Path) else content, target))
             elif isinstance(content, Path):
                 target.symlink_to(content.resolve())
             else:
@@ -164,13 +160,13 @@ def read(source: Source, names: Collection[str]) -> Iterator[tuple[str, Path | b
         raise UserError(f"{source.path} is damaged or no tar archive; delete it and download it again") from error
 
 
-def write_mask(matrix: tuple[bytes, Path, str]) -> None:
-    """Write the mask of one of SBD's .mat files: its content, the target, and its name for messages."""
-    data, target, origin = matrix
+def write_mask(matrix: tuple[bytes, Path]) -> None:
+    """Write the mask of one of SBD's .mat files: its content and the target."""
+    data, target = matrix
     try:
         ids = np.asarray(loadmat(io.BytesIO(data))["GTcls"]["Segmentation"][0][0])
     except Exception as error:  # SciPy raises many kinds for a damaged file
-        raise UserError(f"{origin} is damaged ({' '.join(str(error).split())}); download or unpack it again") from error
+        raise UserError(f"SBD's {target.stem}.mat is damaged ({error}); download or unpack it again") from error
     write_bytes(target, encoded_mask(ids), force=False)
 
 

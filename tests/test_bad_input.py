@@ -179,8 +179,8 @@ def test_tensors_and_arrays_are_loaded_without_code_and_only_two_sources_fetch()
 
 
 def test_every_download_has_a_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name, *urls, md5 in prepare_pascal.DOWNLOADS.values():
-        assert Path(name).name == name and urls and re.fullmatch("[0-9a-f]{32}", md5)
+    for _, md5 in prepare_pascal.DOWNLOADS.values():
+        assert re.fullmatch("[0-9a-f]{32}", md5)
     asked: list[str | None] = []
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, hash_prefix=None: asked.append(hash_prefix))
     for backbone in ("resnet50", "resnet101", "vgg16_bn"):

@@ -3,18 +3,15 @@
 It needs nothing but Python itself, so that it can say which packages are missing.
 """
 
-import os
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import NoReturn
 
 from util.errors import WORKER_KILLED, UserError
 
 PACKAGES = "torch torchvision numpy cv2 PIL yaml pydantic tensorboard tqdm filelock scipy tabulate"
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
-"""torch's words for a GPU and for a CPU"""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words for a GPU and for a CPU
 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
@@ -48,16 +45,9 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
-def _require_packages() -> None:
-    missing = [name for name in PACKAGES.split() if find_spec(name) is None]
-    if missing:
-        root = Path(__file__).resolve().parent.parent
-        activate = root / ".venv/bin/activate"
-        usable = activate.exists() and Path(sys.prefix).resolve() != (root / ".venv").resolve()
-        remedy = f"source {os.path.relpath(activate)}" if usable else "pip install -r requirements.txt"
-        _refuse(f"{sys.executable} has no package '{missing[0]}'; run '{remedy}' first")
-
-
 if sys.version_info < (3, 11):  # noqa: UP036 (an older Python can read this file)
     _refuse(f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}")
-_require_packages()
+for package in PACKAGES.split():
+    if find_spec(package) is None:
+        remedy = "activate the environment or run 'pip install -r requirements.txt' first"
+        _refuse(f"{sys.executable} has no package '{package}'; {remedy}")

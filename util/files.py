@@ -55,13 +55,8 @@ def write_atomically(
 ) -> None:
     """Let ``write`` fill a temporary file in the same folder, then rename it to ``path``.
 
-    ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays.
-
-    Args:
-        keep: becomes the old file's new name.
-        force: fsync; not worth its time for thousands of files that can be made again.
-    Raises:
-        OSError: naming the file, if the disk is full or the folder cannot be written; and whatever ``write`` raises.
+    ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays. ``keep`` becomes the
+    old file's new name. ``force`` is fsync; not worth its time for thousands of files that can be made again.
     """
     # a random name, because several processes may write the same file
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
@@ -84,17 +79,12 @@ def write_atomically(
 
 
 def require_writable(path: Path, suffix: str) -> None:
-    """Find out before the work, not after it.
-
-    Raises:
-        UserError: ``path`` has another suffix, is a folder, or its folder cannot be written.
-    """
+    """Refuse a path that has another suffix or cannot be written, before the work."""
     if path.suffix.lower() != suffix:
         raise UserError(f"{path} must end in {suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab"):
-            pass
+        path.open("ab").close()
         if path.stat().st_size == 0:
             path.unlink()
     except OSError as error:
@@ -103,11 +93,7 @@ def require_writable(path: Path, suffix: str) -> None:
 
 @contextmanager
 def held_alone(folder: Path) -> Iterator[None]:
-    """Make a run's folder and lock it; the system frees the lock when this process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it, which is named; or it cannot be written.
-    """
+    """Make a run's folder and lock it; the system frees the lock when this process ends, however it ends."""
     path, lock = folder / "lock", FileLock(folder / "lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -7,8 +7,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-LOG_SECONDS = 60.0
-"""between two lines in a log"""
+LOG_SECONDS = 60.0  # between two lines in a log
 
 
 class _Lines(io.TextIOBase):

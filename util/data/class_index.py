@@ -7,6 +7,7 @@ folder if that cannot be written.
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,8 +30,7 @@ class Item(NamedTuple):
     mask: Path
     class_id: int | None = None
     """class of a mask whose values are 1 target, 0 other, 255 ignored; None if the values are class ids"""
-    read: Callable[[Path], np.ndarray] = read_class_ids
-    """reads the mask: (H, W), uint8, 255 ignored"""
+    read: Callable[[Path], np.ndarray] = read_class_ids  # reads the mask: (H, W), uint8, 255 ignored
 
     def value_of(self, class_id: int) -> int:
         """Return the mask value of a class; 2, which does not occur, for another class than the mask's own."""
@@ -52,8 +52,7 @@ class ClassIndex:
     list_path: Path
     list_sha256: str
     """hash of the lines 'image mask', independent of ``data.root``"""
-    ignored: np.ndarray
-    """(lines,), int32: pixels of value 255"""
+    ignored: np.ndarray  # (lines,), int32: pixels of value 255
 
     @cached_property
     def photos(self) -> np.ndarray:
@@ -67,11 +66,7 @@ class ClassIndex:
 
 
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
-    """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped.
-
-    Raises:
-        UserError: the list does not exist, cannot be read or is empty, or lines are not two paths or are repeated.
-    """
+    """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -84,7 +79,8 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
         parts = line.split()
         if len(parts) == 2 and "\0" not in line:
             try:
-                item = make_item(*(root / _normalised(part.lstrip("/"), root) for part in parts))
+                # normalised, so that one file has one name
+                item = make_item(*(root / os.path.normpath(part.lstrip("/")) for part in parts))
             except UserError as error:
                 problems.append(f"line {number}: {error}")
                 continue
@@ -99,23 +95,14 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
     return tuple(items)
 
 
-def _normalised(path: str, root: Path) -> str:
-    """Return a path below ``root`` without detours, so that one file has one name."""
-    return os.path.relpath(root / path, root) if ".." in path else os.path.normpath(path)
-
-
 def load_class_index(
     list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
 ) -> ClassIndex:
-    """Return the index of a list, from its cache or counted with all cores.
-
-    Raises:
-        UserError: a missing or unreadable file, image and mask of different sizes, or a mask value that is no class.
-    """
+    """Return the index of a list, from its cache or counted with all cores."""
     items = read_list(list_path, root, make_item)
     if not root.is_dir():
         raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
-    list_sha256 = hash_list(items, root)
+    list_sha256 = hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
     if counts is None:
@@ -128,11 +115,6 @@ def load_class_index(
 def line_of(item: Item, root: Path) -> str:
     """Return an item's line in the list, 'image mask', which identifies it whatever ``data.root`` is."""
     return " ".join(path.relative_to(root).as_posix() for path in (item.image, item.mask))
-
-
-def hash_list(items: Sequence[Item], root: Path) -> str:
-    """Return the SHA-256 of a list's lines, which episodes and checkpoints record."""
-    return hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
 
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
@@ -198,12 +180,9 @@ def _read_cache(list_path: Path, key: str, shape: tuple[int, int]) -> np.ndarray
 
 def write_cache(list_path: Path, key: str, counts: np.ndarray) -> None:
     """Keep the counts of a list's masks, (lines, num_classes + 2), for :func:`load_class_index`."""
-    reasons = []
     for path in _caches_of(list_path):
-        try:
+        with suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda file: np.savez_compressed(file, key=np.array(key), counts=counts))
             return
-        except OSError as error:
-            reasons.append(f"{path.parent} cannot be written ({error.strerror})")
-    tqdm.write(f"note: the class index is not cached, {' and '.join(reasons)}")
+    tqdm.write(f"note: the class index is not cached, neither next to {list_path} nor in the user's cache folder")

@@ -15,7 +15,6 @@ from model import IGNORE
 from util.data.class_index import Item
 from util.data.episodes import Episodes
 from util.data.images import read_image
-from util.errors import UserError
 
 Transform = Callable[[np.ndarray, np.ndarray, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 """(image, class ids, the target's id, generator) -> image and class ids, (S, S)"""
@@ -27,14 +26,11 @@ class Episode(NamedTuple):
     Images and masks are one tensor, so that a batch is pinned and copied to a GPU in one piece.
     """
 
-    pixels: Tensor
-    """(1 + K, 4, S, S), uint8: the query, then its supports; red, green, blue, mask"""
+    pixels: Tensor  # (1 + K, 4, S, S), uint8: the query, then its supports; red, green, blue, mask
     class_id: Tensor
     """(), int64, from 1"""
-    target: Tensor
-    """(), uint8, the value of this class in the masks; 0 is background, 255 ignored"""
-    names: list[str]
-    """files of query and supports, for messages"""
+    target: Tensor  # (), uint8, the value of this class in the masks; 0 is background, 255 ignored
+    names: list[str]  # files of query and supports, for messages
 
     @property
     def query(self) -> Tensor:
@@ -78,15 +74,8 @@ def target_of(ids: Tensor, value: Tensor | int) -> Tensor:
 
 
 def read_image_and_ids(item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image (H, W, 3), uint8 RGB, and its mask (H, W), uint8.
-
-    Raises:
-        UserError: a file cannot be read, or the two are not of one size.
-    """
-    image, ids = read_image(item.image), item.read(item.mask)
-    if image.shape[:2] != ids.shape:
-        raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
-    return image, ids
+    """Read an image (H, W, 3), uint8 RGB, and its mask (H, W), uint8."""
+    return read_image(item.image), item.read(item.mask)
 
 
 class EpisodeDataset(Dataset[Episode]):

@@ -9,16 +9,9 @@ from pathlib import Path
 from util.errors import UserError
 from util.progress import progress
 
-TIMEOUT = 60
-"""seconds without a byte after which a connection counts as broken"""
-
 
 def download(url: str, path: Path, md5: str) -> None:
-    """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``.
-
-    Raises:
-        UserError: no connection, a broken one, or a wrong checksum.
-    """
+    """Fetch ``url`` to ``path``; an incomplete file is called ``path.part``."""
     part = path.with_name(path.name + ".part")
     if path.exists():
         return
@@ -41,7 +34,7 @@ def _receive(url: str, part: Path) -> None:
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+        response = urllib.request.urlopen(request, timeout=60)
     except urllib.error.HTTPError as error:
         if have and error.code == 416:  # no bytes are left: it may be complete, the checksum tells
             return

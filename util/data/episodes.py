@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,17 +18,6 @@ class EpisodeFiles(NamedTuple):
     query: int
     supports: tuple[int, ...]
     class_id: int
-
-
-class Episodes(Protocol):
-    """A source of episodes: calling it with a number returns the episode of this number."""
-
-    index: ClassIndex
-    seed: int
-    """seeds the augmentation; evaluation uses none"""
-
-    def __call__(self, number: int) -> EpisodeFiles:
-        """Return episode number ``number``."""
 
 
 def find_supports(
@@ -47,14 +36,8 @@ class EpisodeSampler:
     queries in turn: every ``len(self)`` numbers are one pass over all of them in a new random order. The query's
     class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K supports
     are drawn from the images in which that class qualifies, without repetition and never the query's. An image with
-    several lines is a query with each of its masks, and a support with one of those that qualify.
-
-    Args:
-        classes: ids of the classes an episode can be about.
-        avoid: ids of classes whose images are left out altogether (``data.novel_in_train: drop``).
-        class_names: for error messages.
-    Raises:
-        UserError: a class has too few images for a query and K supports.
+    several lines is a query with each of its masks, and a support with one of those that qualify. Images that show a
+    class of ``avoid`` are left out altogether (``data.novel_in_train: drop``).
     """
 
     def __init__(
@@ -104,7 +87,7 @@ class EpisodeSampler:
 class EpisodeList:
     """Given episodes, used like a sampler."""
 
-    seed = 0
+    seed = 0  # seeds the augmentation; evaluation uses none
 
     def __init__(self, index: ClassIndex, episodes: Sequence[EpisodeFiles]) -> None:
         self.index, self.episodes = index, episodes
@@ -114,14 +97,13 @@ class EpisodeList:
         return self.episodes[number]
 
 
+Episodes = EpisodeSampler | EpisodeList  # called with a number, it returns the episode of this number
+
+
 def read_episodes(
     path: Path, index: ClassIndex, *, root: Path, classes: Sequence[int], shots: int
 ) -> list[EpisodeFiles]:
-    """Read the episodes of a file that :func:`write_episodes` made, in its order.
-
-    Raises:
-        UserError: the file does not fit the list, the fold or the shots; names the first line that does not.
-    """
+    """Read the episodes of a file that :func:`write_episodes` made, in its order."""
     lines = {line_of(item, root): line for line, item in enumerate(index.items)}
     try:
         rows = path.read_text(encoding="utf-8-sig").splitlines()
@@ -136,16 +118,13 @@ def read_episodes(
             query, *supports = (lines[name] for name in (record["query"], *record["supports"]))
             if len(supports) != shots:
                 raise ValueError(f"{len(supports)} supports, but data.shots is {shots}")
-            if len({index.photos[line] for line in (query, *supports)}) <= len(supports):
-                raise ValueError("an image occurs twice in the episode")
             if record["class_id"] not in classes:
                 raise ValueError(f"class {record['class_id']} is not novel in this fold")
             episodes.append(EpisodeFiles(query, tuple(supports), record["class_id"]))
         except (ValueError, KeyError, TypeError) as error:
             reason = error if type(error) is ValueError else "not an episode of this list"
             raise UserError(
-                f"episodes file {path} line {number}: {reason};"
-                " evaluate it with the list, fold and shots it was made for"
+                f"episodes file {path} line {number}: {reason}; use the list, fold and shots it was made for"
             ) from None
     if not episodes:
         raise UserError(f"episodes file {path} holds no episodes")
@@ -155,9 +134,8 @@ def read_episodes(
 def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
     """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
     lines = [line_of(item, root) for item in sampler.index.items]
-
-    def row(number: int) -> str:
-        episode = sampler(number)
+    rows = []
+    for episode in map(sampler, range(count)):
         record = {
             "query": lines[episode.query],
             "supports": [lines[line] for line in episode.supports],
@@ -165,6 +143,5 @@ def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Pat
             "class": class_names[episode.class_id - 1],
             "list_sha256": sampler.index.list_sha256,
         }
-        return json.dumps(record) + "\n"
-
-    write_text(path, "".join(map(row, range(count))))
+        rows.append(json.dumps(record) + "\n")
+    write_text(path, "".join(rows))

@@ -20,11 +20,7 @@ def novel_classes(data: DataConfig) -> tuple[int, ...]:
 
 
 def base_classes(data: DataConfig) -> tuple[int, ...]:
-    """Return the ids of the classes that the fold trains on: ``data.base_classes``, or all that are not novel.
-
-    Raises:
-        UserError: ``data.base_classes`` names a novel class.
-    """
+    """Return the ids of the classes that the fold trains on: ``data.base_classes``, or all that are not novel."""
     novel = set(novel_classes(data))
     if data.base_classes is None:
         return tuple(c for c in range(1, len(data.classes) + 1) if c not in novel)

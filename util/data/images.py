@@ -20,11 +20,9 @@ MAX_PIXELS = 100_000_000
 FORMATS = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "TIFF": (".tif", ".tiff"), "BMP": (".bmp",)}
 """formats that are read, with their suffixes; Pillow also knows formats that run programs"""
 
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
-"""suffixes of images, in lower case"""
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)  # suffixes of images, in lower case
 
-MASK_MODES = ("P", "L", "1")
-"""palette or greyscale; a pixel's value is its class id"""
+MASK_MODES = ("P", "L", "1")  # palette or greyscale; a pixel's value is its class id
 
 VOC_PALETTE = bytes(
     sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for i in range(256) for channel in range(3)
@@ -68,10 +66,8 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def refuse_scaled(image: Image.Image, name: str) -> None:
-    """Raise a UserError for a mask whose values Pillow changes.
-
-    Pillow stretches grey of 2 or 4 bits to 0 ... 255, inverts inverted grey, and keeps half of 16 bits a channel.
-    """
+    """Raise a UserError for a mask whose values Pillow changes."""
+    # Pillow stretches grey of 2 or 4 bits to 0 ... 255, inverts inverted grey, and keeps half of 16 bits a channel
     tiles = getattr(image, "tile", ())
     if image.mode in ("L", "LA", "RGB", "RGBA") and any(";" in str(tile.args) for tile in tiles):
         raise UserError(f"{name} does not have plain 8 bits a channel, so its values are no class ids; convert it")

@@ -19,8 +19,6 @@ from util.errors import WORKER_KILLED, UserError
 
 T = TypeVar("T")
 SHARED = Path("/dev/shm")
-PREFETCHED = 2
-"""batches that each worker has ready or in transit"""
 
 
 def usable_workers(workers: int, batch_bytes: int) -> int:
@@ -30,7 +28,7 @@ def usable_workers(workers: int, batch_bytes: int) -> int:
     """
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(workers, allowed)
-    needed = batch_bytes * (PREFETCHED * workers + 2)
+    needed = batch_bytes * (2 * workers + 2)  # each worker has two batches ready or in transit
     if workers and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < needed:
         tqdm.write(
             f"note: {SHARED} has {free / 2**20:,.0f} MiB free and workers={workers} need {needed / 2**20:,.0f} MiB, so"
@@ -49,11 +47,7 @@ def start_worker(_: int) -> None:
 
 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:
-    """Yield the batches of a loader; its workers end with this iterator, at the latest with the program.
-
-    Raises:
-        UserError: a file cannot be read, or a worker was killed.
-    """
+    """Yield the batches of a loader; its workers end with this iterator, at the latest with the program."""
     others = set(multiprocessing.active_children())
     batches = iter(loader)
     workers = set(multiprocessing.active_children()) - others

@@ -13,8 +13,7 @@ from util.progress import progress as progress_bar
 S = TypeVar("S")
 T = TypeVar("T")
 
-WORTH_PROCESSES = 512
-"""shorter sequences are processed in the main process"""
+WORTH_PROCESSES = 512  # shorter sequences are processed in the main process
 
 
 def on_all_cores(
@@ -23,9 +22,6 @@ def on_all_cores(
     """Apply a function to every item, with a progress bar, and return the results in order.
 
     The first error ends the work. Processes are used because Pillow holds the GIL.
-
-    Raises:
-        UserError: a process was killed; and whatever ``function`` raises.
     """
     bar = partial(progress_bar, total=len(items), desc=title, unit=unit, disable=not (progress and items), leave=False)
     if len(items) < WORTH_PROCESSES:

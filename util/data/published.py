@@ -19,10 +19,8 @@ class Published(NamedTuple):
     """A published list."""
 
     title: str
-    split: str
-    """'train' or 'val'"""
-    ignored: int
-    """number of masks that hold 255"""
+    split: str  # 'train' or 'val'
+    ignored: int  # number of masks that hold 255
 
 
 PUBLISHED = {

@@ -22,11 +22,7 @@ def class_ids(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
 
 
 def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
-    """Make an item of the class that its folder is named after, with a black and white mask: FSS-1000 and the like.
-
-    Raises:
-        UserError: ``data.classes`` does not name the folder.
-    """
+    """Make an item of the class that its folder is named after, with a black and white mask: FSS-1000 and the like."""
     name = image.parent.name
     if name not in ids:
         raise UserError(f"{image} is in folder '{name}', which is not among data.classes")
@@ -37,11 +33,7 @@ READERS = {"class_ids": class_ids, "class_folders": class_folders}
 
 
 def reader_of(data: DataConfig) -> MakeItem:
-    """Return the reader that a config names, with the ids of its classes.
-
-    Raises:
-        UserError: there is no such reader.
-    """
+    """Return the reader that a config names, with the ids of its classes."""
     if data.reader not in READERS:
         raise UserError(f"data.reader must be one of {', '.join(READERS)}, got '{data.reader}'")
     read, ids = READERS[data.reader], {name: number for number, name in enumerate(data.classes, 1)}
@@ -53,9 +45,6 @@ def read_binary_mask(path: Path) -> np.ndarray:
 
     A PNG of the values 0, 1 and 255 is taken as it is. In any other, grey or RGB, pixels brighter than half of the
     brightest one are the target: 0 and 1, or 0 and 255 with or without a soft border.
-
-    Raises:
-        UserError: the mask cannot be read, or is a palette image with other values.
     """
     with open_mask(path) as image:
         values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8, copy=False)

@@ -347,10 +347,7 @@ def generate(
     seed: int = 0,
     progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> bool:
-    """Write the data set below `root`; return False, with nothing written, if it is already complete.
-
-    `progress` wraps the list of (split, index) to be written, e.g. in a progress bar.
-    """
+    """Write the data set below `root`; return False, with nothing written, if it is already complete."""
     root = Path(root)
     record = root / "generator.json"
     parameters = json.dumps({"version": VERSION, "train": train, "val": val, "seed": seed}) + "\n"

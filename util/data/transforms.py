@@ -38,10 +38,9 @@ def augment(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale, rotate (p 0.5), flip (p 0.5) and crop at random to (size, size), as one warp.
 
-    A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels.
-
-    Empty pixels become the mean colour and 255. As in PFENet's code, a crop that keeps less than 85 % of the
-    target is drawn again, at most 30 times.
+    A share ``blur`` of the images is then blurred with a Gaussian of 5x5 pixels. Empty pixels become the mean
+    colour and 255. As in PFENet's code, a crop that keeps less than 85 % of the target is drawn again, at most 30
+    times.
     """
     height, width = mask.shape
     factor = rng.uniform(*scale)
