@@ -15,6 +15,7 @@ from model import IGNORE
 from util.data.class_index import Item
 from util.data.episodes import Episodes
 from util.data.images import read_image
+from util.errors import UserError
 
 Transform = Callable[[np.ndarray, np.ndarray, int, np.random.Generator], tuple[np.ndarray, np.ndarray]]
 """(image, class ids, the target's id, generator) -> image and class ids, (S, S)"""
@@ -75,7 +76,10 @@ def target_of(ids: Tensor, value: Tensor | int) -> Tensor:
 
 def read_image_and_ids(item: Item) -> tuple[np.ndarray, np.ndarray]:
     """Read an image (H, W, 3), uint8 RGB, and its mask (H, W), uint8."""
-    return read_image(item.image), item.read(item.mask)
+    image, ids = read_image(item.image), item.read(item.mask)
+    if image.shape[:2] != ids.shape:
+        raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
+    return image, ids
 
 
 class EpisodeDataset(Dataset[Episode]):

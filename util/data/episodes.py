@@ -118,6 +118,8 @@ def read_episodes(
             query, *supports = (lines[name] for name in (record["query"], *record["supports"]))
             if len(supports) != shots:
                 raise ValueError(f"{len(supports)} supports, but data.shots is {shots}")
+            if len({index.photos[line] for line in (query, *supports)}) <= len(supports):
+                raise ValueError("an image occurs twice in the episode")
             if record["class_id"] not in classes:
                 raise ValueError(f"class {record['class_id']} is not novel in this fold")
             episodes.append(EpisodeFiles(query, tuple(supports), record["class_id"]))
