@@ -3,14 +3,12 @@
     python scripts/bench.py --mode train [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32] [key=value]
     python scripts/bench.py --mode eval [--episodes 1000] [--images 450] [--shots 1] [--precision fp32]
     python scripts/bench.py --mode loader [--images 450]
-    python scripts/bench.py --mode page [--out bench.md]
 
 train: a training step (forward, loss, backward, SGD) and the plain one in turn; peak memory of --repeats steps in a
     process of their own (on CUDA: of the allocator); largest differences of logits and loss, without dropout.
 eval: util.engine.evaluation.evaluate on all episodes, against one episode after another. Only --plain-episodes of the
     latter are run, and their time is scaled; their pixel counts are compared.
 loader: training images a second in one process, from JPEG and PNG files to batches.
-page: all modes in a short form, at each precision of the device, as one Markdown page about this machine.
 
 The plain formulation is tests/plain.py, in fp32. Images of 500x375 pixels are drawn and weights are random, so nothing
 is downloaded.
@@ -19,7 +17,6 @@ is downloaded.
 import argparse
 import itertools
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -27,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -61,8 +58,7 @@ from util.engine.build import (
     training_batches,
 )
 from util.engine.evaluation import NetworkMethod, evaluate
-from util.engine.record import environment, processor
-from util.files import require_writable, write_text
+from util.engine.record import environment
 from util.progress import progress
 
 R = TypeVar("R")
@@ -70,53 +66,28 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
 TRAINING_IMAGES = 80  # enough for every base class to have some
 NUMBERS = {"size": 473, "batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "plain-episodes": 20}
-SHORT = {"repeats": 2, "images": 60, "episodes": 100, "plain_episodes": 4}  # at most, with --mode page
-HEAD = ("", "plain", "ours", "times faster", "peak MiB, plain", "peak MiB, ours", "speed and agreement")
-
-
-class Result(NamedTuple):
-    """One measurement."""
-
-    measured: str
-    text: str
-    """speed, and agreement with the plain formulation"""
-    plain: float | None = None
-    """median of the seconds"""
-    ours: float | None = None
-    memory: Sequence[float] = ()
-    """peak memory of the plain formulation and of ours, MiB"""
-
-    def row(self) -> list[str]:
-        """Return the cells of a table under ``HEAD``."""
-        times = ["" if seconds is None else f"{seconds:.3g} s" for seconds in (self.plain, self.ours)]
-        ratio = f"{self.plain / self.ours:.2f}" if self.plain and self.ours else ""
-        return [self.measured, *times, ratio, *([f"{mib:.0f}" for mib in self.memory] or ["", ""]), self.text]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=[*MODES, "page"], required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", help="of ours; the plain one is fp32, or tf32 with it")
     for name, default in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
-    parser.add_argument("--out", type=Path, default=Path("bench.md"), help="file that --mode page writes")
     args, overrides = parse_arguments(parser)
-    if args.mode == "page":
-        require_writable(args.out, ".md")
-        page(args, overrides)
-        return
+    known = environment(find_hardware(args.device, "auto").device)
+    print(f"{known['device']}; torch {known['torch']}")
     with tempfile.TemporaryDirectory() as folder:
-        result = MODES[args.mode](args, overrides, Path(folder))
-    cells = zip(HEAD[1:], result.row()[1:], strict=True)
-    print("\n  ".join([result.measured, *(f"{name}: {cell}" for name, cell in cells if cell)]))
+        for line in MODES[args.mode](args, overrides, Path(folder)):
+            print(line)
 
 
 # ---------------------------------------------------------------- train
 
 
-def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> list[str]:
     config = make_config(args, overrides, root, TRAINING_IMAGES)
     hardware, batches = select_hardware(config), load_batches(config, 2)
     ours, plain = (build(config, hardware, batches[0], plain=plain) for plain in (False, True))
@@ -130,13 +101,17 @@ def bench_train(args: argparse.Namespace, overrides: Sequence[str], root: Path) 
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         memory = [pool.apply(peak_of_steps, (config, args.repeats, plain)) for plain in (True, False)]
     compiled = ", compiled" if config.train.compile else ""
-    seconds = statistics.median(times["ours"])
-    return Result(
+    return [
         f"training step, {args.batch} x {args.shots}-shot, {args.backbone}, {args.size} px, {args.precision}{compiled}",
-        f"{args.batch / seconds:.3g} episodes/s; {agreement}",
-        statistics.median(times["plain"]),
-        seconds,
-        memory,
+        faster(statistics.median(times["plain"]), statistics.median(times["ours"]), args.batch),
+        f"  peak memory: plain {memory[0]:.0f} MiB, ours {memory[1]:.0f} MiB",
+        f"  {agreement}",
+    ]
+
+
+def faster(plain: float, ours: float, episodes: int) -> str:
+    return (
+        f"  plain {plain:.3g} s, ours {ours:.3g} s: {plain / ours:.2f} times faster, {episodes / ours:.3g} episodes/s"
     )
 
 
@@ -205,7 +180,7 @@ def peak_of_steps(config: Config, count: int, plain: bool) -> float:
 # ---------------------------------------------------------------- eval
 
 
-def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> list[str]:
     config = make_config(args, overrides, root, args.images)
     hardware, index = select_hardware(config), build_index(config, "val")
     sampler = build_eval_sampler(config, index, 0)
@@ -229,16 +204,15 @@ def bench_eval(args: argparse.Namespace, overrides: Sequence[str], root: Path) -
         method = NetworkMethod(ours, config, hardware)
         seconds, counts = timed(partial(evaluate, method, index, episodes, config=config, bar=bar))
     differ = np.abs(counts["network"][chosen] - np.stack(expected)).sum() // 2
-    return Result(
+    return [
         f"evaluation, {args.episodes} episodes over {args.images} images, {args.shots}-shot,"
         f" {args.backbone}, {args.size} px, {args.precision}",
-        f"{len(episodes) / seconds:.3g} episodes/s; {differ} of {np.stack(expected).sum()} pixels differ",
-        len(episodes) * statistics.median(plain_times),
-        seconds,
-    )
+        faster(len(episodes) * statistics.median(plain_times), seconds, len(episodes)),
+        f"  {differ} of {np.stack(expected).sum()} pixels differ",
+    ]
 
 
-def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> Result:
+def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path) -> list[str]:
     config = make_config(args, [*overrides, "workers=0"], root, TRAINING_IMAGES)
     sampler = build_train_sampler(config, build_index(config, "train"))
     steps = -(-args.images // (args.batch * (1 + args.shots)))
@@ -246,37 +220,7 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
     next(batches)
     seconds, images = timed(lambda: sum(batch.pixels.shape[:2].numel() for batch in batches))
     measured = f"loading {images} images of {SIZE[0]}x{SIZE[1]} to {args.size} px in one process"
-    return Result(measured, f"{images / seconds:.0f} images/s", None, seconds)
-
-
-def page(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Run every mode in a short form and write the page."""
-    device, best = find_hardware(args.device, "auto")
-    cuda, auto = device.type == "cuda", "fp32" if best == torch.float32 else "bf16"
-    both = list(dict.fromkeys(["fp32", auto]))
-    runs: list[tuple[str, dict[str, Any], list[str]]] = [("train", {"precision": auto, "shots": 5}, [])]
-    runs += [("train", {"precision": name}, []) for name in (["fp32", "tf32", "bf16", "fp16"] if cuda else both)]
-    runs += [("train", {"precision": auto}, ["train.compile=true"])] if cuda else []
-    runs += [("eval", {"precision": name}, []) for name in both]
-    short = {name: min(getattr(args, name), most) for name, most in SHORT.items()}
-    results = []
-    for mode, options, more in [*runs, ("loader", {}, [])]:
-        title = " ".join([mode, *map(str, options.values()), *more])
-        print(title, flush=True)
-        chosen = argparse.Namespace(**{**vars(args), **short, **options, "mode": mode})
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                results.append(MODES[mode](chosen, [*overrides, *more], Path(folder)))
-            except RuntimeError as error:  # no memory, or no compiler: the other rows are still of use
-                results.append(Result(title, f"failed: {str(error).strip().splitlines()[0]:.150}"))
-    known = environment(device)
-    lines = [f"# {known['device']}", "", f"- processor: {processor()}, {os.cpu_count()} cores"]
-    lines += [f"- CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"] if cuda else []
-    lines += [f"- {name}: {known[name]}" for name in ("platform", "python", "torch", "git_revision", "git_clean")]
-    lines += [f"- `python scripts/bench.py {' '.join(sys.argv[1:])}`", ""]
-    rows = [HEAD, ["---"] * len(HEAD), *(result.row() for result in results)]
-    write_text(args.out, "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
-    print(f"written: {args.out}")
+    return [f"{measured}: {images / seconds:.0f} images/s"]
 
 
 # ---------------------------------------------------------------- shared by the modes
