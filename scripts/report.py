@@ -34,8 +34,6 @@ from util.errors import UserError
 from util.files import read_json, require_writable, write_text
 
 PAPER = Path(__file__).with_name("paper.yaml")
-COLUMNS = ["Backbone", "Method", "Fold 0", "Fold 1", "Fold 2", "Fold 3", "Mean", "FB-IoU"]
-"""of Tables 1 and 2"""
 SHARED = ("revision", "test_list", "train_list", "dtype", "episodes")
 """fields that the runs of one table should share, in addition to the config's keys"""
 LEGEND = (
@@ -58,30 +56,24 @@ class Run(BaseModel):
     shots: PositiveInt
     fold: NonNegativeInt
     folds: PositiveInt
-    seed: int
-    """seed of the training"""
+    seed: int  # of the training
     episodes: PositiveInt
     miou: Percents
     fb_iou: Percents
     precision: Percents
-    calibrated: Percents | None = None
-    """mIoU at the threshold that was chosen on base classes at the end of training"""
-    revision: str
-    """git revision of the evaluation, and of the training if that was another"""
+    calibrated: Percents | None = None  # mIoU at the threshold that was chosen on base classes
+    revision: str  # of the evaluation, and of the training if that was another
     machine: str
     dtype: str = "unknown"
-    test_list: str = "unknown"
-    """first 12 digits of the list's SHA-256"""
+    test_list: str = "unknown"  # first 12 digits of its SHA-256
     train_list: str = "unknown"
     training_hours: float | None = None
     training_mib: float | None = None
     remarks: list[str] = []
-    config: dict[str, Any]
-    """flat config ('model.bgem': true), without keys that change no figure"""
+    config: dict[str, Any]  # flat ('model.bgem': true), without keys that change no figure
 
 
-Settings = dict[str, dict[str, list[Run]]]
-"""runs by setting (the title of their tables) and row"""
+Settings = dict[str, dict[str, list[Run]]]  # runs by setting (the title of their tables) and row
 
 
 def main() -> None:
@@ -115,8 +107,7 @@ def main() -> None:
         blocks += [f"## {title}", *(f"- {text}" for text in texts)] if texts else []
     write_text(args.out, "\n\n".join(blocks) + "\n")
     counts = f"{len(runs) - len(replaced)} counted, {len(replaced)} replaced by newer ones"
-    print(f"report: {args.out}")
-    print(f"runs: {counts}, {len(pending)} without results, skipped files {len(skipped)}")
+    print(f"{args.out}: {counts}, {len(pending)} without results, skipped files {len(skipped)}")
 
 
 # ---------------------------------------------------------------- reading runs
@@ -192,10 +183,7 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from NTRENet define no row of paper.yaml has a row that is named by them.
-
-    Returns:
-        the runs that count, and those that a newer one replaces
+    departures from NTRENet define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -291,7 +279,7 @@ def tables(settings: Settings, paper: Mapping[str, Any]) -> Iterator[str]:
         for shots in (1, 5):
             if lines := next_to_others(table, shots, settings):
                 yield f"## {table['title']}, {shots}-shot: {table['dataset']}"
-                yield markdown(lines, COLUMNS)
+                yield markdown(lines, ["Backbone", "Method", *(f"Fold {n}" for n in range(4)), "Mean", "FB-IoU"])
     yield LEGEND
 
 
