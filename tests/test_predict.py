@@ -243,7 +243,7 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
     unmasked = given[: given.index("--mask")]
     mistakes: list[tuple[list[object], list[str]]] = [
         ([*given, "--query", world / "q0.png", same_name], ["q0.png", "q0.jpg", "rename"]),
-        ([], ["need --support"]),
+        (["--mask", world / "m0.png"], ["need --support"]),
         (["--targets", targets], ["ids0.png", "3, 7", "class_id"]),
         ([*unmasked, "--box", "10,10,12", "1,1,9,9"], ["--box must be x0,y0,x1,y1", "10,10,12"]),
         ([*unmasked, "--box", "1,1,9,9", "1,1,9,999"], ["does not lie in", "66 x 40"]),
