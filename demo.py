@@ -18,21 +18,17 @@ from util.photos.segmenter import DEFAULT_BACKBONE, load_segmenter
 
 
 def main() -> None:
-    args = parse_arguments()
-    demo = Demo(load_segmenter(args.checkpoint, args.backbone, args.device))
-    with Server(demo, args.port) as server, suppress(KeyboardInterrupt):
-        print(f"open http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
-        server.serve_forever()
-
-
-def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", type=Path, help="of a trained network; without it, segmentation is training-free")
     add("--backbone", choices=sorted(BACKBONES), help=f"of training-free segmentation, default {DEFAULT_BACKBONE}")
     add("--port", type=int, default=7860)
     add("--device", default="auto", help="auto, cpu or cuda")
-    return parser.parse_args()
+    args = parser.parse_args()
+    demo = Demo(load_segmenter(args.checkpoint, args.backbone, args.device))
+    with Server(demo, args.port) as server, suppress(KeyboardInterrupt):
+        print(f"open http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
+        server.serve_forever()
 
 
 if __name__ == "__main__":

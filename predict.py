@@ -138,13 +138,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     args.edges = args.checkpoint is None if args.edges is None else args.edges
-    of_one = (args.support, args.class_id, args.maps, args.cutout, args.ground_truth)
-    if args.targets and any(of_one):
+    if args.targets and (args.support or args.class_id or args.maps or args.cutout or args.ground_truth):
         raise UserError("--targets cannot be combined with --support, --class-id, --maps, --cutout or --ground-truth")
     if not args.targets and not args.support:
         raise UserError("--mask and --box need --support")
-    if args.box and len(args.box) != len(args.support):
-        raise UserError("give one --box for each --support")
     if args.threshold is not None and not 0 < args.threshold < 1:
         raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold:g}")
     return args

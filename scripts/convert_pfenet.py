@@ -31,19 +31,10 @@ from util.errors import UserError, first_of
 from util.files import require_writable
 
 ALL_OFF = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
-
-UNKNOWN = [
-    *sorted(key for key in keys_with(TASK) if key.startswith("data.")),
-    *("model.fem_scales", "model.prototype_channels", "seed"),
-]
-"""config keys that PFENet's file does not record: test.py does not compare them"""
 LAST_IN_LAYER3 = {5: "resnet50", 22: "resnet101", 7: "vgg16_bn"}
 """last index with parameters in layer3: of 6 blocks, of 23 blocks, of VGG's last batch norm there"""
-LAST_OF_DEEP_STEM = "layer0.6."
-"""third convolution of a ResNet's deep stem; a standard stem ends before it, and VGG has a pool there"""
 UNUSED = ("num_batches_tracked", "middle_scale")
 """endings of the entries without counterpart: nothing reads the first, and PFENet does not scale its features (1)"""
-
 SCALES = range(4)
 MODULES = {
     "backbone.stem": "layer0",
@@ -59,7 +50,6 @@ MODULES = {
     "fem.classifier": "cls",
 }
 """our module: PFENet's; the names below them are the same"""
-
 LOGITS = re.compile(r"fem\.(scales\.\d\.)?classifier\.3\.(weight|bias)")
 """our layers with one output where PFENet's have two"""
 
@@ -69,10 +59,15 @@ def main() -> None:
     parser.add_argument("pfenet", type=Path, help="checkpoint as PFENet's train.py saves it, or its state dict alone")
     parser.add_argument("out", type=Path, help="where to write ours, a .pt file")
     args = parser.parse_args()
-    if args.out.resolve() == args.pfenet.resolve():
-        raise UserError(f"{args.out} is the file to be converted; give the result another name")
     require_writable(args.out, ".pt")
-    published, sha256 = read_published(args.pfenet)
+    try:
+        published, sha256 = read_weights(args.pfenet)  # without 'module.'; no code in the file is run
+    except WeightsError as error:
+        problem = str(error).partition(";")[0]
+        raise UserError(
+            f"{problem}; give a .pth file of PFENet as it was published, and if it holds more, its state dict alone:"
+            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), if you trust its source"
+        ) from error
     backbone, deep_stem = recognise(published, args.pfenet)
 
     config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"
@@ -81,9 +76,10 @@ def main() -> None:
     converted = convert(published, model.state_dict(), f"{args.pfenet} looks like PFENet with {backbone}, but")
     model.load_state_dict(model.state_dict() | converted)
     fuse_batch_norm(model.backbone)
+    unrecorded = [key for key in sorted(keys_with(TASK)) if key.startswith("data.")]
     state = {
         "config": config.model_dump(),
-        "unknown": UNKNOWN,
+        "unknown": [*unrecorded, "model.fem_scales", "model.prototype_channels", "seed"],  # test.py ignores these
         "weights": weights._replace(source=str(args.pfenet), sha256=sha256)._asdict(),
         "list_sha256": {},
         "step": 0,
@@ -98,25 +94,14 @@ def main() -> None:
     print(f"python test.py --config {config_file} --checkpoint {shlex.quote(str(args.out))} {' '.join(ALL_OFF)}")
 
 
-def read_published(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read the state dict without 'module.', and the SHA-256 of the file; no code in it is run."""
-    try:
-        return read_weights(path)
-    except WeightsError as error:
-        problem = str(error).partition(";")[0]
-        raise UserError(
-            f"{problem}; give a .pth file of PFENet as it was published, and if it holds more, its state dict alone:"
-            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), if you trust its source"
-        ) from error
-
-
 def recognise(published: dict[str, Tensor], path: Path) -> tuple[str, bool]:
     """Return the name of the backbone, and whether its stem is deep."""
     last = max((int(name.split(".")[1]) for name in published if name.startswith("layer3.")), default=None)
     if last not in LAST_IN_LAYER3:
         found = "no entry is named layer3.*" if last is None else f"its layer3 ends at index {last}"
         raise UserError(f"{path} is not PFENet with {', '.join(LAST_IN_LAYER3.values())}: {found}")
-    return LAST_IN_LAYER3[last], any(name.startswith(LAST_OF_DEEP_STEM) for name in published)
+    # the third convolution of a deep stem; a standard stem ends before it, and VGG has a pool there
+    return LAST_IN_LAYER3[last], any(name.startswith("layer0.6.") for name in published)
 
 
 def convert(published: dict[str, Tensor], ours: dict[str, Tensor], source: str) -> dict[str, Tensor]:

@@ -36,14 +36,9 @@ from util.engine.checkpoint import load_checkpoint, saved_config
 from util.errors import UserError
 from util.files import require_writable, write_atomically
 
-Episode = tuple[Tensor, Tensor, Tensor]
-"""query, supports, support_masks, all uint8"""
 NAMES = ["query", "supports", "support_masks"]
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3
 EPISODES = 4
-Run = Callable[[Episode], Tensor]
-"""runs the exported file"""
 
 
 def main() -> None:
@@ -55,8 +50,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="side of the square input, S; by default the checkpoint's")
     args = parser.parse_args()
     require_writable(args.out, f".{args.format}")
-    if args.format == "onnx" and not all(importlib.util.find_spec(name) for name in ONNX_PACKAGES):
-        raise UserError(f"--format onnx needs {', '.join(ONNX_PACKAGES)}: pip install -r requirements-export.txt")
+    if args.format == "onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript", "onnxruntime"))):
+        raise UserError("--format onnx needs more packages: pip install -r requirements-export.txt")
     checkpoint = load_checkpoint(args.checkpoint)
     config = saved_config(checkpoint, args.checkpoint)
     model = build_saved_model(config, checkpoint, args.checkpoint).eval()
@@ -66,11 +61,14 @@ def main() -> None:
     except ValueError as error:
         raise UserError(f"--size: {error}") from None
 
+    deployed = Deployed(model).eval()
+    episodes = [random_episode(size, args.shots, seed) for seed in range(EPISODES)]
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporters' notes on their own code
-        program = torch.export.export(Deployed(model).eval(), random_episode(size, args.shots, 0))
+        program = torch.export.export(deployed, episodes[0])
         data, run = (to_pt2 if args.format == "pt2" else to_onnx)(program)
-    difference = compare(model, run, size, args.shots)
+        # torch's maximum, unlike Python's, is NaN if a value is
+        difference = float(torch.stack([(run(*given) - deployed(*given)).abs().max() for given in episodes]).max())
     if not difference <= TOLERANCE:  # a NaN neither
         raise UserError(f"the exported network differs by {difference:.1e}, more than {TOLERANCE:.0e}: nothing written")
     write_atomically(args.out, lambda file: file.write(data))
@@ -91,37 +89,29 @@ class Deployed(nn.Module):
         return logits.sigmoid()
 
 
-def to_pt2(program: ExportedProgram) -> tuple[bytes, Run]:
+def to_pt2(program: ExportedProgram) -> tuple[bytes, Callable[..., Tensor]]:
     """Return the file's bytes, and a function that runs them."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     buffer.seek(0)
-    loaded = torch.export.load(buffer).module()
-    return buffer.getvalue(), lambda episode: loaded(*episode)
+    return buffer.getvalue(), torch.export.load(buffer).module()
 
 
-def to_onnx(program: ExportedProgram) -> tuple[bytes, Run]:
+def to_onnx(program: ExportedProgram) -> tuple[bytes, Callable[..., Tensor]]:
     """Return the file's bytes, and a function that runs them in onnxruntime."""
     exported = torch.onnx.export(program, input_names=NAMES, output_names=["probability"], verbose=False)
     assert exported is not None
     data: bytes = exported.model_proto.SerializeToString()
     session = importlib.import_module("onnxruntime").InferenceSession(data, providers=["CPUExecutionProvider"])
 
-    def run(episode: Episode) -> Tensor:
+    def run(*episode: Tensor) -> Tensor:
         given = {name: tensor.numpy() for name, tensor in zip(NAMES, episode, strict=True)}
         return torch.from_numpy(session.run(["probability"], given)[0])
 
     return data, run
 
 
-@torch.inference_mode()
-def compare(model: NTRENet, run: Run, size: int, shots: int) -> float:
-    """Return the largest difference between a file and the network."""
-    episodes = [random_episode(size, shots, seed) for seed in range(EPISODES)]
-    return float(torch.stack([(run(episode) - Deployed(model)(*episode)).abs().max() for episode in episodes]).max())
-
-
-def random_episode(size: int, shots: int, seed: int) -> Episode:
+def random_episode(size: int, shots: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw smooth coloured noise, each support with a rectangle as target and an ignored edge.
 
     The query is the first support mirrored, so that there is something to find.

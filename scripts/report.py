@@ -34,10 +34,6 @@ from util.errors import UserError
 from util.files import read_json, require_writable, write_text
 
 PAPER = Path(__file__).with_name("paper.yaml")
-COLUMNS = ["Backbone", "Method", "Fold 0", "Fold 1", "Fold 2", "Fold 3", "Mean", "FB-IoU"]
-"""of Tables 1 and 2"""
-MEASURES = {"precision": "Precision", "fb_iou": "FB-IoU", "calibrated": "mIoU, base threshold"}
-"""columns of an ablation after the mIoU of each fold"""
 SHARED = ("revision", "test_list", "train_list", "dtype", "episodes")
 """fields that the runs of one table should share, in addition to the config's keys"""
 LEGEND = (
@@ -60,30 +56,24 @@ class Run(BaseModel):
     shots: PositiveInt
     fold: NonNegativeInt
     folds: PositiveInt
-    seed: int
-    """seed of the training"""
+    seed: int  # of the training
     episodes: PositiveInt
     miou: Percents
     fb_iou: Percents
     precision: Percents
-    calibrated: Percents | None = None
-    """mIoU at the threshold that was chosen on base classes at the end of training"""
-    revision: str
-    """git revision of the evaluation, and of the training if that was another"""
+    calibrated: Percents | None = None  # mIoU at the threshold that was chosen on base classes
+    revision: str  # of the evaluation, and of the training if that was another
     machine: str
     dtype: str = "unknown"
-    test_list: str = "unknown"
-    """first 12 digits of the list's SHA-256"""
+    test_list: str = "unknown"  # first 12 digits of its SHA-256
     train_list: str = "unknown"
     training_hours: float | None = None
     training_mib: float | None = None
     remarks: list[str] = []
-    config: dict[str, Any]
-    """flat config ('model.bgem': true), without keys that change no figure"""
+    config: dict[str, Any]  # flat ('model.bgem': true), without keys that change no figure
 
 
-Settings = dict[str, dict[str, list[Run]]]
-"""runs by setting (the title of their tables) and row"""
+Settings = dict[str, dict[str, list[Run]]]  # runs by setting (the title of their tables) and row
 
 
 def main() -> None:
@@ -92,54 +82,44 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="F.md", help="write the report here")
     parser.add_argument("--lines", type=Path, metavar="F.jsonl", help="write the runs here, a line of JSON each")
     args = parser.parse_args()
-    for place in args.places:
-        if not place.exists():
-            raise UserError(f"{place} does not exist; give the folders in which test.py wrote its results")
     for path, suffix in ((args.out, ".md"), (args.lines, ".jsonl")):
         if path is not None:
             require_writable(path, suffix)
-    found = collect(args.places)
-    for text in found.skipped:
+    runs, pending, skipped = collect(args.places)
+    for text in skipped:
         print(f"warning: skipped {text}", file=sys.stderr)
-    if not found.runs:
+    if not runs:
         raise UserError(
-            f"no results in {', '.join(map(str, args.places))} ({len(found.pending)} runs without results); run"
+            f"no results in {', '.join(map(str, args.places))} ({len(pending)} runs without results); run"
             " 'python test.py --config C --checkpoint RUN/best.pt --out RUN/results.json' first"
         )
     if args.lines is not None:
-        runs = sorted(found.runs, key=lambda run: run.file)  # so that a diff shows only the runs that changed
+        runs.sort(key=lambda run: run.file)  # so that a diff shows only the runs that changed
         write_text(args.lines, "".join(run.model_dump_json(exclude_none=True) + "\n" for run in runs))
         print(f"lines: {args.lines}, {len(runs)} runs")
     paper = yaml.safe_load(PAPER.read_text(encoding="utf-8"))
-    settings, replaced = arrange(found.runs, paper)
+    settings, replaced = arrange(runs, paper)
     if args.out is None:
         print(*tables(settings, paper), sep="\n\n")
         return
     blocks = ["# NTRENet: our runs next to the paper's", *tables(settings, paper), *every_run(settings, replaced)]
-    for title, texts in (("Runs without results", found.pending), ("Skipped files", found.skipped)):
+    for title, texts in (("Runs without results", pending), ("Skipped files", skipped)):
         blocks += [f"## {title}", *(f"- {text}" for text in texts)] if texts else []
     write_text(args.out, "\n\n".join(blocks) + "\n")
-    counts = f"{len(found.runs) - len(replaced)} counted, {len(replaced)} replaced by newer ones"
-    print(f"report: {args.out}")
-    print(f"runs: {counts}, {len(found.pending)} without results, skipped files {len(found.skipped)}")
+    counts = f"{len(runs) - len(replaced)} counted, {len(replaced)} replaced by newer ones"
+    print(f"{args.out}: {counts}, {len(pending)} without results, skipped files {len(skipped)}")
 
 
 # ---------------------------------------------------------------- reading runs
 
 
-class Found(NamedTuple):
-    """Runs at the given places, and those that cannot be counted."""
+def collect(places: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
+    """Read each results*.json in the folders (at any depth), results files, and the lines of .jsonl files.
 
-    runs: list[Run]
-    pending: list[str]
-    """run folders without results, and their state"""
-    skipped: list[str]
-    """files that cannot be read, and why"""
-
-
-def collect(places: Iterable[Path]) -> Found:
-    """Read each results*.json in the folders (at any depth), results files, and the lines of .jsonl files."""
-    found = Found([], [], [])
+    Returns:
+        the runs, the run folders without results, and the files that cannot be read, each with the reason
+    """
+    runs, pending, skipped = list[Run](), list[str](), list[str]()
     sources: dict[str, Callable[[], Run]] = {}
     for place in places:
         if place.suffix == ".jsonl":
@@ -151,13 +131,13 @@ def collect(places: Iterable[Path]) -> Found:
         for record in sorted(place.rglob("run.json")):
             if not any(record.parent.glob("results*.json")):
                 state = "trained, not evaluated" if read_json(record).get("finished") else "unfinished"
-                found.pending.append(f"{record.parent.as_posix()}: {state}")
+                pending.append(f"{record.parent.as_posix()}: {state}")
     for name, read in sources.items():
         try:
-            found.runs.append(read())
+            runs.append(read())
         except (OSError, ValueError, LookupError, TypeError) as error:
-            found.skipped.append(f"{name}, not a results file of test.py: {' '.join(str(error).split())}")
-    return found
+            skipped.append(f"{name}, not a results file of test.py: {' '.join(str(error).split())}")
+    return runs, pending, skipped
 
 
 def read_run(path: Path) -> Run:
@@ -203,10 +183,7 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from NTRENet define no row of paper.yaml has a row that is named by them.
-
-    Returns:
-        the runs that count, and those that a newer one replaces
+    departures from NTRENet define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -232,12 +209,11 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
 
 
 class Score(NamedTuple):
-    """A measure of one cell, or its mean over folds."""
+    """A measure of one cell, or its mean over folds; its deviation is over seeds of 'training' or 'evaluation'."""
 
     mean: float
     std: float | None
     over: str
-    """kind of the seeds that the sample standard deviation is over: 'training' or 'evaluation'"""
 
 
 def score(runs: Iterable[Run], measure: str) -> Score | None:
@@ -303,7 +279,7 @@ def tables(settings: Settings, paper: Mapping[str, Any]) -> Iterator[str]:
         for shots in (1, 5):
             if lines := next_to_others(table, shots, settings):
                 yield f"## {table['title']}, {shots}-shot: {table['dataset']}"
-                yield markdown(lines, COLUMNS)
+                yield markdown(lines, ["Backbone", "Method", *(f"Fold {n}" for n in range(4)), "Mean", "FB-IoU"])
     yield LEGEND
 
 
@@ -313,9 +289,9 @@ def ladder(
     """Make the table of an ablation from the runs of one setting: the rows that were run, each with its margin."""
     every = [run for key in rows for run in runs.get(key, ())]
     folds, one_fold = max(run.folds for run in every), len({run.fold for run in every}) == 1
-    measures = dict(MEASURES)
-    if all(run.calibrated in (None, run.miou) for run in every):  # all at 0.5
-        del measures["calibrated"]
+    measures = {"precision": "Precision", "fb_iou": "FB-IoU"}
+    if any(run.calibrated not in (None, run.miou) for run in every):
+        measures["calibrated"] = "mIoU, base threshold"
     lines: list[dict[str, str]] = []
     means: dict[str, Score | None] = {}
     above: Score | None = None
@@ -371,26 +347,16 @@ def every_run(settings: Settings, replaced: list[Run]) -> Iterator[str]:
     """Yield a table of all runs, whether they count or not, with the time and memory of their trainings."""
     placed = [(name, run) for rows in settings.values() for name, runs in rows.items() for run in runs]
     placed += [("replaced by a newer run", run) for run in replaced]
-    lines = [
-        {
-            "File": run.file,
-            "Network": name,
-            "Fold": run.fold,
-            "Seed": run.seed,
-            "mIoU": f"{fmean(run.miou):.1f}",
-            "Training hours": "-" if run.training_hours is None else f"{run.training_hours:.2f}",
-            "Training MiB": "-" if run.training_mib is None else f"{run.training_mib:.0f}",
-            "Machine": run.machine,
-            "Revision": run.revision,
-            "List": run.test_list,
-            "Written": run.modified[:16],
-            "Remarks": ", ".join(run.remarks),
-        }
-        for name, run in placed
-    ]
+    columns = ["File", "Network", "Fold", "Seed", "mIoU", "Training hours", "Training MiB", "Machine", "Revision"]
+    lines = []
+    for name, run in placed:
+        hours = "-" if run.training_hours is None else f"{run.training_hours:.2f}"
+        mib = "-" if run.training_mib is None else f"{run.training_mib:.0f}"
+        line = [run.file, name, run.fold, run.seed, f"{fmean(run.miou):.1f}", hours, mib, run.machine, run.revision]
+        lines.append([*line, run.test_list, run.modified[:16], ", ".join(run.remarks)])
     yield "## Every run"
     yield "A training's time includes its validation. Memory is the highest peak of a process, or of its GPU."
-    yield markdown(lines)
+    yield markdown(lines, [*columns, "List", "Written", "Remarks"])
 
 
 def markdown(lines: Any, columns: Any = "keys") -> str:

@@ -60,11 +60,9 @@ class TrainingFreeMethod(Method):
         scores: dict[str, list[Tensor]] = {"training_free": [], "training_free_edges": []}
         for episode, value in zip(episodes, values, strict=True):
             query: EncodedQuery = held[episode.query, IMAGE].query
-            supports: list[Entry] = [held[line, IMAGE] for line in episode.supports]
-            target = [
-                self.segmenter.describe(support.query.features, target_of(support.ids, value).cpu().numpy())
-                for support in supports
-            ]
+            target = []
+            for support, ids in (held[line, IMAGE] for line in episode.supports):
+                target.append(self.segmenter.describe(support.features, target_of(ids, value).cpu().numpy()))
             probability = self.segmenter.segment_encoded(target, query).probability
             sharp = sharp_mask(probability, query.pixels).astype(np.float32)
             for name, values_of in zip(scores, (probability, sharp), strict=True):

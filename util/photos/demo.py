@@ -31,8 +31,6 @@ from util.photos.segmenter import NTRESegmenter, Segmentation, Segmenter
 HOST = "127.0.0.1"
 LONGEST = 1024
 """longer side, in pixels, to which images are shrunk; the network sees fewer"""
-KEPT = 16
-"""results in memory"""
 EXAMPLE_SEED, EXAMPLE_ZOOM = 2, 4  # scripts/make_synthetic.py has another seed; drawings are about 150 pixels wide
 
 
@@ -41,7 +39,7 @@ class Demo:
 
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter = segmenter
-        self.find = lru_cache(KEPT)(self._find)
+        self.find = lru_cache(16)(self._find)
         self.encode = lru_cache(1)(lambda support, mask: segmenter.encode(*_support(support, mask)))
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         page = page.replace("{{about}}", html.escape(segmenter.about))

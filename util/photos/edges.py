@@ -5,12 +5,8 @@ import numpy as np
 
 CERTAIN_TARGET, CERTAIN_OTHER = 1.0, -0.4
 """scores, in standard deviations, beyond which GrabCut must not change a pixel"""
-LONGER_SIDE = 288
-"""of the image that GrabCut sees; its mask is interpolated"""
-BOX_SIDE = 576
-"""the same for an object in a box: a support is worth more time"""
-FEWEST = 8
-"""pixels of target, and of other, that GrabCut needs to learn their colours"""
+LONGER_SIDE, BOX_SIDE = 288, 576
+"""of the image that GrabCut sees, and the same for an object in a box: a support is worth more time"""
 
 
 def sharp_mask(probability: np.ndarray, image: np.ndarray, threshold: float = 0.5) -> np.ndarray:
@@ -30,15 +26,12 @@ def sharp_mask(probability: np.ndarray, image: np.ndarray, threshold: float = 0.
 
 
 def mask_in_box(image: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
-    """Find the object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W).
-
-    If GrabCut finds no object, the whole box is returned.
-    """
+    """Find the object in a box (x0, y0, x1, y1; x1 and y1 not included) of RGB (H, W, 3) uint8: boolean (H, W)."""
     inside = np.zeros(image.shape[:2], np.float32)
     inside[box[1] : box[3], box[0] : box[2]] = 1
     coarse = cv2.resize(inside, _limited(inside, BOX_SIDE), interpolation=cv2.INTER_AREA)
     mask = _grab(image, np.where(coarse > 0, cv2.GC_PR_FGD, cv2.GC_BGD), iterations=5) & (inside > 0)
-    return mask if mask.any() else inside > 0
+    return mask if mask.any() else inside > 0  # GrabCut found nothing: the whole box
 
 
 def _limited(image: np.ndarray, side: int) -> tuple[int, int]:
@@ -56,7 +49,7 @@ def _grab(image: np.ndarray, seeds: np.ndarray, iterations: int) -> np.ndarray:
     height, width = image.shape[:2]
     labels = seeds.astype(np.uint8)
     target = np.isin(labels, (cv2.GC_FGD, cv2.GC_PR_FGD))
-    if min(target.sum(), (~target).sum()) >= FEWEST:
+    if min(target.sum(), (~target).sum()) >= 8:  # fewer pixels do not show the colours
         small = cv2.resize(image, labels.shape[::-1], interpolation=cv2.INTER_AREA)
         bgr = np.ascontiguousarray(small[..., ::-1])
         cv2.setRNGSeed(0)  # GrabCut draws the first centres of its colour models

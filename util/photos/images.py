@@ -1,8 +1,4 @@
-"""A user's own images and masks, from files, numpy or Pillow.
-
-Data sets are read by util/data/images.py, which is stricter: there a mask refers to the stored pixels and holds
-class ids.
-"""
+"""A user's own images and masks, from files, numpy or Pillow; util/data/images.py, for data sets, is stricter."""
 
 import warnings
 from collections.abc import Iterator
@@ -23,12 +19,10 @@ SOFT_BORDER = 0.25
 
 
 class Upright(NamedTuple):
-    """An image as a person sees it, and how its file had to be rotated for that."""
+    """An image as a person sees it, RGB (H, W, 3) uint8, and its file's EXIF orientation, 1 to 8; 1 is as stored."""
 
     pixels: np.ndarray
-    """RGB (H, W, 3) uint8, EXIF orientation applied"""
     orientation: int
-    """the file's EXIF orientation, 1 to 8; 1 is as stored"""
 
 
 def read_upright(file: Path | BytesIO, name: str | None = None) -> Upright:
@@ -96,10 +90,8 @@ def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
         mask = np.asarray(mask)
         if mask.ndim == 3 and (mask == mask[:, :, :1]).all():
             mask = mask[:, :, 0]
-        if mask.ndim == 3:
-            raise UserError(f"{name} is coloured; a mask is a greyscale or palette image, or the alpha of an image")
     if np.ndim(mask) != 2:
-        raise UserError(f"{name} must be a Pillow image or numpy (H, W), not {np.shape(mask)}")
+        raise UserError(f"{name} is coloured or no image; a mask is greyscale, a palette image, or an image's alpha")
     return mask
 
 
@@ -108,9 +100,6 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
 
     A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning. Masks of class
     ids rarely have few values between 0 and 255, and some of them above 128.
-
-    Args:
-        values: boolean, 0 and 1, or 0 and 255; with ``class_id`` class ids, 255 ignored.
     """
     if values.dtype == np.bool_:
         return values.astype(np.uint8)

@@ -19,13 +19,9 @@ UNREAD = (".heic", ".heif", ".avif", ".gif")
 
 
 def find_images(paths: Sequence[Path], out: Path | None = None) -> dict[str, Path]:
-    """List the given files, and the images in the given folders and their subfolders, by name.
+    """List the given files, and the images in the given folders and their subfolders, by name ('sub/frame_01').
 
-    A name is the path without its suffix, relative to the folder that was given ('sub/frame_01'). Hidden files and
-    the contents of ``out`` are left out.
-
-    Raises:
-        UserError: a folder holds no images, or two images have the same name.
+    Hidden files and the contents of ``out`` are left out.
     """
     found: dict[str, Path] = {}
     for path in paths:
@@ -38,13 +34,9 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> dict[str, Pat
 
 
 def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    files = [
-        file
-        for file in sorted(folder.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        and not (out is not None and file.resolve().is_relative_to(out.resolve()))
-    ]
+    files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder).as_posix()}"]
+    if out is not None:
+        files = [file for file in files if not file.resolve().is_relative_to(out.resolve())]
     if unread := [file.name for file in files if file.suffix.lower() in UNREAD]:
         print(f"note: cannot read {first_of(unread, 3, ', ')}; convert to JPEG or PNG")
     found = [file for file in files if file.suffix.lower() in SUFFIXES]
@@ -75,10 +67,7 @@ class TargetFiles(Section, strict=False):
 
 
 def read_targets(path: Path) -> dict[str, TargetFiles]:
-    """Read targets by name from a YAML file: ``dog: {supports: [a.jpg], masks: [a.png], class_id: 3}``.
-
-    Paths are relative to the file; class_id may be left out.
-    """
+    """Read targets by name from a YAML file (see predict.py); paths are relative to it."""
     targets = {}
     for name, entry in read_yaml(path).items():
         try:
@@ -87,8 +76,8 @@ def read_targets(path: Path) -> dict[str, TargetFiles]:
             problem = error.errors()[0]
             key = ".".join(str(part) for part in (name, *problem["loc"]))
             raise UserError(f"{path}: {key}: {problem['msg'].lower()}") from error
-        supports, masks = ([path.parent / file for file in listed] for listed in (files.supports, files.masks))
-        targets[name] = TargetFiles(supports=supports, masks=masks, class_id=files.class_id)
+        placed = {key: [path.parent / file for file in getattr(files, key)] for key in ("supports", "masks")}
+        targets[name] = files.model_copy(update=placed)
     if not targets:
         raise UserError(f"{path} names no targets")
     return targets
@@ -106,7 +95,7 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
 def write_masks_of_boxes(supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path) -> list[Path]:
     """Find the object in the box (x0, y0, x1, y1) of each support, and write its mask into ``out`` for correction."""
     masks = []
-    for number, (support, (x0, y0, x1, y1)) in enumerate(zip(supports, boxes, strict=True), 1):
+    for number, (support, (x0, y0, x1, y1)) in enumerate(paired(supports, boxes), 1):
         image = read_upright(support).pixels
         height, width = image.shape[:2]
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):

@@ -12,22 +12,12 @@ from util.engine.panels import TARGET, overlay
 from util.files import write_bytes
 from util.photos.segmenter import Segmenter
 
-Outputs = dict[str, Image.Image]
-"""images by the ending of their file names, such as 'mask.png'"""
-
 
 def draw(
-    segmenter: Segmenter,
-    target: list[Any],
-    pixels: np.ndarray,
-    *,
-    threshold: float | None,
-    edges: bool,
-    maps: bool,
-    cutout: bool,
-) -> Outputs:
-    """Segment one target: mask.png (0 and 255), overlay.jpg, cutout.png (the rest transparent), and maps in grey."""
-    result = segmenter.segment_encoded(target, pixels, threshold=threshold, edges=edges)
+    segmenter: Segmenter, target: list[Any], pixels: np.ndarray, *, maps: bool, cutout: bool, **how: Any
+) -> dict[str, Image.Image]:
+    """Segment one target: images by the ending of their file, 'mask.png' (0 and 255), 'overlay.jpg' and others."""
+    result = segmenter.segment_encoded(target, pixels, **how)
     mask = 255 * result.mask.astype(np.uint8)
     drawn = {"mask.png": mask, "overlay.jpg": overlay(pixels, result.mask, TARGET)}
     if cutout:
@@ -39,8 +29,8 @@ def draw(
 
 
 def draw_labels(
-    segmenter: Segmenter, targets: Mapping[str, list[Any]], pixels: np.ndarray, *, threshold: float | None, edges: bool
-) -> Outputs:
+    segmenter: Segmenter, targets: Mapping[str, list[Any]], pixels: np.ndarray, **how: Any
+) -> dict[str, Image.Image]:
     """Segment several targets: labels.png, a palette image, and overlay.jpg with their names.
 
     A pixel's label is the number of its most probable target, from 1, or 0 for none.
@@ -49,7 +39,7 @@ def draw_labels(
     highest = np.zeros(pixels.shape[:2], np.float32)
     labels = np.zeros(pixels.shape[:2], np.uint8)
     for number, target in enumerate(targets.values(), start=1):
-        found = segmenter.segment_encoded(target, query, threshold=threshold, edges=edges)
+        found = segmenter.segment_encoded(target, query, **how)
         higher = found.mask & (found.probability > highest)
         labels[higher], highest[higher] = number, found.probability[higher]
     image = Image.fromarray(labels)
@@ -65,7 +55,7 @@ def draw_labels(
     return {"labels.png": image, "overlay.jpg": overlaid}
 
 
-def write_outputs(out: Path, name: str, outputs: Outputs) -> list[Path]:
+def write_outputs(out: Path, name: str, outputs: dict[str, Image.Image]) -> list[Path]:
     """Write the files of a query, each atomically, and return their paths."""
     paths = []
     for ending, image in outputs.items():

