@@ -9,7 +9,6 @@ import json
 import math
 import re
 import statistics
-import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ from tests.harness import (
     succeeded,
 )
 from util.config import load_config
-from util.data.dataset import Episode, EpisodeDataset
 from util.engine import validation
 from util.engine.build import build_index, build_train_sampler
 from util.engine.metrics import Scores
@@ -149,22 +147,6 @@ def test_the_screen_names_device_selection_rule_classes_and_weights(run: Run, ti
     assert re.search(rf"step {steps}: mIoU", out + err) and re.search(rf"step {EPOCHS * steps}: mIoU", out + err)
     assert re.search(rf"epoch 2/2: .*\d+/{EPOCHS * steps} .*step/?s?, loss=\d+\.\d+, lr=0\.\d+", err)
     assert beside_progress_bars(err) == [] and "loss=" not in out
-
-
-def test_a_line_says_that_the_loader_is_the_limit(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = EpisodeDataset.__getitem__
-
-    def slow(self: EpisodeDataset, number: int) -> Episode:
-        time.sleep(0.15)
-        return read(self, number)
-
-    monkeypatch.setattr(EpisodeDataset, "__getitem__", slow)
-    overrides = [f"run_dir={tmp_path}/run", "workers=0", "train.epochs=1", "eval.episodes=1"]
-    result = call(train, "--config", config, *overrides)
-    (share,) = re.findall(r"epoch 1: (\d+)% of the time was spent waiting for images", result.out + result.err)
-    assert 25 <= int(share) <= 100
 
 
 def test_an_epoch_changes_every_trained_weight_and_none_of_the_backbone(run: Run) -> None:

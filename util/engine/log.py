@@ -1,5 +1,6 @@
 """The log of a training run: progress bar, TensorBoard, metrics.jsonl, config.yaml, run.json."""
 
+import json
 import math
 import resource
 import sys
@@ -18,9 +19,9 @@ from torch.utils.tensorboard import SummaryWriter
 from model.losses import NTRELoss
 from model.parallel import log_mean, processes, rank
 from util.engine.metrics import SCORE_TITLES, Scores
-from util.engine.record import append_json_line, environment, keep_json_lines
+from util.engine.record import environment
 from util.errors import UserError
-from util.files import read_json, write_json, write_text
+from util.files import naming, read_json, write_json, write_text
 from util.progress import progress
 
 if TYPE_CHECKING:
@@ -28,20 +29,16 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10
 """steps between two readings of the losses"""
-LOADER_IS_THE_LIMIT = 0.25
-"""share of an epoch's time spent waiting for images above which a line says so"""
 BAR = "{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{remaining} left, {rate_fmt}{postfix}]"
 
 
 class TrainingLog:
-    """The log of a run; in a job of several processes only the first one shows and writes.
-
-    At the start, what an interrupted run wrote after its last checkpoint is dropped.
-    """
+    """The log of a run; in a job of several processes only the first one shows and writes."""
 
     def __init__(self, training: "Training", total_steps: int) -> None:
         config, step = training.config, training.step
         self.config, self.folder, self.first = config, Path(config.run_dir), rank() == 0
+        self.metrics = self.folder / "metrics.jsonl"
         self.bar = progress(total=total_steps, initial=step, unit="step", bar_format=BAR, disable=not self.first)
         self.events = SummaryWriter(self.folder / "tensorboard", purge_step=step + 1) if self.first else None
         if self.first:
@@ -62,7 +59,7 @@ class TrainingLog:
         write_json(path, read_json(path) | {"finished": took})
 
     def _write_record(self, training: "Training") -> None:
-        """Write config.yaml and run.json; lines of metrics.jsonl after the last checkpoint are dropped."""
+        """Write config.yaml and run.json; what an interrupted run wrote after its last checkpoint is dropped."""
         write_text(self.folder / "config.yaml", yaml.safe_dump(self.config.model_dump(), sort_keys=False))
         data = self.config.data
         path, now = self.folder / "run.json", datetime.now(UTC).isoformat(timespec="seconds")
@@ -77,30 +74,20 @@ class TrainingLog:
             "starts": [*starts, {"time": now, "step": training.step, **machine, "processes": processes()}],
         }
         write_json(path, record)
-        keep_json_lines(self.folder / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+            whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= training.finished_step]
+            write_text(self.metrics, "".join(kept))
 
     def timed(self, batches: Iterable[Any], epoch: int) -> Iterator[Any]:
-        """Yield the batches of an epoch, and say at its end if the loader was the limit."""
+        """Yield the batches of an epoch, and write their speed."""
         self.bar.set_description(f"epoch {epoch}/{self.config.train.epochs}", refresh=False)
-        ready, began, waited, steps = iter(batches), time.perf_counter(), 0.0, 0
-        while True:
-            asked = time.perf_counter()
-            batch = next(ready, None)
-            if batch is None:
-                break
-            if steps:  # the first batch includes the start of the workers
-                waited += time.perf_counter() - asked
-            steps += 1
-            yield batch
-        seconds = time.perf_counter() - began
-        if self.events is not None and steps:
-            speed = steps * self.config.train.batch_size / seconds
+        began, before = time.perf_counter(), self.bar.n
+        yield from batches
+        if self.events is not None and self.bar.n > before:
+            speed = (self.bar.n - before) * self.config.train.batch_size / (time.perf_counter() - began)
             self.events.add_scalar("episodes_per_second", speed, self.bar.n)
-            if waited > LOADER_IS_THE_LIMIT * seconds:
-                self.bar.write(
-                    f"epoch {epoch}: {waited / seconds:.0%} of the time was spent waiting for images: the loader"
-                    f" is the limit, raise workers (now {self.config.workers})"
-                )
 
     def note(self, step: int, lr: float, names: list[str], losses: dict[str, Tensor]) -> None:
         """Keep the losses of a step on the device until they are read."""
@@ -108,24 +95,19 @@ class TrainingLog:
         self.bar.update()
 
     def read(self, sums: dict[str, float]) -> None:
-        """Read the losses since the last reading, add them to ``sums``, and write them; the bar shows their mean.
-
-        Raises:
-            UserError: a loss is not finite; names the step, every term and the episodes.
-        """
+        """Read the losses since the last reading, add them to ``sums``, and write them; the bar shows their mean."""
         if not self._unread:
             return
         steps, lrs, names, values = zip(*self._unread, strict=True)
         self._unread = []
         rows = log_mean(torch.stack(values)).tolist()
-        for step, files, row in zip(steps, names, rows, strict=True):
+        for step, lr, files, row in zip(steps, lrs, names, rows, strict=True):
             if not math.isfinite(row[0]):
                 shown = ", ".join(f"{name} {value:g}" for name, value in zip(NTRELoss.NAMES, row, strict=True))
                 raise UserError(
                     f"the loss of step {step} is not finite ({shown}); its episodes: {' | '.join(files)}; checkpoints"
                     " are of steps before it; lower train.lr, set precision=fp32, or look at these files"
                 )
-        for step, lr, row in zip(steps, lrs, rows, strict=True):
             for name, value in zip(NTRELoss.NAMES, row, strict=True):
                 sums[name] += value
                 if self.events is not None:
@@ -147,7 +129,8 @@ class TrainingLog:
         """Write the scores of a validation, the epoch's mean losses, and an image (H, W, 3) of some episodes."""
         if self.events is None:
             return
-        append_json_line(self.folder / "metrics.jsonl", {"step": step, **found._asdict(), "loss": losses})
+        with naming(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **found._asdict(), "loss": losses}) + "\n")
         for name, value in found.per_class.items():
             self.events.add_scalar(f"val_iou/{name}", value, step)
         for name in SCORE_TITLES:

@@ -1,21 +1,14 @@
-"""Environment and revision of a run, and files of JSON lines."""
+"""Environment of a run."""
 
-import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-
-from util.files import naming, write_text
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -42,28 +35,9 @@ def processor() -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-@cache
-def revision() -> str:
-    """Return the git revision of the code, and whether files differ from it; the same for the whole process."""
-    commit = _git("rev-parse", "HEAD")
-    return "unknown" if commit is None else commit if _git("status", "--porcelain") == "" else f"{commit} with changes"
-
-
 def _git(*arguments: str) -> str | None:
+    root = Path(__file__).resolve().parents[2]
     try:
-        return subprocess.check_output(["git", *arguments], cwd=ROOT, stderr=subprocess.DEVNULL, text=True).strip()
+        return subprocess.check_output(["git", *arguments], cwd=root, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def keep_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that ``keep`` refuses, and a last line that was cut short."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        write_text(path, "".join(line for line in lines if line.endswith("\n") and keep(json.loads(line))))
-
-
-def append_json_line(path: Path, values: dict[str, Any]) -> None:
-    """Append a line of JSON to a file."""
-    with naming(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")

@@ -1,6 +1,5 @@
 """Training: the state of a run, its loop, and how it starts or resumes."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +25,6 @@ from util.engine.checkpoint import load_checkpoint, require_same, save_checkpoin
 from util.engine.distributed import first_process_first
 from util.engine.interruption import Interruption, Stopped
 from util.engine.log import LOG_EVERY, TrainingLog
-from util.engine.record import revision
 from util.errors import UserError, first_of
 
 LAST, PREVIOUS, DAMAGED = "last.pt", "previous.pt", "damaged.pt"
@@ -35,8 +33,6 @@ SELECTION = {
     "last": "the last checkpoint",
 }
 """which checkpoint best.pt is, for each value of ``eval.select``"""
-FEW_STEPS, USUAL_STEPS = 300, 600
-"""steps below which a run has hardly begun to learn, and those of a short run that has"""
 
 
 @dataclass
@@ -78,11 +74,7 @@ class Training:
         return self.seconds_before + time.monotonic() - self._began
 
     def finish_epoch(self, end: int, miou: float) -> bool:
-        """Complete the epoch that ends at step ``end``; ``miou`` is -1 if no evaluation was due.
-
-        Returns:
-            whether it is the highest so far
-        """
+        """Complete the epoch that ends at step ``end``, and tell whether ``miou`` is the highest so far."""
         improved = miou > self.best_miou
         self.best_miou = max(self.best_miou, miou)
         self.sums = dict.fromkeys(self.sums, 0.0)
@@ -108,7 +100,6 @@ class Training:
             "random": random,
             "finished_step": self.finished_step,
             "sums": self.sums,
-            "revision": revision(),
         }
         folder = Path(self.config.run_dir)
         save_checkpoint(folder / LAST, state, keep=folder / PREVIOUS)
@@ -125,18 +116,12 @@ class Training:
         }
 
     def restore(self, checkpoint: dict[str, Any]) -> None:
-        """Continue from a checkpoint of :meth:`save_last`.
-
-        Raises:
-            KeyError, TypeError, ValueError, RuntimeError: the contents are not what it writes.
-        """
+        """Continue from a checkpoint of :meth:`save_last`."""
         for name in ("step", "finished_step", "best_miou", "sums"):
             setattr(self, name, checkpoint[name])
         self.seconds_before = checkpoint["seconds"]
-        self.model.load_state_dict(checkpoint["model"])
-        self.loss.load_state_dict(checkpoint["loss"])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        for part in ("model", "loss", "optimizer", "scaler"):
+            getattr(self, part).load_state_dict(checkpoint[part])
         torch.set_rng_state(checkpoint["random"]["cpu"])
         if self.hardware.device.type == "cuda" and "cuda" in checkpoint["random"]:
             torch.cuda.set_rng_state(checkpoint["random"]["cuda"], self.hardware.device)
@@ -165,10 +150,6 @@ def train_epoch(
 
     CUDA is asynchronous and reading a value synchronises, so losses are read every ``LOG_EVERY`` steps. A loss that is
     not finite is noticed then, before anything is saved.
-
-    Raises:
-        UserError: a loss is not finite.
-        Stopped: a signal asked for it, after a complete step.
     """
     config, model, optimizer, scaler = training.config, training.model, training.optimizer, training.scaler
     model.train()
@@ -200,12 +181,7 @@ def train_epoch(
 
 
 def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, str]) -> Training:
-    """Start a run, or continue the one that ``config.resume`` names.
-
-    Raises:
-        UserError: the run folder holds another run, or one already and resume is 'none'; or the checkpoint does not
-            fit the config or the lists.
-    """
+    """Start a run, or continue the one that ``config.resume`` names."""
     checkpoint, path = _checkpoint_to_resume(config, list_sha256)
     torch.manual_seed(config.seed)
     if checkpoint is None:
@@ -265,7 +241,7 @@ def _checkpoint_to_resume(config: Config, list_sha256: dict[str, str]) -> tuple[
 
 
 def _require_same_run(checkpoint: dict[str, Any], path: Path, config: Config, list_sha256: dict[str, str]) -> None:
-    """Refuse to resume a run of another config or list, and warn if the code has changed."""
+    """Refuse to resume a run of another config or list."""
     if "optimizer" not in checkpoint:
         raise UserError(f"{path} holds a model only and cannot be resumed; resume from last.pt")
     require_same(saved_config(checkpoint, path), config, path, resume=True)
@@ -275,8 +251,6 @@ def _require_same_run(checkpoint: dict[str, Any], path: Path, config: Config, li
                 f"list {getattr(config.data, f'{name}_list')} has changed since checkpoint {path} was written, so its"
                 " episodes would be others; restore the list, or start a new run in another run_dir"
             )
-    if (before := checkpoint.get("revision")) != revision() and rank() == 0:
-        print(f"warning: checkpoint {path} was written by revision {before}, this is {revision()}", file=sys.stderr)
 
 
 def announce(training: Training, data: Data, steps: int) -> None:
@@ -301,12 +275,5 @@ def announce(training: Training, data: Data, steps: int) -> None:
         f"best.pt is {SELECTION[config.eval.select]}; everything is written to {config.run_dir}",
         flush=True,
     )
-    if any(sampler.left_out.values()):
-        left_out = ", ".join(f"{options.classes[c - 1]} {n}" for c, n in sampler.left_out.items())
-        print(f"left out for novel classes in them (data.novel_in_train=drop), images of each class: {left_out}")
-    if steps < FEW_STEPS:
-        print(
-            f"warning: {steps} steps are too few to learn from (the quick start takes 584): raise train.epochs to"
-            f" {math.ceil(USUAL_STEPS * config.train.epochs / steps)}, or do without training: predict.py without"
-            " --checkpoint"
-        )
+    if steps < 300:
+        print(f"warning: {steps} steps are too few to learn from; raise train.epochs, or predict without --checkpoint")
