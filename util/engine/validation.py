@@ -1,6 +1,5 @@
 """The validations of a training run, and the threshold of its best checkpoint."""
 
-import json
 import time
 from pathlib import Path
 
@@ -19,9 +18,6 @@ from util.engine.panels import draw_rows, episode_rows
 from util.engine.training import SELECTION, Training
 from util.progress import progress
 
-PANELS = 4
-"""episodes shown in TensorBoard after each validation"""
-
 
 def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog, stop: Interruption) -> float:
     """Evaluate on the fold's validation episodes, write scores and images, return the mIoU."""
@@ -39,7 +35,7 @@ def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog,
             f"  in {time.monotonic() - began:.0f} s"
         )
         losses = {name: value / epoch_steps for name, value in training.sums.items()}
-        loader = build_eval_loader(config, EpisodeList(data.val, episodes), range(min(PANELS, len(episodes))))
+        loader = build_eval_loader(config, EpisodeList(data.val, episodes), range(min(4, len(episodes))))
         image = draw_rows(episode_rows(training.model, loader, hardware=training.hardware))
         log.evaluation(training.step, found, losses, image)
     return found.miou
@@ -52,8 +48,8 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
     """
     if not log.first:
         return
-    config, run_dir = training.config, Path(training.config.run_dir)
-    path = run_dir / "best.pt"
+    config = training.config
+    path = Path(config.run_dir) / "best.pt"
     log.finish(training.step, training.seconds, training.hardware.device)
     if not path.exists():
         print("done: no evaluation improved on the untrained network, so there is no best.pt")
@@ -64,8 +60,4 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
         threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
         save_checkpoint(path, checkpoint | {"threshold": threshold})
         print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
-    said = f"{path} is {SELECTION[config.eval.select]}, of step {checkpoint['step']}"
-    for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        if (scored := json.loads(line))["step"] == checkpoint["step"]:
-            said += f", with a validation mIoU of {100 * scored['miou']:.1f}"
-    print(f"done: {said}")
+    print(f"done: {path} is {SELECTION[config.eval.select]}, of step {checkpoint['step']}")
