@@ -29,7 +29,9 @@ SCORE_TITLES = {"miou": "mIoU", "fb_iou": "FB-IoU", "precision": "precision"}
 def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
     """Count the pixels of one episode, on its device: true negatives, false positives, false negatives, true positives.
 
-    The prediction (H, W) is boolean; the ground truth (H, W) is 1 target, 0 other, 255 ignored.
+    Args:
+        prediction: (H, W), boolean
+        ground_truth: (H, W), uint8: 1 target, 0 other, 255 ignored
     """
     target, other = ground_truth == 1, (ground_truth != 1) & (ground_truth != IGNORE)
     outcomes = (~prediction & other, prediction & other, ~prediction & target, prediction & target)
@@ -39,10 +41,11 @@ def confusion(prediction: Tensor, ground_truth: Tensor) -> Tensor:
 def iou(counts: np.ndarray) -> np.ndarray:
     """Compute the IoU of the target, TP / (TP + FP + FN), from counts (..., 4) of :func:`confusion`: (...).
 
-    It is 1 if nothing is target and nothing is predicted: then the prediction is right.
+    It is 1 if nothing is target and nothing is predicted: then the prediction is right. Every IoU of this project is
+    computed here.
     """
     union = counts[..., 1:].sum(-1)
-    return np.where(union == 0, 1.0, counts[..., 3] / np.maximum(union, 1))
+    return np.where(union == 0, 1.0, _ratio(counts[..., 3], union))
 
 
 def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
@@ -51,10 +54,17 @@ def mask_iou(mask: np.ndarray, ground_truth: np.ndarray) -> float:
 
 
 def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -> Scores:
-    """Score N episodes of ``classes``, ids and names, from counts (N, 4) of :func:`confusion` and class ids (N,).
+    """Score N episodes.
 
     A class without any episode has not been measured; as in the published code it counts as 0 in the mean, so that
     few episodes never look better than many.
+
+    Args:
+        counts: (N, 4), of :func:`confusion`
+        class_ids: (N,)
+        classes: ids and names of the classes that are scored
+    Raises:
+        ValueError: an episode is of another class.
     """
     if not np.isin(class_ids, list(classes)).all():
         raise ValueError(f"episodes of classes {np.unique(class_ids)}, but scored are {list(classes)}")
@@ -64,6 +74,10 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
     return Scores(
         miou=float(per_class.mean()),
         fb_iou=float((iou(total) + iou(total[::-1])) / 2),
-        precision=float(total[3] / np.maximum(total[1] + total[3], 1)),
+        precision=float(_ratio(total[3], total[1] + total[3])),
         per_class={name: float(value) for name, value in zip(classes.values(), per_class, strict=True)},
     )
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return part / np.maximum(whole, 1)
