@@ -58,7 +58,8 @@ def load_images() -> None:
 @pytest.mark.parametrize("seconds", [0, 0.3], ids=["while loading", "during a step"])
 def test_a_worker_that_the_system_kills_is_one_line(seconds: float) -> None:
     result = process("-c", RUN.format("load_numbers"), seconds, 0, 1, 2, 3, 5, 6)
-    refused(result, "the system ended a loader process", "lower workers")
+    *_, last = result.err.splitlines()  # torch may print where its signal handler interrupted it
+    assert result.code == 2 and last.startswith("error: the system ended a loader process"), result.err
 
 
 def test_an_error_of_the_code_in_a_worker_is_not_taken_for_a_killed_worker() -> None:
