@@ -1,6 +1,7 @@
 """The diagnosis of a checkpoint: AUC against scikit-learn, thresholds against loops, the command against test.py."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from scripts import diagnose
-from tests.harness import call, succeeded, test_command
+from tests.harness import ROOT, call, process, succeeded, test_command
 from util.config import load_config
 from util.data.episodes import EpisodeFiles
 from util.engine import diagnosis
@@ -98,3 +99,17 @@ def test_a_threshold_is_chosen_on_base_classes_alone(
     assert len(seen) == 200 and set(seen) <= set(range(6, 21)) and len(set(seen)) > 5
     rare = settings.model_copy(update={"data": settings.data.model_copy(update={"min_area": 10**9})})
     assert diagnosis.calibrated_threshold(model, index, config=rare, hardware=hardware) == 0.5
+
+
+def test_diagnose_shows_both_kinds_of_classes_in_a_fresh_process(config: Path, short: Path, tmp_path: Path) -> None:
+    out = tmp_path / "d.json"
+    command = ["--config", config, "--checkpoint", short / "best.pt", "--episodes", 4, "--out", out]
+    shown = succeeded(process("scripts/diagnose.py", *command)).out
+    assert re.search(r"^percent +novel +base$", shown, re.MULTILINE)
+    figures = json.loads(out.read_text())
+    assert set(figures["novel"]["auc"]) == {"other objects", "background"} and len(figures["base"]["miou"]) == 8
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_a_script_starts_in_a_fresh_process_from_any_folder(script: str, tmp_path: Path) -> None:
+    assert "usage:" in succeeded(process(ROOT / "scripts" / script, "--help", cwd=tmp_path)).out
