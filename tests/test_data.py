@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from util.config import Config, DataConfig, load_config
 from util.data import class_index
@@ -573,7 +572,7 @@ def assert_same(a: Episode, b: Episode) -> None:
     assert a.names == b.names
 
 
-def eval_batches(root: Path, *overrides: str) -> DataLoader[Episode]:
+def eval_batches(root: Path, *overrides: str) -> Iterable[Episode]:
     config = config_of(root, *overrides)
     return build_eval_loader(config, build_eval_sampler(config, build_index(config, "val"), 3), range(21))
 

@@ -32,9 +32,8 @@ VOC_PALETTE = bytes(
 
 def read_image(path: Path) -> np.ndarray:
     """Read an RGB image (H, W, 3), uint8. EXIF orientation is not applied: masks refer to the stored pixels."""
-    with _opened("image", path) as image:
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"image {path} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
+    with opened(path, f"image {path}") as image:
+        refuse_deep(image, f"image {path}")
         return np.asarray(image.convert("RGB"))
 
 
@@ -53,7 +52,7 @@ def read_class_ids(path: Path) -> np.ndarray:
 @contextmanager
 def open_mask(path: Path) -> Iterator[ImageFile.ImageFile]:
     """Open a mask, which must be a PNG: lossy formats change ids."""
-    with _opened("mask", path) as image:
+    with opened(path, f"mask {path}") as image:
         if image.format != "PNG":
             raise UserError(f"mask {path} is a {image.format}; masks, the second path of a line, are PNGs")
         yield image
@@ -61,7 +60,7 @@ def open_mask(path: Path) -> Iterator[ImageFile.ImageFile]:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Read (height, width) of an image from its header alone."""
-    with _opened("image", path) as image:
+    with opened(path, f"image {path}") as image:
         return image.height, image.width
 
 
@@ -73,19 +72,32 @@ def refuse_scaled(image: Image.Image, name: str) -> None:
         raise UserError(f"{name} does not have plain 8 bits a channel, so its values are no class ids; convert it")
 
 
+def refuse_deep(image: Image.Image, name: str) -> None:
+    """Raise a UserError for an image of more than 8 bits a channel."""
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"{name} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
+
+
 @contextmanager
-def _opened(kind: str, path: Path) -> Iterator[ImageFile.ImageFile]:
+def opened(
+    file: Path | io.BytesIO,
+    name: str,
+    *,
+    missing: str = "; check data.root and the list",
+    damaged: str = "replace it or take it off the list",
+) -> Iterator[ImageFile.ImageFile]:
+    """Open an image; errors begin with ``name`` and end with the remedy for a missing or a damaged file."""
     try:
-        with Image.open(path, formats=tuple(FORMATS)) as image:
+        with Image.open(file, formats=tuple(FORMATS)) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height}, more than {MAX_PIXELS / 1e6:.0f} megapixels")
             yield image
     except UserError:
         raise
     except FileNotFoundError:
-        raise UserError(f"{kind} {path} does not exist; check data.root and the list") from None
+        raise UserError(f"{name} does not exist{missing}") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise UserError(f"{kind} {path} cannot be read ({error}); replace it or take it off the list") from error
+        raise UserError(f"{name} cannot be read ({error}); {damaged}") from error
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:

@@ -9,10 +9,11 @@ import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import cv2
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from util.errors import WORKER_KILLED, UserError
@@ -44,6 +45,20 @@ def start_worker(_: int) -> None:
     cv2.setNumThreads(1)  # the workers are the parallelism
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
+
+
+def load(dataset: Dataset[T], workers: int, *, batch_bytes: int = 0, **options: Any) -> Generator[T]:
+    """Yield the batches of a data set, loaded by as many workers as are usable; ``options`` are those of DataLoader."""
+    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
+    return batches_of(
+        DataLoader(
+            dataset,
+            num_workers=usable_workers(workers, batch_bytes),
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
+            **options,
+        )
+    )
 
 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:

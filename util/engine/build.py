@@ -6,11 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from model.backbone import build_backbone
 from model.losses import NTRELoss
@@ -23,7 +21,7 @@ from util.data.class_index import ClassIndex, load_class_index
 from util.data.dataset import Episode, EpisodeDataset, collate
 from util.data.episodes import Episodes, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
-from util.data.loading import batches_of, start_worker, usable_workers
+from util.data.loading import load
 from util.data.published import is_benchmark, overlap
 from util.data.readers import reader_of
 from util.data.transforms import augment, fit, normalize
@@ -207,15 +205,15 @@ def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, sto
     transform = partial(_augment, size=data.image_size, scale=scale, rotation=data.rotation, blur=data.blur)
     firsts = (step * batch + rank() * share for step in range(start, stop))  # no list: a run has millions of episodes
     batches = (list(range(first, first + share)) for first in firsts)
-    return batches_of(_loader(config, EpisodeDataset(sampler, transform=transform), batches, share))
+    return _load(config, EpisodeDataset(sampler, transform=transform), batches, share)
 
 
-def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> DataLoader[Episode]:
+def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int]) -> Generator[Episode]:
     """Load whole episodes by number, as an evaluation sees them."""
     size = config.eval.batch_size
     batches = (numbers[start : start + size] for start in range(0, len(numbers), size))
     dataset = EpisodeDataset(sampler, transform=partial(_fit, size=config.data.image_size))
-    return _loader(config, dataset, batches, size)
+    return _load(config, dataset, batches, size)
 
 
 def _augment(
@@ -230,18 +228,15 @@ def _fit(
     return fit(image, ids, size)
 
 
-def _loader(config: Config, dataset: EpisodeDataset, batches: Any, episodes: int) -> DataLoader[Episode]:
+def _load(config: Config, dataset: EpisodeDataset, batches: Any, episodes: int) -> Generator[Episode]:
     """Load ``batches`` of at most so many ``episodes`` each."""
-    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
-    nbytes = episodes * (1 + config.data.shots) * 4 * config.data.image_size**2
-    return DataLoader(
+    return load(
         dataset,
+        config.workers,
+        batch_bytes=episodes * (1 + config.data.shots) * 4 * config.data.image_size**2,
         batch_sampler=batches,
         collate_fn=collate,
-        num_workers=usable_workers(config.workers, nbytes),
-        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available() and config.device != "cpu",
-        generator=torch.Generator(),  # the loader would otherwise draw from the global one, and shift dropout
     )
 
 

@@ -9,12 +9,11 @@ from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from model.backbone import Features
@@ -25,7 +24,7 @@ from util.config import Config
 from util.data.class_index import ClassIndex, Item
 from util.data.dataset import read_image_and_ids, target_of
 from util.data.episodes import EpisodeFiles
-from util.data.loading import batches_of, start_worker, usable_workers
+from util.data.loading import load
 from util.data.transforms import fit, normalize, to_original
 from util.engine.build import Hardware
 from util.engine.feature_cache import FeatureCache, Key, Step
@@ -131,10 +130,9 @@ class NetworkMethod(Method):
                 for n, line in enumerate(lines):
                     one = slice(n, n + 1)  # cloned, so that an entry does not keep its whole batch in memory
                     new[line, IMAGE] = Encoded(middles[one].clone(), masks[one].clone(), ids[n].to(device))
-            entries = {**held, **new}
             for part in dict.fromkeys(part for _, part in missing if part != IMAGE):
                 lines = [line for line, other in missing if other == part]
-                whole = [entries[line, IMAGE] for line in lines]
+                whole = [new.get((line, IMAGE)) or held[line, IMAGE] for line in lines]
                 masks = None if isinstance(part, str) else target_of(torch.cat([entry.fitted for entry in whole]), part)
                 high = backbone.high(torch.cat([entry.middle for entry in whole]), masks)
                 new.update(((line, part), high[n : n + 1].clone()) for n, line in enumerate(lines))
@@ -244,19 +242,11 @@ class ImageDataset(Dataset[dict[int, Any]]):
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
-    cv2.setNumThreads(1)  # a pool of threads does not survive the start of a worker
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
     dataset = ImageDataset(method, index.items, [lines for lines in missing if lines])
-    return batches_of(
-        DataLoader(
-            dataset,
-            batch_size=None,
-            collate_fn=dict,  # as it is: numpy arrays are sent by value, so nothing is kept in shared memory
-            num_workers=usable_workers(config.workers, 0) if len(dataset) else 0,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # the loader would otherwise draw from the global one
-        )
-    )
+    workers = config.workers if len(dataset) else 0
+    # dict collates as it is: numpy arrays are sent by value, so nothing is kept in shared memory
+    return load(dataset, workers, batch_size=None, collate_fn=dict)
 
 
 def show_miou(bar: tqdm, rows: Mapping[int, Tensor], episodes: Sequence[EpisodeFiles]) -> None:

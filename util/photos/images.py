@@ -1,21 +1,23 @@
 """A user's own images and masks, from files, numpy or Pillow; util/data/images.py, for data sets, is stricter."""
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from model import IGNORE
-from util.data.images import FORMATS, MAX_PIXELS, refuse_scaled
+from util.data.images import opened, refuse_deep, refuse_scaled
 from util.errors import UserError
 
 SOFT_BORDER = 0.25
 """up to this share of a mask's pixels, values between 0 and 255 are taken for a soft border"""
+
+
+_opened = partial(opened, missing="", damaged="convert it to JPEG or PNG, or leave it out")
 
 
 class Upright(NamedTuple):
@@ -65,8 +67,7 @@ def as_rgb(image: np.ndarray | Image.Image, name: str) -> np.ndarray:
     Transparent pixels become white. EXIF orientation is ignored. Messages begin with ``name``.
     """
     if isinstance(image, Image.Image):
-        if image.mode.startswith(("I", "F")):
-            raise UserError(f"{name} has mode {image.mode}, more than 8 bits a channel; convert it to 8 bits")
+        refuse_deep(image, name)
         if image.has_transparency_data:
             layer = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
@@ -117,18 +118,3 @@ def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarr
         )
     warnings.warn(f"{name} has a soft border; values from 128 on are target", stacklevel=2)
     return (values >= 128).astype(np.uint8)
-
-
-@contextmanager
-def _opened(file: Path | BytesIO, name: str) -> Iterator[ImageFile.ImageFile]:
-    try:
-        with Image.open(file, formats=tuple(FORMATS)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has more than {MAX_PIXELS / 1e6:.0f} megapixels")
-            yield image
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{name} does not exist") from None
-    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
-        raise UserError(f"{name} cannot be read ({error}); convert it to JPEG or PNG, or leave it out") from error
