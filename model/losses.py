@@ -125,9 +125,9 @@ class NTRELoss(nn.Module):
         bg_ignored: whether pixels of 255 count in the second term of eq. 3, as in the authors' code.
         pcl_negatives: prototypes that the bank stores (Table 4): of distracting objects, of the background, or
             of everything that is not the target.
-        pcl_regions: where the target is for eq. 10. "predicted", the paper: P^q is pooled over y, the query's
-            negatives lie outside y_ini, and empty prototypes count nowhere. "ground_truth": masks are resized by
-            nearest neighbour for query and support, 255 is not target, and empty prototypes count.
+        pcl_regions: where the query's target is when its negatives are pooled; P^q is pooled over y in both cases.
+            "predicted", the paper: y_ini, and empty prototypes count nowhere. "ground_truth", the authors' code: the
+            mask. Masks are then resized by nearest neighbour, 255 is not target, and empty prototypes count.
         pcl_drawn: how many prototypes of the bank, drawn at random, eq. 10 sums over; 0 for all.
         base_ids: class ids of the base learner's classes, in its order.
     """
@@ -211,15 +211,15 @@ class NTRELoss(nn.Module):
         negatives = negative_prototypes(output, support_masks, self.pcl_negatives, query_masks=query_masks)
         bank.store(gathered(negatives).flatten(0, 1), gathered(class_ids).repeat_interleave(negatives.shape[1]))
         stored, counted = bank.of_classes(class_ids)
+        query = masked_average_pool(output.query_feature, (output.fem.logits > 0).float())
+        support = output.support_prototype.float()
         if annotated:
-            x_q, x_s = output.query_feature, output.support_features
+            x_s = output.support_features
             assert x_s is not None  # negative_prototypes has seen to that
-            query = masked_average_pool(x_q, _nearest_target(labels.query_masks, x_q).float())
-            of_each = masked_average_pool(x_s.flatten(0, 1), _nearest_target(support_masks.flatten(0, 1), x_q).float())
-            support = of_each.unflatten(0, support_masks.shape[:2]).mean(1)
+            target = _nearest_target(support_masks.flatten(0, 1), x_s)
+            support = masked_average_pool(x_s.flatten(0, 1), target.float()).unflatten(0, support_masks.shape[:2])
+            support = support.mean(1)
         else:
-            query = masked_average_pool(output.query_feature, (output.fem.logits > 0).float())
-            support = output.support_prototype.float()
             counted = counted & (query.detach().abs().amax((1, 2, 3)) > 0).unsqueeze(1)
         if 0 < self.pcl_drawn < bank.capacity:
             counted = drawn(counted, self.pcl_drawn)

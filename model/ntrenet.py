@@ -31,7 +31,8 @@ from model.ops import foreground, masked_average_pool, pool, resize
 from model.parallel import Dropout2d, log_mean
 from model.prior import prior_mask
 
-EliminationKind = Literal["single", "per_scale", "authors"]
+EliminationKind = Literal["single", "authors"]
+Initialisation = Literal["he", "torch"]
 
 
 class NTRENetOutput(NamedTuple):
@@ -227,22 +228,26 @@ def build_ntrenet(
     channels: int,
     prototype_channels: int,
     fem_scales: Sequence[float],
+    initialisation: Initialisation,
 ) -> NTRENet:
     """Build NTRENet or one of its ablations on a given backbone; util/config.py has the defaults.
 
     Args:
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
-        elimination: once (the paper), at each of FEM's scales, or at each with the authors' deeper BGMM and FM.
+        elimination: "authors", at each of FEM's scales with a deeper BGMM and FM, or "single", once (figure 3).
         do_average, do_similarity: see :mod:`model.doem`.
-        fem_prior: FEM takes C_p in addition to P_DO if ``elimination`` is single; at each scale FM has just taken it.
-        detach_initial: see :class:`model.matching.FeatureMatching`; never with the authors' code.
+        fem_prior: FEM takes C_p in addition to P_DO; for a single elimination only.
+        detach_initial: see :class:`model.matching.FeatureMatching`.
         base_classes: number of classes of the base learner; 0 for none.
         channels, prototype_channels: C, and D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
+        initialisation: "he", He's before each ReLU and the prior's channel made heavier, or "torch", torch's default,
+            as in the authors' code.
     """
     sizes = {"channels": channels, "prototype_channels": prototype_channels}
-    deep, per_scale = elimination == "authors", doem and elimination != "single"
+    deep = elimination == "authors"
+    per_scale = doem and deep
     count = len(fem_scales) if per_scale else int(doem)
     middle = backbone.middle_channels
     learner = BaseLearner(middle_channels=middle, base_classes=base_classes) if base_classes else None
@@ -250,18 +255,18 @@ def build_ntrenet(
         backbone=backbone,
         reduce_query=_reduction(middle, channels),
         reduce_support=_reduction(middle, channels),
-        fem=FEM(channels=channels, scales=fem_scales, maps=int(not doem or (fem_prior and not per_scale))),
+        fem=FEM(channels=channels, scales=fem_scales, maps=int(fem_prior or not doem)),
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[
-            Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial and not deep)
-            for _ in range(count)
+            Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial) for _ in range(count)
         ],
         per_scale=per_scale,
         do_similarity=do_similarity,
         base_learner=learner,
     )
-    _initialise(network)
+    if initialisation == "he":
+        _initialise(network)
     return network
 
 

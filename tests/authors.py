@@ -2,7 +2,7 @@
 
 Differences from the paper: the elimination runs at each of FEM's scales; BGMM is a 1x1 convolution, a
 residual pair of 3x3 convolutions and a classifier; a residual pair follows FM's 1x1 convolution; P_BG starts at zero;
-P_DO is a mean over all positions. Also its contrastive loss, which takes the ground truth as the query's target.
+P_DO is a mean over all positions. Also its losses of one shot, on two classes, and the steps of SGD.
 """
 
 import torch
@@ -15,17 +15,20 @@ from tests.pfenet import (
     bilinear,
     classify,
     conv_relu,
+    difference,
     enrich,
     expand_to,
+    pfenet_fem,
     pfenet_head,
     residual_pair,
     scale_size,
 )
 
 
-def authors_head(channels, scales):
-    """Random weights of everything behind the two reductions; FEM's have PFENet's names."""
-    head = pfenet_head(channels, scales, with_prior=False) | {"p_bg": torch.randn(1, channels, 1, 1)}
+def authors_head(channels, scales, middle_channels=0):
+    """Random weights; FEM's and, with ``middle_channels``, those of the two reductions have PFENet's names."""
+    head = pfenet_head(channels, scales, with_prior=False, middle_channels=middle_channels)
+    head["p_bg"] = torch.randn(1, channels, 1, 1)
     add_conv(head, "bg_reduce", channels, 2 * channels, 1)
     add_pair(head, "bg_pair", channels)
     add_classifier(head, "bg_cls", channels)
@@ -62,10 +65,11 @@ def authors_forward(head, x_q, x_s, p_s, prior, scales):
     return y, bg_q, bg_s, initial, inner
 
 
-def authors_contrast(x_q, x_s, bg_q, bg_s, query_masks, support_masks, class_ids, bank):
+def authors_contrast(x_q, x_s, y, bg_q, bg_s, query_masks, support_masks, class_ids, bank):
     """Their contrastive loss of one shot; ``bank``: class id -> list of prototypes, added to in place.
 
-    Masks are resized by nearest neighbour. Every region's prototype is stored, an empty one as zeros.
+    P^q is pooled over the final prediction, of logits y; the query's mask only tells its distracting objects. Masks are
+    resized by nearest neighbour. Every region's prototype is stored, an empty one as zeros.
     """
     size = x_q.shape[-2:]
     target_q, target_s = (
@@ -81,10 +85,62 @@ def authors_contrast(x_q, x_s, bg_q, bg_s, query_masks, support_masks, class_ids
         for class_id, prototype in zip(class_ids.tolist(), found.detach(), strict=True):
             bank.setdefault(class_id, []).append(prototype)
     total = 0
-    for p_q, p_s, class_id in zip(
-        prototypes(x_q, target_q), prototypes(x_s, target_s), class_ids.tolist(), strict=True
-    ):
+    for p_q, p_s, class_id in zip(prototypes(x_q, y > 0), prototypes(x_s, target_s), class_ids.tolist(), strict=True):
         positive = F.cosine_similarity(p_q, p_s, dim=0).exp()
         negative = sum(F.cosine_similarity(p_q, n, dim=0).exp() for n in bank[class_id])
         total = total - (positive / negative).log()
     return total / len(class_ids)
+
+
+def authors_loss(head, features, masks, prior, class_ids, bank, scales, gamma):
+    """Total loss of one shot from middle features (query, support), masks (query, support) and C_p."""
+    (x_q, x_s), (masks_q, masks_s) = reduced(head, features), masks
+    y, bg_q, bg_s, initial, inner = authors_forward(
+        head, x_q, x_s[:, None], support_prototype(x_s, masks_s), prior, scales
+    )
+    bg_s = bg_s[:, 0]
+    logits = (difference(x) for x in (y, bg_q, bg_s))
+    contrast = authors_contrast(x_q, x_s, *logits, masks_q, masks_s, class_ids, bank)
+    return (
+        cross_entropy(y, masks_q)
+        + 0.6 * sum(cross_entropy(x, masks_q) for x in initial) / len(scales)
+        + 0.4 * sum(cross_entropy(x, masks_q) for x in inner) / len(scales)
+        + background_loss(torch.cat([bg_q, bg_s]), torch.cat([masks_q, masks_s]))
+        + gamma * contrast
+    )
+
+
+def pfenet_loss(head, features, masks, prior, scales):
+    """PFENet's, with the weight of the scales' predictions that the authors' code has."""
+    (x_q, x_s), (masks_q, masks_s) = reduced(head, features), masks
+    y, inner = pfenet_fem(head, x_q, support_prototype(x_s, masks_s), prior, scales)
+    return cross_entropy(y, masks_q) + 0.4 * sum(cross_entropy(x, masks_q) for x in inner) / len(scales)
+
+
+def reduced(head, features):
+    return (conv_relu(head, name, x) for name, x in zip(("down_query.0", "down_supp.0"), features, strict=True))
+
+
+def support_prototype(x_s, masks):
+    target = bilinear((masks == 1).float()[:, None], tuple(x_s.shape[-2:]))
+    return (x_s * target).sum((2, 3), keepdim=True) / (target.sum((2, 3), keepdim=True) + 0.0005)
+
+
+def cross_entropy(logits, masks):
+    return F.cross_entropy(bilinear(logits, tuple(masks.shape[-2:])), masks, ignore_index=255)
+
+
+def background_loss(logits, masks):
+    """Ignored pixels count in the second term."""
+    other, background = F.log_softmax(bilinear(logits, tuple(masks.shape[-2:])), 1).unbind(1)
+    target = (masks == 1).float()
+    on_target = -(other * target).sum((1, 2)) / target.sum((1, 2))
+    return (on_target - 0.5 * background.mean((1, 2))).mean()
+
+
+def sgd(weights, velocity, loss, lr, momentum, decay):
+    """One step in place; ``velocity`` is empty at first."""
+    gradients = torch.autograd.grad(loss, list(weights.values()))
+    for (name, weight), gradient in zip(weights.items(), gradients, strict=True):
+        velocity[name] = momentum * velocity.get(name, 0) + gradient + decay * weight.detach()
+        weight.data -= lr * velocity[name]

@@ -16,7 +16,7 @@ LOSS_OPTIONS = ("alpha", "bg_ignored", "pcl_negatives", "pcl_regions", "pcl_draw
 
 def network(backbone: Backbone, **changes: Any) -> NTRENet:
     """Build the network with the config's defaults, but for ``changes``."""
-    options = ModelConfig().model_dump(exclude={"backbone", "weights", "base_learner"})
+    options = ModelConfig().model_dump(exclude={"backbone", "weights", "base_learner", "two_class"})
     return build_ntrenet(backbone, **{**options, "base_classes": 0, **changes})
 
 

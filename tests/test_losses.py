@@ -24,6 +24,9 @@ from model.prototype_bank import PrototypeBank
 from tests import networks
 from tests.authors import authors_contrast
 
+PRINTED = {"bg_ignored": False, "pcl_regions": "predicted", "pcl_drawn": 0}
+"""options of the loss as the paper has them"""
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -261,7 +264,7 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
     old = torch.randn(3, 4)
     bank.store(old, torch.tensor([2, 3, 4]))
     weights = {"final": 2.0, "initial": 2.0, "fem_aux": 1.2, "bg": 3.0, "pcl": 0.7}
-    loss = networks.loss(bank, weights=weights, alpha=0.3, pcl_negatives=kind)
+    loss = networks.loss(bank, weights=weights, alpha=0.3, pcl_negatives=kind, **PRINTED)
     terms = loss(output, query_masks, support_masks, class_ids)
 
     final = naive_target_loss(output.fem.logits, query_masks)
@@ -291,14 +294,8 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
 
 
 def test_the_authors_losses_equal_their_description():
-    """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL on the annotated regions."""
-    loss = networks.loss(
-        PrototypeBank(class_ids=range(1, 5), channels=4, capacity=200, keep_empty=True),
-        weights={"initial": 0.6},
-        bg_ignored=True,
-        pcl_regions="ground_truth",
-        pcl_drawn=100,
-    )
+    """Three steps of one shot: y_ini at two scales, 255 in L_BG's second term, PCL with annotated regions."""
+    loss = networks.loss(PrototypeBank(class_ids=range(1, 5), channels=4, capacity=200, keep_empty=True))
     bank: dict[int, list] = {}
     for _ in range(3):
         output, query_masks, support_masks = random_output(shots=1)
@@ -308,7 +305,8 @@ def test_the_authors_losses_equal_their_description():
         class_ids = torch.tensor([2, 4, 2])
         x_q, x_s = output.query_feature, output.support_features[:, 0]
         bg_s, masks_s = output.support_bg_logits[:, 0], support_masks[:, 0]
-        pcl = authors_contrast(x_q, x_s, output.query_bg_logits, bg_s, query_masks, masks_s, class_ids, bank)
+        logits = output.fem.logits, output.query_bg_logits, bg_s
+        pcl = authors_contrast(x_q, x_s, *logits, query_masks, masks_s, class_ids, bank)
         expected = torch.autograd.grad(pcl, (x_q, x_s))
         terms = loss(output, query_masks, support_masks, class_ids)
         got = torch.autograd.grad(terms["pcl"], (x_q, output.support_features), retain_graph=True)
@@ -352,7 +350,8 @@ def test_terms_of_what_is_switched_off_are_zero():
 def test_contrast_sends_gradient_to_the_query_and_support_prototypes_only():
     output, query_masks, support_masks = random_output()
     bank = make_bank()
-    networks.loss(bank)(output, query_masks, support_masks, torch.tensor([1, 2, 2]))["pcl"].backward()
+    loss = networks.loss(bank, **PRINTED)
+    loss(output, query_masks, support_masks, torch.tensor([1, 2, 2]))["pcl"].backward()
     predicted = (output.fem.logits > 0).expand_as(output.query_feature)
     assert (output.query_feature.grad[predicted] != 0).all()
     assert (output.query_feature.grad[~predicted] == 0).all()
@@ -374,7 +373,7 @@ def test_extreme_predictions_and_empty_masks_give_a_finite_total(value, fill):
         support_bg_logits=leaves[3],
     )
     masks = torch.full_like(query_masks, fill), torch.full_like(support_masks, fill)
-    terms = networks.loss(make_bank())(wild, *masks, torch.tensor([1, 2, 3]))
+    terms = networks.loss(make_bank(), **PRINTED)(wild, *masks, torch.tensor([1, 2, 3]))
     terms["total"].backward()
     assert all(term.isfinite() for term in terms.values())
     assert all(x.grad.isfinite().all() for x in (*leaves, wild.query_feature) if x.grad is not None)

@@ -119,7 +119,10 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """The network. The defaults are NTRENet; everything that departs from them is another network in reports."""
+    """The network. The defaults are NTRENet as its authors' code has it; every departure is another network in reports.
+
+    configs/ablation/printed.yaml is the paper's equations to the letter, ours.yaml our variant.
+    """
 
     backbone: Literal[*BACKBONES] = "resnet50"  # type: ignore
     weights: Annotated[str, RUN] = "imagenet"
@@ -128,32 +131,39 @@ class ModelConfig(Section):
     """mine and eliminate the background (eq. 1-4); with everything off the model is PFENet"""
     doem: bool = True
     """match, mine and eliminate distracting objects (eq. 5-9); needs bgem"""
-    elimination: Literal["single", "per_scale", "authors"] = "single"
-    """eq. 4-8 once (the paper), at each of FEM's scales, or at each scale with the authors' deeper BGMM and FM"""
+    elimination: Literal["authors", "single"] = "authors"
+    """eq. 4-8 at each of FEM's scales, with a deeper BGMM and FM (the authors' code), or once (the paper's figure 3)"""
     do_average: Literal["image", "region"] = "image"
     """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
-    fem_prior: bool = True
-    """FEM takes C_p in addition to P_DO if eq. 4-8 run once (at each scale FM has just taken it)"""
-    do_similarity: bool = True
-    """S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
-    detach_initial: bool = True
-    """y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones; not used with
-    elimination=authors"""
+    fem_prior: bool = False
+    """ours: FEM takes C_p in addition to P_DO; needs elimination=single (at each scale FM has just taken it)"""
+    do_similarity: bool = False
+    """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
+    detach_initial: bool = False
+    """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
     """C, the channels of X^q and X^s and of all that follows; fewer train faster, 64 on a CPU"""
-    prototype_channels: Count = 640
-    """D of the background prototype (Fig. 6)"""
+    prototype_channels: Count = 256
+    """D of the background prototype: 256 in the authors' code, 640 in the paper (Fig. 6)"""
     fem_scales: Annotated[list[Positive], Field(min_length=1)] = [60, 30, 15, 8]
     """FEM's scales, fine to coarse: sides above 1, or shares of the feature's side up to 1"""
+    two_class: Annotated[bool, RUN] = True
+    """each prediction's last layer trains as the difference of two classes does (PFENet's and the authors' code), which
+    is twice as fast as one logit (eq. 12 is of one map)"""
+    initialisation: Annotated[Literal["he", "torch"], RUN] = "he"
+    """how the head starts: He's, with middle features scaled to a mean square of 1 on the first batch, or torch's
+    default without scaling (the authors' code), from which hundreds of steps go by before anything is learned"""
 
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         if self.doem and not self.bgem:
             raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
-        if self.elimination != "single" and not self.doem:
-            raise ValueError(f"elimination {self.elimination} needs doem; set model.elimination=single")
+        if self.fem_prior and self.elimination != "single":
+            raise ValueError("fem_prior needs elimination=single; set model.fem_prior=false")
+        if self.do_similarity and not self.fem_prior:
+            raise ValueError("do_similarity needs fem_prior; set model.do_similarity=false")
         if self.base_learner and not self.doem:
             raise ValueError("base_learner needs doem; set model.base_learner=false")
         return self
@@ -164,8 +174,8 @@ class LossWeights(Section):
 
     final: NonNegative = 1.0
     """the final prediction against the mask (eq. 12; beta in eq. 11)"""
-    initial: NonNegative = 1.0
-    """y_ini against the mask (eq. 12; 0.6 in the authors' code)"""
+    initial: NonNegative = 0.6
+    """y_ini against the mask (the authors' code; 1 in eq. 12)"""
     fem_aux: NonNegative = 0.4
     """FEM's per-scale predictions against the mask (the authors' code; the paper does not give a weight)"""
     bg: NonNegative = 1.0
@@ -181,14 +191,15 @@ class LossConfig(LossWeights):
 
     alpha: NonNegative = 0.5
     """weight of the second term of L_BG (eq. 3)"""
-    bg_ignored: bool = False
+    bg_ignored: bool = True
     """ignored pixels count in the second term of L_BG, as in the authors' code"""
     pcl_negatives: Literal["do", "bg", "non_target"] = "do"
     """prototypes that the bank stores (Table 4)"""
-    pcl_regions: Literal["predicted", "ground_truth"] = "predicted"
-    """target region of a query in eq. 10: the prediction, or the mask (the authors' code)"""
-    pcl_drawn: Annotated[int, Field(ge=0)] = 0
-    """prototypes of the bank, drawn at random, that eq. 10 sums over (the authors' code: 1000); 0 for all"""
+    pcl_regions: Literal["ground_truth", "predicted"] = "ground_truth"
+    """where a query's target is when its distracting objects are stored: its mask (the authors' code), or y_ini (the
+    paper, eq. 7)"""
+    pcl_drawn: Annotated[int, Field(ge=0)] = 1000
+    """prototypes of the bank, drawn at random, that eq. 10 sums over (the authors' code); 0 for all (the paper)"""
     bank_size: Count = 2000
     """prototypes kept of each class"""
 
@@ -423,12 +434,12 @@ def keys_with(*kinds: Kind) -> frozenset[str]:
     return frozenset(key for key, kind in keys.items() if kind in kinds)
 
 
-NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")
+NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales", "model.initialisation")
 """model keys that a benchmark sets: a change of them is not another network"""
 
 
 def departures(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the keys of ``model`` and ``loss`` in which a run departs from NTRENet, the default, with their values.
+    """Return the keys of ``model`` and ``loss`` in which a run departs from the default network, with their values.
 
     A key that this version does not know, such as a fork's, counts as well. ``values`` are those of :func:`flatten`.
     """

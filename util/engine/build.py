@@ -100,7 +100,7 @@ def build_model(
     model = build_ntrenet(
         backbone,
         base_classes=len(base_classes(config.data)) if config.model.base_learner else 0,
-        **config.model.model_dump(exclude={"backbone", "weights", "base_learner"}),
+        **config.model.model_dump(exclude={"backbone", "weights", "base_learner", "two_class"}),
     )
     return model.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
 
@@ -138,11 +138,25 @@ def build_loss(config: Config) -> NTRELoss:
 
 
 def build_optimizer(config: Config, model: nn.Module) -> torch.optim.SGD:
-    """Build SGD over everything but the frozen backbone."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    """Build SGD over everything but the frozen backbone.
+
+    With ``model.two_class`` the layers that give one logit, w, train as two classes do, w = w1 - w0: w moves by twice
+    the gradient, at the same weight decay. Such a group of parameters has twice the learning rate and half the decay.
+    """
     options = config.train
+    logits = {p for m in model.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1 for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    factor = 2 if config.model.two_class else 1
+    groups = [
+        {"params": [p for p in trainable if p not in logits], "factor": 1},
+        {
+            "params": [p for p in trainable if p in logits],
+            "factor": factor,
+            "weight_decay": options.weight_decay / factor,
+        },
+    ]
     optimizer = torch.optim.SGD(
-        trainable, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
+        groups, lr=options.lr, momentum=options.momentum, weight_decay=options.weight_decay, fused=True
     )
     for parameter in trainable:  # a fused step that GradScaler skips, as it does the first ones, leaves them undefined
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

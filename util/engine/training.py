@@ -175,9 +175,9 @@ def train_epoch(
     for batch in batches:
         lr = learning_rate(config, training.step, total_steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["factor"]
         episodes = batch.to(training.hardware.device)
-        if training.step == 0:
+        if training.step == 0 and config.model.initialisation == "he":
             with training.hardware.autocast():
                 model.measure_scale(normalize(episodes.query))
         output = forward(training.network, episodes, training.hardware)
