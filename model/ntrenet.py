@@ -64,8 +64,8 @@ class NTRENet(nn.Module):
     """Segments few-shot by eliminating what is not the target. Build it with :func:`build_ntrenet`.
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
-    Table 3, FEM(X_BG, P^s, C_p). With one of ``eliminations`` FEM takes X_act, P_DO and, if it takes a map, C_p, minus
-    S_DO with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own elimination (the authors' code).
+    Table 3, FEM(X_BG, P^s, C_p). With ``eliminations`` FEM takes X_act, P_DO and, with ``fem_prior``, C_p, minus S_DO
+    with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own elimination (the authors' code).
     """
 
     middle_scale: Tensor
@@ -82,6 +82,7 @@ class NTRENet(nn.Module):
         bgem: BGEM | None = None,
         eliminations: Sequence[Elimination] = (),
         per_scale: bool = False,
+        fem_prior: bool = False,
         do_similarity: bool = False,
         base_learner: BaseLearner | None = None,
     ) -> None:
@@ -92,7 +93,7 @@ class NTRENet(nn.Module):
         self.bgmm = bgmm
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
-        self.per_scale, self.do_similarity = per_scale, do_similarity
+        self.per_scale, self.fem_prior, self.do_similarity = per_scale, fem_prior, do_similarity
         self.base_learner = base_learner
         self.fem = fem
         self.register_buffer("middle_scale", torch.ones(()))
@@ -198,20 +199,25 @@ class NTRENet(nn.Module):
     def _enrich(
         self, x_q: Tensor, p_s: Tensor, prior: Tensor, eliminated: tuple[Eliminated, ...], base: BaseMaps | None
     ) -> FEMOutput:
-        """Apply eq. 9; with a base learner FEM takes B instead of C_p."""
-        if self.per_scale:
-            inputs = [(e.activated, e.do_prototype, None) for e in eliminated]
-            return self.fem.enrich(inputs, (x_q.shape[-2], x_q.shape[-1]))
-        if eliminated:
+        """Apply eq. 9; with a base learner FEM takes B in place of C_p."""
+        if not eliminated:  # BGEM alone, or PFENet
+            feature = x_q if self.bgem is None or self.bgmm is None else self.bgem(x_q, self.bgmm.prototype)
+            return self.fem(feature, p_s, prior)
+        maps: list[Tensor] = []
+        if self.fem_prior:
+            maps.append(prior if base is None else base.elsewhere)
+            if self.do_similarity:
+                maps[0] = maps[0] - distracting_similarity(x_q, eliminated[0].do_prototype)
+        evidence = torch.cat(maps, 1) if maps else None
+        if not self.per_scale:
             (once,) = eliminated
-            maps = None
-            if self.fem.maps:
-                maps = prior if base is None else base.elsewhere
-                if self.do_similarity:
-                    maps = maps - distracting_similarity(x_q, once.do_prototype)
-            return self.fem(once.activated, once.do_prototype, maps)
-        feature = x_q if self.bgem is None or self.bgmm is None else self.bgem(x_q, self.bgmm.prototype)
-        return self.fem(feature, p_s, prior)  # BGEM alone, or PFENet
+            return self.fem(once.activated, once.do_prototype, evidence)
+        size = (x_q.shape[-2], x_q.shape[-1])
+        inputs = [
+            (each.activated, each.do_prototype, None if evidence is None else resize(evidence, side))
+            for each, side in zip(eliminated, self.fem.sizes(size), strict=True)
+        ]
+        return self.fem.enrich(inputs, size)
 
 
 def build_ntrenet(
@@ -237,7 +243,7 @@ def build_ntrenet(
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
         elimination: "authors", at each of FEM's scales with a deeper BGMM and FM, or "single", once (figure 3).
         do_average, do_similarity: see :mod:`model.doem`.
-        fem_prior: FEM takes C_p in addition to P_DO; for a single elimination only.
+        fem_prior: FEM takes C_p in addition to P_DO.
         detach_initial: see :class:`model.matching.FeatureMatching`.
         base_classes: number of classes of the base learner; 0 for none.
         channels, prototype_channels: C, and D of P_BG (the paper's Fig. 6)
@@ -262,6 +268,7 @@ def build_ntrenet(
             Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial) for _ in range(count)
         ],
         per_scale=per_scale,
+        fem_prior=fem_prior,
         do_similarity=do_similarity,
         base_learner=learner,
     )

@@ -102,19 +102,28 @@ def head(
     p_bg = model.bgmm.prototype
     if model.bgem is not None:
         return (), fem(model.fem, concat(model.bgem.conv, x_q, p_bg).relu(), p_s, c_p)
+    size = (x_q.shape[-2], x_q.shape[-1])
     if model.per_scale:
-        size = (x_q.shape[-2], x_q.shape[-1])
         eliminated = tuple(
             elimination(part, F.adaptive_avg_pool2d(x_q, s), p_bg, resize(bg_q, s), p_s, resize(c_p, s))
             for part, s in zip(model.eliminations, model.fem.sizes(size), strict=True)
         )
-        return eliminated, enrich(model.fem, [(e.activated, e.do_prototype, None) for e in eliminated], size)
-    once = elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p)
-    if not model.fem.maps:
-        return (once,), fem(model.fem, once.activated, once.do_prototype, None)
-    if model.do_similarity:
-        c_p = c_p - F.cosine_similarity(x_q, once.do_prototype, dim=1, eps=1e-4).unsqueeze(1)
-    return (once,), fem(model.fem, once.activated, once.do_prototype, c_p)
+    else:
+        eliminated = (elimination(model.eliminations[0], x_q, p_bg, bg_q, p_s, c_p),)
+    maps = c_p if model.fem_prior else None
+    if maps is not None and model.do_similarity:
+        maps = maps - F.cosine_similarity(x_q, eliminated[0].do_prototype, dim=1, eps=1e-4).unsqueeze(1)
+    if not model.per_scale:
+        return eliminated, fem(model.fem, eliminated[0].activated, eliminated[0].do_prototype, maps)
+    inputs = [
+        (
+            e.activated,
+            e.do_prototype,
+            None if maps is None else resize(maps, (e.do_mask.shape[-2], e.do_mask.shape[-1])),
+        )
+        for e in eliminated
+    ]
+    return eliminated, enrich(model.fem, inputs, size)
 
 
 def elimination(part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Tensor, c_p: Tensor) -> Eliminated:

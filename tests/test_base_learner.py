@@ -29,7 +29,8 @@ def lite0() -> Backbone:
 
 def network(backbone: Backbone, elimination: str = "single") -> NTRENet:
     sizes = {"channels": 8, "prototype_channels": 12, "fem_scales": (1, 0.5), "base_classes": 3}
-    model = networks.network(backbone, elimination=elimination, **sizes)
+    ours = {"fem_prior": True, "do_similarity": True}
+    model = networks.network(backbone, elimination=elimination, **ours, **sizes)
     model.measure_scale(episode(2, 1)[0])
     return networks.trained_without_dropout(model)
 

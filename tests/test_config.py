@@ -89,10 +89,10 @@ def test_pascal_and_coco_are_trained_and_evaluated_as_in_section_4_2_of_the_pape
     assert (config.data.image_size, config.data.rotation, config.data.scale) == (473, 10, scale)
     assert (config.eval.episodes, config.eval.geometry) == (episodes, "lineage")
     assert (config.data.min_area, config.data.novel_in_train, config.data.fold_scheme) == (2048, "keep", scheme)
-    assert config.model.prototype_channels == 640
     loss = config.loss
     assert (loss.alpha, loss.final, loss.bg, loss.pcl, loss.bank_size) == (0.5, 1, 1, 0.01, 2000)
     assert (config.model.bgem, config.model.doem, loss.pcl_negatives) == (True, True, "do")
+    assert (config.model.elimination, config.model.prototype_channels, config.model.two_class) == ("authors", 256, True)
 
 
 def test_class_names_are_in_the_order_of_their_ids() -> None:
@@ -261,28 +261,28 @@ def test_mistakes_of_a_base_are_laid_at_the_base(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"config {base} does not exist")
 
 
+PRINTED = {
+    "model.elimination": "single",
+    "model.prototype_channels": 640,
+    "model.two_class": False,
+    "loss.initial": 1,
+    "loss.bg_ignored": False,
+    "loss.pcl_regions": "predicted",
+    "loss.pcl_drawn": 0,
+}
 ABLATIONS = {
     "pfenet": {"model.bgem": False, "model.doem": False, "loss.pcl": 0},
     "bgem": {"model.doem": False, "loss.pcl": 0},
     "bgem_doem": {"loss.pcl": 0},
     "negatives_bg": {"loss.pcl_negatives": "bg"},
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
-    "per_scale": {"model.elimination": "per_scale"},
     "base_learner": {"model.base_learner": True},
-    "printed": {
-        "model.do_average": "region",
-        "model.fem_prior": False,
-        "model.do_similarity": False,
-        "model.detach_initial": False,
-    },
+    "printed": {**PRINTED, "model.do_average": "region"},
+    "ours": {**PRINTED, "model.fem_prior": True, "model.do_similarity": True, "model.detach_initial": True},
     "authors": {
         "data.blur": 0.5,
-        "model.elimination": "authors",
-        "model.prototype_channels": 256,
-        "loss.initial": 0.6,
-        "loss.bg_ignored": True,
-        "loss.pcl_regions": "ground_truth",
-        "loss.pcl_drawn": 1000,
+        "eval.every": 2,
+        "model.initialisation": "torch",
         "train.lr": 0.025,
         "train.batch_size": 4,
         "train.epochs": 150,

@@ -106,13 +106,13 @@ class UnreadLog(TrainingLog):
         return False
 
 
-@pytest.mark.parametrize(("ablation", "shots"), [(None, 5), ("authors", 1), ("base_learner", 1)])
+@pytest.mark.parametrize(("ablation", "shots"), [(None, 5), ("ours", 1), ("base_learner", 1)])
 def test_a_training_step_waits_for_the_device_only_when_the_log_is_read(
     synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ablation: str | None, shots: int
 ) -> None:
     config = config_of(synthetic, tmp_path, f"data.shots={shots}", ablation=ablation)
     sgd = torch.optim.SGD  # the fused one has no kernel for this device
-    monkeypatch.setattr(training_module, "build_optimizer", lambda _, model: sgd(model.parameters(), momentum=0.9))
+    monkeypatch.setattr(torch.optim, "SGD", lambda *given, fused, **options: sgd(*given, **options))
     training = start_or_resume(config, OnMeta(META, torch.float32), {})
     monkeypatch.setattr(training_module, "LOG_EVERY", 2)
     batches, log = list(batches_of(config, 3)), UnreadLog()

@@ -319,13 +319,14 @@ def test_all_parts_off_is_pfenet(random_backbone, kind, shots, scales):
 # ---------------- the whole model
 
 
-ROWS = {  # of Table 3, and the other eliminations
+ROWS = {  # of Table 3, and the other networks
     "pfenet": {"bgem": False, "doem": False},
     "bgem": {"doem": False},
-    "full": {},
-    "printed": {"do_average": "region", "fem_prior": False, "do_similarity": False, "detach_initial": False},
-    "per scale": {"elimination": "per_scale"},
-    "authors": {"elimination": "authors"},
+    "authors": {},
+    "printed": {"elimination": "single", "do_average": "region"},
+    "printed bgem": {"elimination": "single", "doem": False},
+    "ours": {"elimination": "single", "fem_prior": True, "do_similarity": True, "detach_initial": True},
+    "ours at each scale": {"fem_prior": True, "do_similarity": True, "detach_initial": True},
 }
 every_row = pytest.mark.parametrize("row", ROWS)
 
@@ -334,7 +335,7 @@ def has(row, part):
     return ROWS[row].get(part, True)
 
 
-def ablation(backbone, row="full", *, scales=(1, 0.5, 0.25)):
+def ablation(backbone, row="ours", *, scales=(1, 0.5, 0.25)):
     """A row in training mode, whose outputs are complete, but without dropout.
 
     Its weights are drawn here, so that no test depends on the model's initialisation, and the bias of each prediction
@@ -385,7 +386,7 @@ def tensors(record, prefix=""):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("row", ["full", "printed"])
+@pytest.mark.parametrize("row", ["ours", "printed"])
 def test_the_full_network_is_the_papers_equations_in_the_plain_formulation(lite0, row):
     scales, printed = (1.0, 0.5, 0.25), row == "printed"
     model = ablation(lite0, row)
@@ -468,7 +469,7 @@ def test_every_ablation_equals_its_plain_formulation(lite0, row, shots):
         assert torch.allclose(got.support_bg_logits, expected.support_bg_logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("row", ["full", "printed"])
+@pytest.mark.parametrize("row", ["ours", "printed"])
 def test_gradients_equal_those_of_the_plain_formulation(lite0, row):
     """The first prediction's loss does not shape X_act in the one, and does in the other."""
     model = ablation(lite0, row)
@@ -565,7 +566,7 @@ def test_a_training_step_moves_nothing_in_the_backbone_which_stays_in_eval_mode(
     assert all(m.training for m in (model, model.fem, model.bgmm, *model.eliminations.modules(), *model.reduce_query))
 
 
-@pytest.mark.parametrize("row", ["pfenet", "full", "authors"])
+@pytest.mark.parametrize("row", ["pfenet", "ours", "authors"])
 def test_mixed_precision_trains_and_stays_near_single_precision(lite0, row):
     model = ablation(lite0, row)
     query, supports, masks = episode(2, 2)

@@ -136,7 +136,7 @@ class ModelConfig(Section):
     do_average: Literal["image", "region"] = "image"
     """P_DO is the mean of X^q * Y_DO over the image (the authors' code), or over Y_DO alone (eq. 8 as printed)"""
     fem_prior: bool = False
-    """ours: FEM takes C_p in addition to P_DO; needs elimination=single (at each scale FM has just taken it)"""
+    """ours: FEM takes C_p in addition to P_DO"""
     do_similarity: bool = False
     """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = False
@@ -160,8 +160,6 @@ class ModelConfig(Section):
     def _check(self) -> "ModelConfig":
         if self.doem and not self.bgem:
             raise ValueError("doem needs bgem; set model.bgem=true or model.doem=false")
-        if self.fem_prior and self.elimination != "single":
-            raise ValueError("fem_prior needs elimination=single; set model.fem_prior=false")
         if self.do_similarity and not self.fem_prior:
             raise ValueError("do_similarity needs fem_prior; set model.do_similarity=false")
         if self.base_learner and not self.doem:
