@@ -36,6 +36,11 @@ from util.files import read_json, require_writable, write_text
 PAPER = Path(__file__).with_name("paper.yaml")
 SHARED = ("revision", "test_list", "train_list", "dtype", "episodes")
 """fields that the runs of one table should share, in addition to the config's keys"""
+HERE = {
+    "PFENet": {"pfenet": "PFENet, here"},
+    "NTRENet": {"full": "NTRENet, here, the authors' code", "printed": "NTRENet, here, as printed"},
+}
+"""rows of paper.yaml that stand beside a method of Tables 1 and 2, and their names there"""
 LEGEND = (
     "Figures are in percent and are means over all seeds of a cell; there is no best-of-n. ± is the sample standard"
     " deviation over training seeds, in the column Mean that of each seed's mean over folds; with † it is over the"
@@ -183,7 +188,7 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from NTRENet define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
+    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -315,19 +320,20 @@ def ladder(
 
 
 def next_to_others(table: Mapping[str, Any], shots: int, settings: Settings) -> list[list[str]]:
-    """Return Table 1 or 2 of the paper, for the backbones that were run, with our PFENet and NTRENet."""
+    """Return Table 1 or 2 of the paper, for the backbones that were run, with the rows in ``HERE``."""
     lines: list[list[str]] = []
     for row in table["rows"]:
         runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot", {})
-        if not {"pfenet", "full"} & runs.keys():
+        if not {key for keys in HERE.values() for key in keys} & runs.keys():
             continue
         paper = row[f"{shots}-shot"]
         method = row["method"] + (f" [{row['reference']}]" if row["reference"] else "")
         lines.append([row["backbone"], method, *("-" if value is None else f"{value:.1f}" for value in paper)])
-        if own := runs.get({"PFENet": "pfenet", "NTRENet": "full"}.get(row["method"], "")):
-            cells = [show(of_fold(own, fold), "miou", paper[fold]) for fold in range(4)]
-            cells += [show(own, "miou", paper[4]), show(own, "fb_iou", paper[5])] if whole(own) else ["-", "-"]
-            lines.append([row["backbone"], f"{row['method']}, ours", *cells])
+        for key, name in HERE.get(row["method"], {}).items():
+            if own := runs.get(key):
+                cells = [show(of_fold(own, fold), "miou", paper[fold]) for fold in range(4)]
+                cells += [show(own, "miou", paper[4]), show(own, "fb_iou", paper[5])] if whole(own) else ["-", "-"]
+                lines.append([row["backbone"], name, *cells])
     return lines
 
 

@@ -25,7 +25,7 @@ table1) for backbone in vgg16_bn resnet50 resnet101; do folds 1; folds 5; done ;
 table2) dataset=coco; for backbone in resnet50 resnet101; do folds 1; folds 5; done ;;
 table3) for ablation in pfenet bgem bgem_doem; do folds 1 $ablation; done; folds 1 ;;
 table4) for ablation in negatives_non_target negatives_bg; do folds 1 $ablation; done; folds 1 ;;
-fig6) for channels in 128 256 384 512 768; do folds 1 model.prototype_channels=$channels; done; folds 1 ;;
+fig6) for channels in 128 384 512 640 768; do folds 1 model.prototype_channels=$channels; done; folds 1 ;;
 *) usage ;;
 esac
 exit $failed

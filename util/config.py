@@ -432,7 +432,7 @@ def keys_with(*kinds: Kind) -> frozenset[str]:
     return frozenset(key for key, kind in keys.items() if kind in kinds)
 
 
-NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales", "model.initialisation")
+NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")
 """model keys that a benchmark sets: a change of them is not another network"""
 
 
