@@ -1,7 +1,8 @@
 """Tables of your runs next to the paper's: python scripts/report.py runs/ [more] [--out report.md] [--lines F.jsonl]
 
-Reads each results*.json (test.py --out) in the folders, and run.json (train.py) and diagnosis.json (diagnose.py --out) in
-the same folder. Without --out the tables are printed. --lines writes the runs into one small .jsonl file, which can be given instead of the folders.
+Reads each results*.json (test.py --out) in the folders, and run.json (train.py) and diagnosis.json (diagnose.py --out)
+in the same folder. Without --out the tables are printed. --lines writes the runs into one small .jsonl file, which can be
+given instead of the folders.
 
 The tables' rows and the paper's figures are in scripts/paper.yaml. A cell is a network (its row) and a fold, and
 averages all training and evaluation seeds. A run that is no row of paper.yaml gets a row of its own in Table 3.
@@ -194,7 +195,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
+    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are
+    returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
