@@ -1,8 +1,8 @@
 """Tables of your runs next to the paper's: python scripts/report.py runs/ [more] [--out report.md] [--lines F.jsonl]
 
 Reads each results*.json (test.py --out) in the folders, and run.json (train.py) and diagnosis.json (diagnose.py --out)
-in the same folder. Without --out the tables are printed. --lines writes the runs into one small .jsonl file, which can be
-given instead of the folders.
+in the same folder. Without --out the tables are printed. --lines writes the runs into one small .jsonl file, which can
+be given instead of the folders.
 
 The tables' rows and the paper's figures are in scripts/paper.yaml. A cell is a network (its row) and a fold, and
 averages all training and evaluation seeds. A run that is no row of paper.yaml gets a row of its own in Table 3.
