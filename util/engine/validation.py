@@ -19,7 +19,7 @@ from util.engine.training import SELECTION, Training
 from util.progress import progress
 
 
-def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog, stop: Interruption) -> float:
+def validate(training: Training, data: Data, log: TrainingLog, stop: Interruption) -> float:
     """Evaluate on the fold's validation episodes, write scores and images, return the mIoU."""
     config = training.config
     episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
@@ -34,7 +34,14 @@ def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog,
             f"step {training.step}: mIoU {100 * found.miou:.1f}  FB-IoU {100 * found.fb_iou:.1f}"
             f"  in {time.monotonic() - began:.0f} s"
         )
-        losses = {name: value / epoch_steps for name, value in training.sums.items()}
+        _, false_positive, missed, hit = counts["network"].sum(0)
+        if false_positive + hit < 0.01 * (missed + hit):
+            log.bar.write(
+                f"{'hardly anything' if false_positive + hit else 'nothing'} is predicted at 0.5, so this mIoU says"
+                " little; a threshold is chosen on base classes at the end of the run"
+            )
+        steps = training.step - training.finished_step
+        losses = {name: value / steps for name, value in training.sums.items()}
         loader = build_eval_loader(config, EpisodeList(data.val, episodes), range(min(4, len(episodes))))
         image = draw_rows(episode_rows(training.model, loader, hardware=training.hardware))
         log.evaluation(training.step, found, losses, image)
@@ -51,9 +58,6 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
     config = training.config
     path = Path(config.run_dir) / "best.pt"
     log.finish(training.step, training.seconds, training.hardware.device)
-    if not path.exists():
-        print("done: no evaluation improved on the untrained network, so there is no best.pt")
-        return
     checkpoint = load_checkpoint(path)
     if "threshold" not in checkpoint:
         model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
