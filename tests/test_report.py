@@ -199,6 +199,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     old = write(root / "old", results("full", 0, 0, [99.0, 99.0], dataset="PASCAL-5i"))
     os.utime(old, (1, 1))
     write(root / "toy", results("bgem", 2, 0, [40.0]))
+    novel = {"miou": {"0.5": 40.0, "0.1": 41.5}, "auc": {"other objects": 70.0, "background": None}}
+    write(root / "toy", {"novel": novel}, "diagnosis.json")
     (root / "toy/results_damaged.json").write_text('{"dataset": "Toy')
     write(root / "toy", results("full", 1, 0, [float("nan")]), "results_nan.json")
     write(root / "crashed", {"device": "abacus"}, "run.json")
@@ -224,8 +226,8 @@ def test_the_report_shows_our_runs_next_to_the_papers_and_hides_no_failure(runs:
     assert row_of(text, "+ BGEM")[4:9] == cells
     assert row_of(text, "ResNet-50", "PFENet, here")[4] == "51.0 ± 1.4† (-9.8)"
     assert row_of(text, "ours")[4] == "54.0 ± 1.4†"
-    cells = ["not run", "not run", "40.0", "not run", "-", "", "60.0"]
-    assert row_of(text.split("## Toy-5i")[1], "+ BGEM")[:7] == cells
+    cells = ["not run", "not run", "40.0", "not run", "-", "", "60.0", "50.0", "41.5", "70.0"]
+    assert row_of(text.split("## Toy-5i")[1], "+ BGEM")[:10] == cells
     assert "ResNet-101" not in text  # not run
     assert command(runs).stdout.splitlines() == text.split("\n\n## Every run")[0].splitlines()[2:]
 
