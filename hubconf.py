@@ -12,7 +12,7 @@ from model.backbones import BACKBONES
 from util.errors import UserError
 from util.photos.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
 
-dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
+dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm"]
 
 
 def training_free(

@@ -6,7 +6,8 @@
 
 Builds OUT/JPEGImages and OUT/SegmentationClassAug (class ids as PNG: VOC's own mask if VOC has one, else SBD's) for the
 images of lists/pascal/train.txt (VOC train united with SBD train_noval) and val.txt (VOC val); files of folders are
-linked. After an interruption, run it again: it continues. scripts/check_data.py then checks the result.
+linked, or copied if the file system has no links. After an interruption, run it again: it continues.
+scripts/check_data.py then checks the result.
 """
 
 import argparse
@@ -32,7 +33,7 @@ from util.data.images import encoded_mask
 from util.data.pool import on_all_cores
 from util.data.published import LISTS
 from util.errors import UserError, first_of
-from util.files import write_bytes
+from util.files import link_or_copy, write_bytes
 from util.progress import progress
 
 DOWNLOADS = {
@@ -138,7 +139,7 @@ def build(source: Source, targets: list[Path]) -> None:
             if name.endswith(".mat"):
                 matrices.append((content.read_bytes() if isinstance(content, Path) else content, target))
             elif isinstance(content, Path):
-                target.symlink_to(content.resolve())
+                link_or_copy(content, target)
             else:
                 write_bytes(target, content, force=False)
             bar.update()

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import random
 import sys
 import tarfile
@@ -117,12 +118,21 @@ def test_archives_give_every_image_and_mask(run: Run, sources: Path, capsys: pyt
     assert f"check_data.py --config configs/pascal/resnet50_fold0_1shot.yaml data.root={out}\n" in printed
 
 
-def test_folders_give_the_same_tree_by_links(run: Run, sources: Path) -> None:
+def no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_folders_give_the_same_tree_by_links_or_copies(
+    run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = tree(run())
     for out in (run("a", voc=VOC, sbd="benchmark_RELEASE"), run("b", **FOLDERS)):
         assert (out / f"JPEGImages/{A}.jpg").is_symlink() and tree(out) == expected
     (sources / "VOCdevkit").rename(sources / "moved")
     assert tree(run("a", voc="moved/VOC2012", sbd="benchmark_RELEASE")) == expected
+    monkeypatch.setattr(os, "symlink", no_links)
+    out = run("c", voc="moved/VOC2012", sbd="benchmark_RELEASE")
+    assert not (out / f"JPEGImages/{A}.jpg").is_symlink() and tree(out) == expected
 
 
 def test_goes_on_after_an_interruption(run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Runs that are stopped or killed anywhere, and runs of several processes, equal one run in one go."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -39,6 +41,8 @@ from tests.harness import (
 )
 from util.engine import build, evaluation
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.files import held_alone
 
 EACH_STEP = "train.checkpoint_minutes=0"
 """saves after every step"""
@@ -321,6 +325,26 @@ def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tm
     )
     first.kill()
     finished(first)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_daemon(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_daemon)
+    with held_alone(tmp_path / "run"):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"), held_alone(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 # ---------------------------------------------------------------- what is not resumed, and what is

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from util.errors import WORKER_KILLED, UserError
 
-PACKAGES = "torch torchvision numpy cv2 PIL yaml pydantic tensorboard tqdm filelock scipy tabulate"
+PACKAGES = "torch torchvision numpy cv2 PIL yaml pydantic tensorboard tqdm scipy tabulate"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words for a GPU and for a CPU
 
 
@@ -47,6 +47,10 @@ def _refuse(reason: str) -> NoReturn:
 
 if sys.version_info < (3, 11):  # noqa: UP036 (an older Python can read this file)
     _refuse(f"Python 3.11 or newer is needed, and {sys.executable} is {sys.version.split()[0]}")
+try:
+    import fcntl  # noqa: F401 (on Windows there is none)
+except ImportError:
+    _refuse("Windows is not supported; use Linux, macOS, or Windows' own Linux (WSL 2)")
 for package in PACKAGES.split():
     if find_spec(package) is None:
         remedy = "activate the environment or run 'pip install -r requirements.txt' first"
