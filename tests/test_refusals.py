@@ -62,6 +62,16 @@ def test_windows_is_refused() -> None:
     refused(process("-c", "import sys; sys.modules['fcntl'] = None; import util.command"), "Windows is not supported")
 
 
+def test_a_home_that_no_shell_has_expanded_is_found(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(f"base: {config}\ndata: {{val_list: ~/none.txt}}\n")
+    for given, expected in (("workers=0", "none.txt"), ("data.val_list=~/other.txt", "other.txt")):
+        result = call(test_command, "--config", "~/mine.yaml", "--baselines", "--out=~/results.json", given)
+        refused(result, f"list {tmp_path / expected} does not exist", "relative paths")
+
+
 def test_a_run_dir_that_cannot_be_made_is_refused(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.write_text("not a folder")

@@ -3,6 +3,8 @@
 It needs nothing but Python itself, so that it can say which packages are missing.
 """
 
+import os
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -16,6 +18,9 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # torch's words for 
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Run a command's ``main`` and exit: 0, 2 for a mistake of the user, 130 for Ctrl-C."""
+    # shells leave a quoted ~, and that of --out=~/x and data.root=~/x, as it is
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home raises without a home)
+    sys.argv[1:] = [re.sub("(^|=)~(?=/)", lambda found: found[1] + home, word, count=1) for word in sys.argv[1:]]
     try:
         main()
     except KeyboardInterrupt:

@@ -6,6 +6,7 @@ name the file, the key and the remedy. Every key is documented where it is decla
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -380,7 +381,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[
             into[key] = section if isinstance(section, dict) else {}
             _merge(into[key], value, source, origin, f"{prefix}{key}.")
         else:
-            into[key] = value
+            into[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (~/x in YAML)
 
 
 def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> Config:

@@ -22,6 +22,8 @@ from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_atomically
 
+PREPARE = "relative paths begin where the command is started; README tells how to prepare the data"
+
 
 class Item(NamedTuple):
     """One line of a list. :mod:`util.data.readers` makes them. Several lines may have the same image."""
@@ -70,7 +72,7 @@ def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item,
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
+        raise UserError(f"list {path.absolute()} does not exist; {PREPARE}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
@@ -101,7 +103,7 @@ def load_class_index(
     """Return the index of a list, from its cache or counted with all cores."""
     items = read_list(list_path, root, make_item)
     if not root.is_dir():
-        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
+        raise UserError(f"data.root {root.absolute()} is no folder; {PREPARE}")
     list_sha256 = hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
