@@ -15,6 +15,7 @@ import io
 import shlex
 import sys
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -103,11 +104,13 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
 def find_root(source: Source, marker: str) -> Source:
     """The source itself if it is an archive, else with the folder below its path that holds the files."""
     path, prefix, names = source
+    if zipfile.is_zipfile(path):
+        raise UserError(f"{path} is a zip archive; unzip it and give the folder")
     if path.is_file():
         return source
-    for folder in (path / prefix, path / Path(prefix).name, path):
-        if (folder / marker).is_dir():
-            return Source(folder, prefix, names)
+    for place in (prefix, f"{Path(prefix).name}/", "", "*/", "*/*/"):  # the last ones: Kaggle's zip
+        for found in path.glob(f"{place}{marker}"):
+            return Source(found.parent, prefix, names)
     raise UserError(f"{path} is no archive and holds no {prefix}{marker}; give the archive or the unpacked folder")
 
 

@@ -80,9 +80,10 @@ def test_folds_partition_the_classes_and_base_classes_are_the_others(scheme: str
     [
         b"i/a.jpg m/a.png\ni/b.jpg m/b.png",
         b"\xef\xbb\xbfi/a.jpg m/a.png\r\ni/b.jpg m/b.png\r\n",
+        "i/a.jpg m/a.png\r\ni/b.jpg m/b.png\r\n".encode("utf-16"),
         b"\n/i/a.jpg\t//m/a.png \n   \n  i/b.jpg     m/b.png\n\n",
     ],
-    ids=["plain, no last newline", "windows", "blank lines, leading slashes and white space"],
+    ids=["plain, no last newline", "windows", "powershell", "blank lines, leading slashes and white space"],
 )
 def test_a_list_gives_its_lines_in_order_below_the_root(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "l.txt"

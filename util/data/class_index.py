@@ -4,6 +4,7 @@ The index is counted once from all masks and cached next to the list (``train.tx
 folder if that cannot be written.
 """
 
+import codecs
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_atomically
 
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how PowerShell's > begins a file
 PREPARE = "relative paths begin where the command is started; README tells how to prepare the data"
 
 
@@ -70,7 +72,8 @@ class ClassIndex:
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
     """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        data = path.read_bytes()
+        lines = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig").splitlines()
     except FileNotFoundError:
         raise UserError(f"list {path.absolute()} does not exist; {PREPARE}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
