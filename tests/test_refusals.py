@@ -46,6 +46,8 @@ def test_the_command_itself_ends_in_one_line(config: Path, tmp_path: Path) -> No
         ("model.doem=false", ["loss.pcl needs model.doem", "loss.pcl=0"]),
         ("data.image_size=66", ["66", "65"]),
         ("precision=fp16", ["precision=fp16", "precision=bf16 or fp32"]),
+        ("batch_size=4", ["did you mean 'eval.batch_size' or 'train.batch_size'?"]),
+        ("device=cuda:1", ["got 'cuda:1'", "CUDA_VISIBLE_DEVICES=1"]),
         ("device=cuda", ["device=cuda", "device=cpu"]),
     ],
 )
