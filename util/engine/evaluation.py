@@ -22,7 +22,7 @@ from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import resize
 from model.parallel import processes, rank
 from util.config import Config
-from util.data.class_index import ClassIndex, Item
+from util.data.class_index import ClassIndex
 from util.data.dataset import read_image_and_ids, target_of
 from util.data.episodes import EpisodeFiles
 from util.data.loading import load
@@ -232,21 +232,21 @@ class ImageDataset(Dataset[dict[int, Any]]):
     """Item n holds the samples of the images that step n of a plan is missing, by line."""
 
     def __init__(
-        self, read: Callable[[np.ndarray, np.ndarray], Any], items: Sequence[Item], steps: Sequence[list[int]]
+        self, read: Callable[[np.ndarray, np.ndarray], Any], index: ClassIndex, steps: Sequence[list[int]]
     ) -> None:
-        self.read, self.items, self.steps = read, items, steps
+        self.read, self.index, self.steps = read, index, steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> dict[int, Any]:
-        return {line: self.read(*read_image_and_ids(self.items[line])) for line in self.steps[index]}
+        return {line: self.read(*read_image_and_ids(self.index, line)) for line in self.steps[index]}
 
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
-    dataset = ImageDataset(method.read, index.items, [lines for lines in missing if lines])
+    dataset = ImageDataset(method.read, index, [lines for lines in missing if lines])
     workers = config.workers if len(dataset) else 0
     # dict collates as it is: numpy arrays are sent by value, so nothing is kept in shared memory
     return load(dataset, workers, batch_size=None, collate_fn=dict)
