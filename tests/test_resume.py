@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from tests.harness import (
@@ -166,19 +167,25 @@ def test_a_closed_terminal_saves_first(config: Path, run: Run, tmp_path: Path) -
     end_with_a_terminal(config, run, tmp_path / "run")
 
 
-def test_a_signal_in_a_validation_stops_it_and_saves(
-    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "a worker killed"])
+def test_what_ends_a_validation_loses_no_step(
+    killed: bool, config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predict = evaluation.NetworkMethod.predict
 
-    def asked(*arguments: Any) -> Any:
+    def ended(*arguments: Any) -> Any:
+        if killed:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
         os.kill(os.getpid(), signal.SIGTERM)
         return predict(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.NetworkMethod, "predict", asked)
+        patch.setattr(evaluation.NetworkMethod, "predict", ended)
         result = call(train, "--config", config, f"run_dir={tmp_path}/run")
-    assert result.code == 143 and beside_progress_bars(result.err) == []
+    if killed:
+        refused(result, "the system ended a loader process")
+    else:
+        assert result.code == 143 and beside_progress_bars(result.err) == []
     state = load(tmp_path / "run/last.pt")
     assert (state["step"], state["finished_step"]) == (load(run.folder / "last.pt")["step"] / 2, 0)
     assert not (tmp_path / "run/metrics.jsonl").exists()
@@ -244,6 +251,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_exactly(
     assert hashes == [sha256(folder / "last.pt")] and not list(folder.glob("*.tmp"))
     resume(config, folder)
     assert_same_run(folder, run.folder)
+
+
+def test_a_write_of_events_that_fails_is_one_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = itertools.count(), RecordWriter.write
+
+    def failing(writer: Any, data: bytes) -> None:
+        if next(written) > 3:
+            raise OSError(5, "Input/output error")  # in a thread of TensorBoard
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", failing)
+    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), f"{tmp_path}/run: Input/output error")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])

@@ -6,6 +6,7 @@ It needs nothing but Python itself, so that it can say which packages are missin
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NoReturn
@@ -21,6 +22,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     # shells leave a quoted ~, and that of --out=~/x and data.root=~/x, as it is
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home raises without a home)
     sys.argv[1:] = [re.sub("(^|=)~(?=/)", lambda found: found[1] + home, word, count=1) for word in sys.argv[1:]]
+    # TensorBoard's thread prints an error that it raises again in the main one
+    threading.excepthook = lambda failed: (
+        None if issubclass(failed.exc_type, OSError) else threading.__excepthook__(failed)
+    )
     try:
         main()
     except KeyboardInterrupt:
@@ -39,6 +44,8 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             _refuse(str(error))
         if str(error).startswith("DataLoader worker (pid"):  # torch raises it wherever the main process is
             _refuse(WORKER_KILLED)
+        if "Too many open files" in str(error):
+            _refuse("too many open files; raise the limit with 'ulimit -n 4096', or lower workers")
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in OUT_OF_MEMORY):
             raise
         _refuse(f"out of memory ({error}); lower train.batch_size, eval.batch_size or data.image_size")

@@ -131,7 +131,8 @@ def held_alone(folder: Path) -> Iterator[None]:
                 file.flush()
             for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
                 left.unlink()
-            yield
+            with naming(folder):  # a write whose error names no file, such as that of TensorBoard's events
+                yield
         finally:
             path.unlink(missing_ok=True)
             with suppress(OSError):

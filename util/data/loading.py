@@ -63,10 +63,12 @@ def load(dataset: Dataset[T], workers: int, *, batch_bytes: int = 0, **options: 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:
     """Yield the batches of a loader; its workers end with this iterator, at the latest with the program."""
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    if workers:
-        atexit.register(_kill, workers)
+    try:
+        batches = iter(loader)
+    finally:  # also if not all of them could be started
+        workers = set(multiprocessing.active_children()) - others
+        if workers:
+            atexit.register(_kill, workers)
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:  # torch's error, or of the connection to the worker

@@ -1,6 +1,7 @@
 """The validations of a training run, and the threshold of its best checkpoint."""
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from util.engine.log import TrainingLog
 from util.engine.metrics import scores
 from util.engine.panels import draw_rows, episode_rows
 from util.engine.training import SELECTION, Training
+from util.errors import UserError
 from util.progress import progress
 
 
@@ -25,8 +27,15 @@ def validate(training: Training, data: Data, epoch_steps: int, log: TrainingLog,
     episodes = [data.val_sampler(number) for number in range(config.eval.episodes)]
     method = NetworkMethod(training.model, config, training.hardware)
     began = time.monotonic()
-    with progress(total=len(episodes), desc="validation", unit="episode", leave=False, disable=not log.first) as bar:
-        counts = evaluate(method, data.val, episodes, config=config, cache=data.cache, bar=bar, stop=stop)
+    try:
+        with progress(
+            total=len(episodes), desc="validation", unit="episode", leave=False, disable=not log.first
+        ) as bar:
+            counts = evaluate(method, data.val, episodes, config=config, cache=data.cache, bar=bar, stop=stop)
+    except (RuntimeError, UserError):  # a killed loader process, or no memory: keep the steps of this epoch
+        with suppress(RuntimeError, UserError):
+            training.save_last()
+        raise
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     found = scores(counts["network"], np.array([episode.class_id for episode in episodes]), names)
     if log.first:
