@@ -57,16 +57,17 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
     """
     if not log.first:
         return
-    config = training.config
+    config, seconds = training.config, training.seconds
     path = Path(config.run_dir) / "best.pt"
-    log.finish(training.step, training.seconds, training.hardware.device)
-    if not path.exists():
-        print("done: no evaluation improved on the untrained network, so there is no best.pt")
-        return
-    checkpoint = load_checkpoint(path)
-    if "threshold" not in checkpoint:
-        model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
-        threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
-        save_checkpoint(path, checkpoint | {"threshold": threshold})
-        print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
-    print(f"done: {path} is {SELECTION[config.eval.select]}, of step {checkpoint['step']}")
+    done = "no evaluation improved on the untrained network, so there is no best.pt"
+    if path.exists():
+        checkpoint = load_checkpoint(path)
+        if "threshold" not in checkpoint:
+            model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
+            threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
+            save_checkpoint(path, checkpoint | {"threshold": threshold})
+            stop.check(alone=True)
+            print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
+        done = f"{path} is {SELECTION[config.eval.select]}, of step {checkpoint['step']}"
+    log.finish(training.step, seconds, training.hardware.device)  # last: scripts/train_fold.sh skips a finished run
+    print(f"done: {done}")
