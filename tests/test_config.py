@@ -122,6 +122,8 @@ OTHER_VALUES = {
     "data.rotation": 3.5,
     "model.backbone": "resnet101",
     "train.compile": True,
+    "train.steps": 7,
+    "data.left_out": ["b"],
     "run_dir": "somewhere",
 }
 """a key of each type"""
@@ -184,6 +186,17 @@ def test_a_variant_goes_before_a_file_a_file_before_its_base_and_the_command_lin
     variants = [write(tmp_path / f"{lr}.yaml", f"train: {{lr: {lr}, power: 2}}\n") for lr in (0.25, 0.5)]
     config = load_config([path, *variants], ["train.power=4"])
     assert (config.train.lr, config.train.epochs, config.train.power) == (0.5, 11, 4)
+
+
+def test_of_epochs_and_steps_the_one_given_last_is_the_length_of_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", MINIMAL + "train: {epochs: 3, batch_size: 2}\n")
+    path = write(tmp_path / "leaf.yaml", "base: base.yaml\ntrain: {steps: 20}\n")
+    for overrides, expected in (
+        ([], (8, 3, 20)),
+        (["train.epochs=2"], (8, 2, 16)),
+        (["train.epochs=2", "train.steps=5"], (8, 1, 5)),
+    ):
+        assert load_config(path, overrides).train.schedule(images=17) == expected
 
 
 WRONG = {

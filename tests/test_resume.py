@@ -40,7 +40,7 @@ from tests.harness import (
     start,
     succeeded,
 )
-from util.engine import build, evaluation
+from util.engine import build, evaluation, training
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.files import held_alone
@@ -191,6 +191,33 @@ def test_what_ends_a_validation_loses_no_step(
     assert not (tmp_path / "run/metrics.jsonl").exists()
     resume(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", run.folder)
+
+
+def test_a_run_of_so_many_steps_ends_inside_an_epoch_and_resumes_there(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    epoch = load(run.folder / "last.pt")["step"] // 2
+    steps, step = epoch + 3, build.forward
+    done = itertools.count(1)
+
+    def asked(*arguments: Any) -> Any:
+        if next(done) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    command = ["--config", config, f"train.steps={steps}"]
+    succeeded(call(train, *command, f"run_dir={straight}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "forward", asked)
+        assert f"SIGTERM after step {steps - 1}" in call(train, *command, f"run_dir={folder}").out
+    resume(config, folder, f"train.steps={steps}")
+    assert_same_run(folder, straight)
+    lines, recorded = json_lines(straight / "metrics.jsonl"), scalars(straight)
+    assert [line["step"] for line in lines] == [epoch, steps]
+    assert recorded["lr"][-1] == (steps, pytest.approx(0.03 * (1 / steps) ** 0.9))
+    last = [value for _, value in recorded["loss/total"][epoch:]]
+    assert lines[-1]["loss"]["total"] == pytest.approx(sum(last) / 3, rel=1e-5)
 
 
 # ---------------------------------------------------------------- killed, out of disk, damaged

@@ -60,7 +60,7 @@ class EpisodeSampler:
                 raise UserError(
                     f"class '{class_names[c - 1]}' has {len(photos)} images with at least {min_area} pixels of it in"
                     f" {index.list_path}, but {shots}-shot episodes need {shots + 1}: lower data.shots or"
-                    " data.min_area, or add images"
+                    " data.min_area, add images, or name the class in data.left_out"
                 )
         self.queries = np.unique(np.concatenate(list(self.supports_of.values())))
         self._pass, self._order = -1, self.queries

@@ -1,4 +1,4 @@
-"""Config to model, loss and loaders: the only file that knows both the configuration and the network."""
+"""Config to model, loss and loaders: the only file that builds the network."""
 
 import re
 from collections.abc import Callable, Generator, Sequence
