@@ -220,6 +220,29 @@ def test_a_run_of_so_many_steps_ends_inside_an_epoch_and_resumes_there(
     assert lines[-1]["loss"]["total"] == pytest.approx(sum(last) / 3, rel=1e-5)
 
 
+def test_a_signal_in_the_very_last_write_is_heeded(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fsync = copy_of(run, tmp_path / "run"), os.fsync
+    best = load(folder / "best.pt")
+    del best["threshold"]
+    torch.save(best, folder / "best.pt")
+
+    def asked(file: int) -> None:
+        if list(folder.glob("best.pt.*.tmp")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", asked)
+        result = call(train, "--config", config, f"run_dir={folder}", "resume=auto")
+    assert result.code == 143 and result.out.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert "finished" not in (folder / "run.json").read_text()  # so that scripts/train_fold.sh resumes it
+    resume(config, folder)
+    assert_same_run(folder, run.folder)
+    assert "finished" in (folder / "run.json").read_text()
+
+
 # ---------------------------------------------------------------- killed, out of disk, damaged
 
 

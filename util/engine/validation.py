@@ -5,6 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from util.data.episodes import EpisodeList
 from util.data.folds import novel_classes
@@ -68,7 +69,8 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
     path = Path(config.run_dir) / "best.pt"
     checkpoint = load_checkpoint(path)
     if "threshold" not in checkpoint:
-        model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
+        with torch.random.fork_rng(devices=[]):  # if this is stopped, last.pt is the same as without it
+            model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
         threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
         save_checkpoint(path, checkpoint | {"threshold": threshold})
         stop.check(alone=True)
