@@ -230,10 +230,13 @@ def test_a_file_that_does_not_fit_is_refused_at_its_first_mismatch(
     path = tmp_path / "e.jsonl"
     write_episodes(path, episodes, 5, root=Path(config.data.root), class_names=config.data.classes)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    query = Image.open(Path(config.data.root) / lines[3]["query"].split()[1])
+    other = min(set(novel_classes(config.data)) - set(np.unique(query).tolist()))
     for key, value, words in (
         ("query", "JPEGImages/other.jpg", "not an episode of this list"),
         ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
         ("class_id", 17, "is not novel in this fold"),
+        ("class_id", other, f"holds no pixel of class {other}"),
     ):
         changed = [*lines[:3], lines[3] | {key: value}, *lines[4:]]
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))

@@ -7,6 +7,7 @@ name the file, the key and the remedy. Every key is documented where it is decla
 import argparse
 import difflib
 import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +25,8 @@ from util.errors import UserError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+WHICH_GPU = "CUDA_VISIBLE_DEVICES=1 before the command chooses one of several GPUs; a Mac computes on its CPU"
 
 
 def _names_of(value: Any) -> Any:
@@ -396,7 +399,7 @@ def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[
             into[key] = section if isinstance(section, dict) else {}
             _merge(into[key], value, source, origin, f"{prefix}{key}.")
         else:
-            into[key] = value
+            into[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (~/x in YAML)
 
 
 def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> Config:
@@ -413,14 +416,17 @@ def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str
     source = next((origin[parent] for parent in parents if parent in origin), file) if origin else file
     if error["type"] == "extra_forbidden":
         keys = sorted(keys_with(*Kind))
-        known = {k.rsplit(".", 1)[-1]: k for k in keys} | {k: k for k in keys}
+        known = {k: k for k in keys}
+        for name, k in ((k.rsplit(".", 1)[1], k) for k in keys if "." in k):
+            known[name] = f"{known[name]}' or '{k}" if name in known else k
         near = [known[k] for word in (key, location[-1]) for k in difflib.get_close_matches(word, known, 1, 0.6)]
         hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(keys)}"
         raise UserError(f"{source}: unknown key '{key}'; {hint}")
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
-    raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
+    hint = f"; {WHICH_GPU}" if key == "device" else ""
+    raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}{hint}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
