@@ -58,7 +58,6 @@ class FEM(nn.Module):
     def __init__(self, *, channels: int, scales: Sequence[float], maps: int) -> None:
         super().__init__()
         self.scale_sides = tuple(scales)
-        self.maps = maps
         self.scales = nn.ModuleList(FEMScale(channels=channels, maps=maps, first=i == 0) for i in range(len(scales)))
         self.fuse = conv_relu(channels * len(scales), channels, 1)
         self.refine = refinement(channels)

@@ -212,14 +212,13 @@ class NTRELoss(nn.Module):
         bank.store(gathered(negatives).flatten(0, 1), gathered(class_ids).repeat_interleave(negatives.shape[1]))
         stored, counted = bank.of_classes(class_ids)
         query = masked_average_pool(output.query_feature, (output.fem.logits > 0).float())
-        support = output.support_prototype.float()
         if annotated:
             x_s = output.support_features
             assert x_s is not None  # negative_prototypes has seen to that
-            target = _nearest_target(support_masks.flatten(0, 1), x_s)
-            support = masked_average_pool(x_s.flatten(0, 1), target.float()).unflatten(0, support_masks.shape[:2])
-            support = support.mean(1)
+            target = _nearest_target(support_masks.flatten(0, 1), x_s).float()
+            support = masked_average_pool(x_s.flatten(0, 1), target).unflatten(0, support_masks.shape[:2]).mean(1)
         else:
+            support = output.support_prototype.float()
             counted = counted & (query.detach().abs().amax((1, 2, 3)) > 0).unsqueeze(1)
         if 0 < self.pcl_drawn < bank.capacity:
             counted = drawn(counted, self.pcl_drawn)

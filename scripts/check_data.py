@@ -20,7 +20,7 @@ from tabulate import tabulate
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import ClassIndex, Item, count_pixels, load_class_index, read_list
-from util.data.episodes import find_supports
+from util.data.episodes import find_supports, photos_of
 from util.data.folds import base_classes, novel_classes
 from util.data.images import read_image
 from util.data.pool import on_all_cores
@@ -115,19 +115,18 @@ def check_folds(config: Config, indexes: dict[str, ClassIndex], problems: list[s
     rows = []
     for fold in range(config.data.num_folds):
         data = config.data.model_copy(update={"fold": fold})
-        found = problems if fold == config.data.fold else warnings
+        messages = problems if fold == config.data.fold else warnings
         try:
             novel, base = novel_classes(data), base_classes(data)
         except UserError as error:
-            found.append(str(error))
+            messages.append(str(error))
             continue
         for name, classes, avoid in (
             ("train", base, novel if data.novel_in_train == "drop" else ()),
             ("val", novel, ()),
         ):
-            photos = indexes[name].photos
             supports = find_supports(indexes[name], classes, data.min_area, avoid)
-            images = {data.classes[c - 1]: len(np.unique(photos[lines])) for c, lines in supports.items()}
+            images = {data.classes[c - 1]: len(found) for c, found in photos_of(indexes[name], supports).items()}
             fewest = [f"{c} {n}" for c, n in sorted(images.items(), key=lambda pair: pair[1])]
             shown = ", ".join(fewest[:FEWEST]) + (", ..." if len(fewest) > FEWEST else "")
             count = len(np.unique(np.concatenate(list(supports.values()))))
@@ -136,7 +135,7 @@ def check_folds(config: Config, indexes: dict[str, ClassIndex], problems: list[s
                 of_epoch, epochs, steps = config.train.schedule(count)
                 print(f"\nfold {fold}: {steps} training steps, in {epochs} epochs of {of_epoch}")
             if short := [f"{c} {n}" for c, n in images.items() if n <= data.shots]:
-                found.append(
+                messages.append(
                     f"fold {fold}: {data.shots}-shot episodes need {data.shots + 1} images of a class with at least"
                     f" {data.min_area} pixels of it in the {name} list, found {first_of(short, separator=', ')}: lower"
                     " data.min_area or data.shots, add images, or name these classes in data.left_out"

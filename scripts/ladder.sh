@@ -14,8 +14,10 @@ if [[ ${1:-} == *.yaml ]]; then
 fi
 [ -e "$config" ] || { echo "error: $config does not exist" >&2; exit 2; }
 trap 'exit 130' INT
-[[ ! $config =~ ^configs/(synthetic(_small)?)/ ]] ||
-    (do_run python scripts/make_synthetic.py ${BASH_REMATCH[2]:+--small} --out "data/${BASH_REMATCH[1]}") || exit
+case $config in
+configs/synthetic/*) (do_run python scripts/make_synthetic.py --out data/synthetic) || exit ;;
+configs/synthetic_small/*) (do_run python scripts/make_synthetic.py --small --out data/synthetic_small) || exit ;;
+esac
 name=$(basename "$(dirname "$config")")/$(basename "${config/_fold[0-9]/}" .yaml)
 failed=()
 for seed in ${SEEDS:-0 1 2}; do

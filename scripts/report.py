@@ -41,7 +41,7 @@ HERE = {
     "PFENet": {"pfenet": "PFENet, here"},
     "NTRENet": {"full": "NTRENet, here, the authors' code", "printed": "NTRENet, here, as printed"},
 }
-"""rows of paper.yaml that stand beside a method of Tables 1 and 2, and their names there"""
+"""rows of paper.yaml shown next to a method of Tables 1 and 2, with their labels"""
 LEGEND = (
     "Figures are in percent and are means over all seeds of a cell; there is no best-of-n. ± is the sample standard"
     " deviation over training seeds, in the column Mean that of each seed's mean over folds; with † it is over the"
@@ -152,7 +152,8 @@ def collect(places: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
 def read_run(path: Path) -> Run:
     """Read a results file of test.py, and run.json and diagnosis.json in the same folder if they exist."""
     results, training = json.loads(path.read_text(encoding="utf-8")), read_json(path.with_name("run.json"))
-    novel = read_json(path.with_name("diagnosis.json")).get("novel", {"miou": {}, "auc": {}})
+    novel = read_json(path.with_name("diagnosis.json")).get("novel")
+    auc = novel and novel["auc"]["other objects"]
     config, finished = results["config"], training.get("finished") or {}
     scores = {name: results[name]["per_seed"] for name in ("miou", "fb_iou", "precision")}
     # test.py leaves out a calibrated threshold of 0.5
@@ -166,8 +167,8 @@ def read_run(path: Path) -> Run:
         "modified": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         "seed": config["seed"] if results.get("train_seed") is None else results["train_seed"],
         "calibrated": calibrated or None,
-        "best": sorted(novel["miou"].values())[-1:] or None,
-        "auc": [auc for region, auc in novel["auc"].items() if region == "other objects" and auc is not None] or None,
+        "best": novel and [max(novel["miou"].values())],
+        "auc": None if auc is None else [auc],
         "revision": ", trained at ".join(dict.fromkeys(map(revision, environments))),
         "machine": "; trained on ".join(dict.fromkeys(one.get("device") or "unknown" for one in environments)),
         "test_list": (results.get("list_sha256") or "unknown")[:12],
@@ -334,7 +335,7 @@ def next_to_others(table: Mapping[str, Any], shots: int, settings: Settings) -> 
     lines: list[list[str]] = []
     for row in table["rows"]:
         runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot", {})
-        if not {key for keys in HERE.values() for key in keys} & runs.keys():
+        if not any(key in runs for labels in HERE.values() for key in labels):
             continue
         paper = row[f"{shots}-shot"]
         method = row["method"] + (f" [{row['reference']}]" if row["reference"] else "")

@@ -1,7 +1,7 @@
 """Episodes: drawn as a pure function of (seed, number), or read from a file."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,11 @@ def find_supports(
     return {c: np.flatnonzero(allowed & (index.pixels[:, c] >= min_area)) for c in classes}
 
 
+def photos_of(index: ClassIndex, supports: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+    """Return the different images of the lines of each class; a class with more than K gives K-shot episodes."""
+    return {c: np.unique(index.photos[lines]) for c, lines in supports.items()}
+
+
 class EpisodeSampler:
     """Draws episode number n, the same for any number of workers, any batch size, any machine.
 
@@ -53,7 +58,7 @@ class EpisodeSampler:
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
         self.supports_of = find_supports(index, classes, min_area, avoid)
-        self.photos_of = {c: np.unique(index.photos[lines]) for c, lines in self.supports_of.items()}
+        self.photos_of = photos_of(index, self.supports_of)
         self.left_out = {c: len(index.qualifying(c, min_area)) - len(self.supports_of[c]) for c in classes}
         for c, photos in self.photos_of.items():
             if len(photos) < shots + 1:

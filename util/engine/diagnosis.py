@@ -14,7 +14,7 @@ from model import IGNORE
 from model.ntrenet import NTRENet
 from util.config import Config
 from util.data.class_index import ClassIndex
-from util.data.episodes import find_supports
+from util.data.episodes import find_supports, photos_of
 from util.data.folds import base_classes
 from util.engine.build import Hardware, build_eval_sampler
 from util.engine.evaluation import NetworkMethod, evaluate
@@ -109,5 +109,5 @@ def calibrated_threshold(
 
 def held_out(classes: Sequence[int], index: ClassIndex, config: Config) -> tuple[int, ...]:
     """Return the classes that have enough images for episodes in the validation list."""
-    lines = find_supports(index, classes, config.data.min_area)
-    return tuple(c for c in classes if len(np.unique(index.photos[lines[c]])) > config.data.shots)
+    photos = photos_of(index, find_supports(index, classes, config.data.min_area))
+    return tuple(c for c in classes if len(photos[c]) > config.data.shots)
