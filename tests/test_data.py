@@ -30,6 +30,7 @@ from util.engine.build import (
     training_batches,
 )
 from util.errors import UserError
+from util.photos.images import read_upright
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN_COLOUR = (124, 116, 104)  # 255 * (0.485, 0.456, 0.406) = 123.7, 116.3, 103.5
@@ -110,15 +111,44 @@ def photograph(height: int, width: int) -> np.ndarray:
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def test_palette_and_greyscale_masks_hold_the_same_values(tmp_path: Path) -> None:
+def test_an_image_is_read_as_predict_reads_it_with_transparent_pixels_in_white(tmp_path: Path) -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    alpha = np.where(np.arange(16).reshape(4, 4) < 8, 255, 0).astype(np.uint8)
+    Image.fromarray(np.dstack([pixels, alpha])).save(tmp_path / "rgba.png")
+    stored = Image.fromarray(alpha, "L").convert("P")
+    stored.save(tmp_path / "palette.png", transparency=0)
+    expected = pixels.copy()
+    expected[2:] = 255
+    np.testing.assert_array_equal(read_image(tmp_path / "rgba.png"), expected)
+    assert (read_image(tmp_path / "palette.png") == 255).all()
+    for name in ("rgba.png", "palette.png"):
+        np.testing.assert_array_equal(read_image(tmp_path / name), read_upright(tmp_path / name).pixels)
+
+
+def test_class_ids_are_the_same_however_they_are_stored(tmp_path: Path) -> None:
     palette = Image.fromarray(LABELS)
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     assert palette.mode == "P"
-    for image in (palette, Image.fromarray(LABELS)):
-        image.save(tmp_path / "m.png")
-        mask = read_class_ids(tmp_path / "m.png")
+    grey, deep = Image.fromarray(LABELS), Image.fromarray(LABELS.astype(np.uint16))
+    for image, suffix in itertools.product(
+        (palette, grey, grey.convert("RGB"), grey.convert("LA"), deep), ("png", "tif")
+    ):
+        image.save(tmp_path / f"m.{suffix}")
+        mask = read_class_ids(tmp_path / f"m.{suffix}")
         assert mask.dtype == np.uint8
         np.testing.assert_array_equal(mask, LABELS)
+
+
+def test_what_holds_no_class_ids_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    deep, red = Image.fromarray(np.full((4, 4), 300, np.uint16)), Image.new("RGB", (4, 4), "red")
+    for image, name, words in (
+        (deep, "m.png", "holds 300; class ids lie between"),
+        (red, "m.png", r"is coloured: \(255, 0, 0\); .*make_lists.py --colours"),
+        (red.convert("L"), "m.jpg", "is a JPEG, which blurs class ids"),
+    ):
+        image.save(tmp_path / name)
+        with pytest.raises(UserError, match=f"mask {tmp_path}/{name} {words}"):
+            read_class_ids(tmp_path / name)
 
 
 def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
