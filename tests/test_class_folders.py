@@ -154,7 +154,10 @@ def test_a_mask_of_one_class_is_read_whatever_its_white_is(
 def test_own_folders_lead_from_lists_to_a_test_on_novel_classes(tmp_path: Path) -> None:
     root, lists = tmp_path / "mine", tmp_path / "mine_lists"
     write_folders(root, [f"kind_{n}" for n in range(8)], side=64)
+    write_folders(root, [".ipynb_checkpoints"], side=64)
+    (root / "kind_1/1.png").rename(root / "kind_1/1.PNG")
     succeeded(make_lists(root, lists))
+    assert names_in(lists / "classes.txt") == [f"kind_{n}" for n in range(8)]
     given = [
         *overrides(root, lists),
         "data.dataset=Mine",
