@@ -8,11 +8,18 @@ result = segmenter.segment(supports, masks, query)
 from collections.abc import Callable
 from pathlib import Path
 
-from model.backbones import BACKBONES
-from util.errors import UserError
-from util.photos.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
+try:
+    from model.backbones import BACKBONES
+    from util.errors import UserError
+    from util.photos.segmenter import DEFAULT_BACKBONE, NTRESegmenter, TrainingFreeSegmenter
+except ModuleNotFoundError as error:
+    if (name := str(error.name).partition(".")[0]) in ("model", "util"):
+        raise ImportError(
+            f"the host program has imported a '{name}' of its own, and NTRENet has one too: rename yours"
+        ) from error
+    raise
 
-dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm", "filelock"]
+dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic", "tqdm"]
 
 
 def training_free(

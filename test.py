@@ -6,7 +6,7 @@
 
 Any checkpoint evaluates at any number of shots. Several seeds give mean and standard deviation. --baselines adds
 predictions that need no training, on the same episodes: everything is target, the prior mask at 0.5, and training-free
-segmentation (ours, not the paper's: model/training_free.py) without and with edges; without a checkpoint, the last two.
+segmentation (ours, not the paper's: model/training_free.py) without and with edges. They need no checkpoint.
 """
 
 from util.command import run_command
@@ -19,13 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from model.training_free import build_training_free, on_backbone
+from model.ntrenet import NTRENet
+from model.training_free import on_backbone
 from model.weights import sha256_of
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import ClassIndex
 from util.data.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
 from util.data.folds import novel_classes
-from util.engine.build import Hardware, build_eval_loader, build_eval_sampler, build_index, select_hardware
+from util.engine.build import Hardware, build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.engine.checkpoint import TrainedNetwork, load_network
 from util.engine.evaluation import BASELINES, NETWORK, NetworkMethod, Predictor, evaluate
 from util.engine.log import peak_memory_mib
@@ -49,15 +50,14 @@ def main() -> None:
     network = None if args.checkpoint is None else load_network(config, hardware, args.checkpoint)
     other = args.baseline_checkpoint
     baseline = None if other is None else load_network(config, hardware, other, ablation=True).model
-    counts: dict[str, np.ndarray] = {}
+    model = build_model(config)[0].to(hardware.device) if network is None else network.model
+    method = NetworkMethod(model, config, hardware, predictors(network, args.baselines))
     began = time.perf_counter()
-    if network is not None:
-        method = NetworkMethod(network.model, config, hardware, predictors(network, args.baselines))
-        with progress(total=len(together), desc="evaluation", unit="episode") as bar:
-            counts |= evaluate(method, index, together, config=config, bar=bar)
-    seconds = time.perf_counter() - began
+    with progress(total=len(together), desc="evaluation", unit="episode") as bar:
+        counts = evaluate(method, index, together, config=config, bar=bar)
     if args.baselines:
-        counts |= run_training_free(network, index, together, config, hardware)
+        counts |= run_training_free(model, index, together, config, hardware)
+    seconds = time.perf_counter() - began
     results = {
         **describe(args, config, index, network, len(episodes[0])),
         **score(counts, episodes, config, network),
@@ -132,22 +132,26 @@ def choose_episodes(args: argparse.Namespace, config: Config, index: ClassIndex)
     return [[sampler(number) for number in range(count)] for sampler in samplers]
 
 
-def predictors(network: TrainedNetwork, baselines: bool) -> dict[str, Predictor]:
+def predictors(network: TrainedNetwork | None, baselines: bool) -> dict[str, Predictor]:
     """Return the predictions to score: of the network at 0.5, at its calibrated threshold, and the baselines."""
+    if network is None:
+        return BASELINES
     logit = math.log(network.threshold / (1 - network.threshold))
     calibrated: dict[str, Predictor] = {"calibrated": lambda output: output.logits - logit} if logit else {}
     return NETWORK | calibrated | (BASELINES if baselines else {})
 
 
 def run_training_free(
-    network: TrainedNetwork | None, index: ClassIndex, episodes: list[EpisodeFiles], config: Config, hardware: Hardware
+    model: NTRENet, index: ClassIndex, episodes: list[EpisodeFiles], config: Config, hardware: Hardware
 ) -> dict[str, np.ndarray]:
-    """Count pixels of training-free segmentation on the network's backbone, or without one on the config's."""
-    name, weights = config.model.backbone, config.model.weights
-    free = build_training_free(name, weights=weights) if network is None else on_backbone(name, network.model.backbone)
+    """Count pixels of training-free segmentation on the network's backbone."""
+    name = config.model.backbone
+    free = on_backbone(name, model.backbone, config.model.weights)
     method = TrainingFreeMethod(TrainingFreeSegmenter(free, name, hardware))
+    # it computes one image at a time, so a batch would only delay the bar
+    one_by_one = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})
     with progress(total=len(episodes), desc="training-free", unit="episode") as bar:
-        return evaluate(method, index, episodes, config=config, bar=bar)
+        return evaluate(method, index, episodes, config=one_by_one, bar=bar)
 
 
 def score(
@@ -163,9 +167,7 @@ def score(
     results: dict[str, Any] = found.pop("network", {})
     if network is not None and "calibrated" in found:
         results["calibrated"] = {"threshold": network.threshold, **found.pop("calibrated")}
-    if found:
-        results["baselines"] = {name: {"miou": m["miou"]["mean"], "std": m["miou"]["std"]} for name, m in found.items()}
-    return results
+    return results | ({"baselines": found} if found else {})
 
 
 def describe(

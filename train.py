@@ -28,19 +28,18 @@ def main() -> None:
         hardware = select_hardware(config)
         data = open_data(config)
         training = start_or_resume(config, hardware, data.list_sha256)
-        epoch_steps = max(1, len(data.train_sampler) // config.train.batch_size)
-        total_steps = epoch_steps * config.train.epochs
+        epoch_steps, epochs, total_steps = config.train.schedule(len(data.train_sampler))
         announce(training, data, total_steps)
 
         batches = training_batches(config, data.train_sampler, start=training.step, stop=total_steps)
         with closing(TrainingLog(training, total_steps)) as log, closing(batches), stoppable(training, log) as stop:
             while training.finished_step < total_steps:
-                end = training.finished_step + epoch_steps
-                epoch = end // epoch_steps
+                epoch = training.finished_step // epoch_steps + 1
+                end = min(epoch * epoch_steps, total_steps)
                 rest_of_epoch = itertools.islice(batches, end - training.step)
-                train_epoch(training, log.timed(rest_of_epoch, epoch), total_steps, log, stop)
+                train_epoch(training, log.timed(rest_of_epoch, f"epoch {epoch}/{epochs}"), total_steps, log, stop)
                 due = epoch % config.eval.every == 0 or end == total_steps
-                miou = validate(training, data, epoch_steps, log, stop) if due else -1.0
+                miou = validate(training, data, log, stop) if due else -1.0
                 improved = training.finish_epoch(end, miou)
                 if improved if config.eval.select == "miou" else end == total_steps:
                     training.save_best()

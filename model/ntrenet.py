@@ -9,7 +9,7 @@
     X_act, P_DO --FEM--> y                  (eq. 9)                        fem.py
     an option beyond the paper: a base learner finds base classes          base_learner.py
 
-Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D = 640 prototype channels,
+Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D prototype channels,
 (H, W) image, (h, w) features.
 """
 

@@ -67,6 +67,9 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read the state dict of a local file, and its SHA-256, which must begin with the hash in the file's name."""
     if not path.is_file():
         raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
+    if path.suffix == ".safetensors":
+        remedy = "torch.save(safetensors.torch.load_file(path), 'new.pth')"
+        raise WeightsError(f"weights file {path} is in the format safetensors; convert it with {remedy}")
     digest, expected = sha256_of(path), _hash_in_name(path.name)
     if expected and not digest.startswith(expected):
         raise WeightsError(
@@ -82,7 +85,8 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"weights file {path} does not hold a state dict; set model.weights to one that does")
+        keys = f" but {', '.join(map(str, list(state)[:3]))}" if isinstance(state, dict) else ""
+        raise WeightsError(f"weights file {path} does not hold a state dict{keys}; save that alone with torch.save")
     if strange := strange_entry(state):
         raise WeightsError(f"weights file {path} is damaged: {strange}; fetch it again")
     return {name.removeprefix("module."): value for name, value in state.items()}, digest

@@ -88,7 +88,8 @@ def check_list(config: Config, name: str, index: ClassIndex, problems: list[str]
     title, official = title_of(index.items), published(index.items)
     ignored = int((index.ignored > 0).sum())
     found = f"{ignored} of {len(index.items)} masks hold 255"
-    print(f"{name:5} {index.list_path}: {title}; {found}; SHA-256 {index.list_sha256[:16]}")
+    held = f"; {found}" if ignored or official else ""
+    print(f"{name:5} {index.list_path}: {title}{held}; SHA-256 {index.list_sha256[:16]}")
     if official and ignored != official.ignored:
         problems.append(
             f"list {index.list_path}: {found}, of the published ones {official.ignored}: VOC's ignored border is lost,"
@@ -114,9 +115,14 @@ def check_folds(config: Config, indexes: dict[str, ClassIndex], problems: list[s
     rows = []
     for fold in range(config.data.num_folds):
         data = config.data.model_copy(update={"fold": fold})
-        novel = novel_classes(data)
+        found = problems if fold == config.data.fold else warnings
+        try:
+            novel, base = novel_classes(data), base_classes(data)
+        except UserError as error:
+            found.append(str(error))
+            continue
         for name, classes, avoid in (
-            ("train", base_classes(data), novel if data.novel_in_train == "drop" else ()),
+            ("train", base, novel if data.novel_in_train == "drop" else ()),
             ("val", novel, ()),
         ):
             photos = indexes[name].photos
@@ -124,12 +130,16 @@ def check_folds(config: Config, indexes: dict[str, ClassIndex], problems: list[s
             images = {data.classes[c - 1]: len(np.unique(photos[lines])) for c, lines in supports.items()}
             fewest = [f"{c} {n}" for c, n in sorted(images.items(), key=lambda pair: pair[1])]
             shown = ", ".join(fewest[:FEWEST]) + (", ..." if len(fewest) > FEWEST else "")
-            rows.append([fold, name, len(np.unique(np.concatenate(list(supports.values())))), shown])
+            count = len(np.unique(np.concatenate(list(supports.values()))))
+            rows.append([fold, name, count, shown])
+            if name == "train" and fold == config.data.fold:
+                of_epoch, epochs, steps = config.train.schedule(count)
+                print(f"\nfold {fold}: {steps} training steps, in {epochs} epochs of {of_epoch}")
             if short := [f"{c} {n}" for c, n in images.items() if n <= data.shots]:
-                (problems if fold == config.data.fold else warnings).append(
+                found.append(
                     f"fold {fold}: {data.shots}-shot episodes need {data.shots + 1} images of a class with at least"
                     f" {data.min_area} pixels of it in the {name} list, found {first_of(short, separator=', ')}: lower"
-                    " data.min_area or data.shots, or add images"
+                    " data.min_area or data.shots, add images, or name these classes in data.left_out"
                 )
     headers = ["fold", "split", "images", "images of each class, fewest first"]
     print(f"\n{tabulate(rows, headers, tablefmt='plain', disable_numparse=True)}\n")

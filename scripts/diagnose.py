@@ -24,7 +24,16 @@ from util.config import add_config_argument, load_config, parse_arguments
 from util.data.folds import base_classes, novel_classes
 from util.engine.build import build_eval_sampler, build_index, select_hardware
 from util.engine.checkpoint import load_network
-from util.engine.diagnosis import REGIONS, area_under_curve, histogram, miou_by_threshold, predicted_share
+from util.engine.diagnosis import (
+    EPISODES,
+    REGIONS,
+    area_under_curve,
+    best_threshold,
+    held_out,
+    histogram,
+    miou_by_threshold,
+    predicted_share,
+)
 from util.engine.evaluation import NETWORK, NetworkMethod, Predictor, evaluate
 from util.files import require_writable, write_json
 from util.progress import progress
@@ -34,10 +43,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
     parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--episodes", type=int, help="of novel and of base classes each; by default eval.episodes")
+    parser.add_argument("--episodes", type=int, default=EPISODES, help="of novel and of base classes each")
     parser.add_argument("--out", type=Path, help="write the figures here, as JSON")
     args, overrides = parse_arguments(parser)
-    overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     config = load_config(args.config, overrides)
     if args.out is not None:
         require_writable(args.out, ".json")
@@ -46,16 +54,17 @@ def main() -> None:
     mined: dict[str, Predictor] = {"distracting": distracting} if config.model.doem else {}
     method = NetworkMethod(model, config, hardware, NETWORK | mined)
     found: dict[str, Any] = {}
-    for kind, classes in (("novel", novel_classes(config.data)), ("base", base_classes(config.data))):
+    base = base_classes(config.data)
+    for kind, classes in (("novel", novel_classes(config.data)), ("base", held_out(base, index, config) or base)):
         sampler = build_eval_sampler(config, index, seed=0, classes=classes)
-        episodes = [sampler(number) for number in range(config.eval.episodes)]
+        episodes = [sampler(number) for number in range(args.episodes)]
         with progress(total=len(episodes), desc=kind, unit="episode", leave=False) as bar:
             counts = evaluate(method, index, episodes, config=config, bar=bar, measure=histogram)
         class_ids = np.array([episode.class_id for episode in episodes])
         found[kind] = summary(counts, class_ids, {c: config.data.classes[c - 1] for c in classes})
     print(table(found))
     if args.out is not None:
-        about = {"checkpoint": str(args.checkpoint), "episodes": config.eval.episodes, "unit": "percent"}
+        about = {"checkpoint": str(args.checkpoint), "episodes": args.episodes, "unit": "percent"}
         write_json(args.out, about | found)
         print(f"figures: {args.out}")
 
@@ -78,7 +87,7 @@ def summary(counts: dict[str, np.ndarray], class_ids: np.ndarray, classes: dict[
         shares = predicted_share(counts["distracting"])
         covered = np.array([np.nanmean(share) if (~np.isnan(share)).any() else np.nan for share in shares.T])
     return {
-        "miou": {str(t): percent(miou) for t, miou in miou_by_threshold(network, class_ids, classes).items()},
+        "miou": {t: percent(miou) for t, miou in miou_by_threshold(network, class_ids, classes).items()},
         "predicted": dict(zip(REGIONS, map(percent, predicted_share(network.sum(0))), strict=True)),
         "auc": {name: percent(area_under_curve(network, r)) for r, name in enumerate(REGIONS) if r > 0},
         "distracting": dict(zip(REGIONS, map(percent, covered), strict=True)),
@@ -97,9 +106,12 @@ def table(found: dict[str, Any]) -> str:
     lines += [row(f"predicted at 0.5, of {region}", "predicted", region) for region in REGIONS]
     lines += [row(f"AUC, target against {region}", "auc", region) for region in REGIONS[1:]]
     lines += [row(f"covered by Y_DO, of {region}", "distracting", region) for region in REGIONS]
-    best = max(found["base"]["miou"], key=lambda t: found["base"]["miou"][t])
-    figures = tabulate(lines, ["percent", *kinds], tablefmt="plain", disable_numparse=True)
-    return f"{figures}\n{best} is the best threshold on base classes: {found['novel']['miou'][best]:.1f} on novel ones"
+    best, covered = best_threshold(found["base"]["miou"]), found["novel"]["distracting"]["target"]
+    text = tabulate(lines, ["percent", *kinds], tablefmt="plain", disable_numparse=True)
+    text += f"\n{best} is the best threshold on base classes: {found['novel']['miou'][best]:.1f} on novel ones"
+    if covered is not None and covered > 50:
+        text += f"\nY_DO covers most of the target on novel classes, {covered:.0f} %, which is eliminated with it"
+    return text
 
 
 if __name__ == "__main__":

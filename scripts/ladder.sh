@@ -14,7 +14,8 @@ if [[ ${1:-} == *.yaml ]]; then
 fi
 [ -e "$config" ] || { echo "error: $config does not exist" >&2; exit 2; }
 trap 'exit 130' INT
-[[ $config != configs/synthetic/* ]] || (do_run python scripts/make_synthetic.py --out data/synthetic) || exit
+[[ ! $config =~ ^configs/(synthetic(_small)?)/ ]] ||
+    (do_run python scripts/make_synthetic.py ${BASH_REMATCH[2]:+--small} --out "data/${BASH_REMATCH[1]}") || exit
 name=$(basename "$(dirname "$config")")/$(basename "${config/_fold[0-9]/}" .yaml)
 failed=()
 for seed in ${SEEDS:-0 1 2}; do

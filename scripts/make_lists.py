@@ -58,6 +58,7 @@ from util.files import write_bytes, write_text
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"  # the base of the config that is written
 CUSTOM_SIZE, BATCH_SIZE = 321, 8  # its data.image_size and train.batch_size
 EVALUATED = 200  # its eval.episodes
+STEPS = 600  # of a training, however few images there are
 EPISODE = 2  # images of a class that a 1-shot episode needs
 MADE = "class_ids"  # folder below --root for masks that are made here
 NO_CLASS = {"background": 0, "ignore": IGNORE, "void": IGNORE}  # mask values of names that are no class's
@@ -122,7 +123,7 @@ def list_pairs(args: argparse.Namespace) -> None:
             f"\nnote: the {fewest} images of a class in val give {distinct} distinct episodes, and an evaluation draws"
             f" {EVALUATED}: mIoU is mostly noise; add images, or raise --val"
         )
-    print("\ntraining: 600 steps of 8 episodes at 321 pixels, about 15 minutes on one CPU core")
+    print(f"\ntraining: {STEPS} steps of {BATCH_SIZE} episodes, about 15 minutes on one CPU core")
     config = args.out / f"{args.root.resolve().name}.yaml"
     if config.exists():
         print(f"\n{config} exists and was not changed; remove it to get one for these lists")
@@ -277,16 +278,15 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
     min_area = round(0.005 * area)
     folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), 4))]
     usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
-    epoch_steps = max(1, usable // BATCH_SIZE)
-    epochs = math.ceil(600 / epoch_steps)  # 600 steps, however few images there are
+    epochs = math.ceil(STEPS / max(1, usable // BATCH_SIZE))
     scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
     paths = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1])}
     data = paths | {"classes": names, "folds": folds, "scale": scale, "min_area": min_area}
     values = {
         "base": os.path.relpath(CUSTOM, lists[0].parent.resolve()),
         "data": {"dataset": root.resolve().name} | data,
-        "train": {"epochs": epochs},
-        "eval": {"every": max(1, epochs // 4)},
+        "train": {"steps": STEPS},
+        "eval": {"every": math.ceil(epochs / 4)},
     }
     text = yaml.safe_dump(values, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)
     return f"# Written by scripts/make_lists.py, and yours to change; configs/custom.yaml explains the keys.\n{text}"

@@ -3,7 +3,7 @@
 COCO2014 holds the unpacked train2014.zip, val2014.zip and annotations_trainval2014.zip of
 https://cocodataset.org/#download: train2014/, val2014/ and annotations/instances_{train,val}2014.json. This writes
 
-  OUT/{train,val}2014              a symbolic link to the folder of images
+  OUT/{train,val}2014              a symbolic link to the folder of images, or a copy if the file system has no links
   OUT/annotations/{train,val}2014  one palette PNG for each image with at least one instance annotation, crowd or not
   lists/coco/{train,val}.txt       a line 'image mask' for each of them, sorted
 
@@ -36,7 +36,7 @@ from model import IGNORE
 from util.data.images import encoded_mask
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
-from util.files import write_bytes, write_text
+from util.files import link_or_copy, write_bytes, write_text
 
 EXPECTED = {"train": 82081, "val": 40137}  # images with at least one annotation, of 82783 and 40504
 CLASSES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
@@ -88,8 +88,9 @@ def prepare_split(split: str, root: Path, out: Path) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     if not (link.exists() and link.samefile(root / year)):
-        link.unlink(missing_ok=True)  # it links to where the images were before
-        link.symlink_to((root / year).resolve(), target_is_directory=True)
+        if link.is_symlink():
+            link.unlink()  # it links to where the images were before
+        link_or_copy(root / year, link)
     made = sum(on_all_cores(partial(make_mask, path=path, folder=folder), jobs, f"{split} masks", unit="mask"))
     print(f"{split}: {len(jobs)} images, {made} masks made, {len(jobs) - made} kept")
     LISTS.mkdir(parents=True, exist_ok=True)

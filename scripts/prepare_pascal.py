@@ -6,7 +6,8 @@
 
 Builds OUT/JPEGImages and OUT/SegmentationClassAug (class ids as PNG: VOC's own mask if VOC has one, else SBD's) for the
 images of lists/pascal/train.txt (VOC train united with SBD train_noval) and val.txt (VOC val); files of folders are
-linked. After an interruption, run it again: it continues. scripts/check_data.py then checks the result.
+linked, or copied if the file system has no links. After an interruption, run it again: it continues.
+scripts/check_data.py then checks the result.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import io
 import shlex
 import sys
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -32,7 +34,7 @@ from util.data.images import encoded_mask
 from util.data.pool import on_all_cores
 from util.data.published import LISTS
 from util.errors import UserError, first_of
-from util.files import write_bytes
+from util.files import link_or_copy, write_bytes
 from util.progress import progress
 
 DOWNLOADS = {
@@ -102,11 +104,13 @@ def find_sources(args: argparse.Namespace) -> list[Source]:
 def find_root(source: Source, marker: str) -> Source:
     """The source itself if it is an archive, else with the folder below its path that holds the files."""
     path, prefix, names = source
+    if zipfile.is_zipfile(path):
+        raise UserError(f"{path} is a zip archive; unzip it and give the folder")
     if path.is_file():
         return source
-    for folder in (path / prefix, path / Path(prefix).name, path):
-        if (folder / marker).is_dir():
-            return Source(folder, prefix, names)
+    for place in (prefix, f"{Path(prefix).name}/", "", "*/", "*/*/"):  # the last ones: Kaggle's zip
+        for found in path.glob(f"{place}{marker}"):
+            return Source(found.parent, prefix, names)
     raise UserError(f"{path} is no archive and holds no {prefix}{marker}; give the archive or the unpacked folder")
 
 
@@ -138,7 +142,7 @@ def build(source: Source, targets: list[Path]) -> None:
             if name.endswith(".mat"):
                 matrices.append((content.read_bytes() if isinstance(content, Path) else content, target))
             elif isinstance(content, Path):
-                target.symlink_to(content.resolve())
+                link_or_copy(content, target)
             else:
                 write_bytes(target, content, force=False)
             bar.update()

@@ -1,7 +1,8 @@
 """Tables of your runs next to the paper's: python scripts/report.py runs/ [more] [--out report.md] [--lines F.jsonl]
 
-Reads each results*.json (test.py --out) in the folders, and run.json (train.py) in the same folder. Without --out the
-tables are printed. --lines writes the runs into one small .jsonl file, which can be given instead of the folders.
+Reads each results*.json (test.py --out) in the folders, and run.json (train.py) and diagnosis.json (diagnose.py --out)
+in the same folder. Without --out the tables are printed. --lines writes the runs into one small .jsonl file, which can
+be given instead of the folders.
 
 The tables' rows and the paper's figures are in scripts/paper.yaml. A cell is a network (its row) and a fold, and
 averages all training and evaluation seeds. A run that is no row of paper.yaml gets a row of its own in Table 3.
@@ -45,7 +46,8 @@ LEGEND = (
     "Figures are in percent and are means over all seeds of a cell; there is no best-of-n. ± is the sample standard"
     " deviation over training seeds, in the column Mean that of each seed's mean over folds; with † it is over the"
     " evaluation seeds of a single training. In brackets: the difference to the paper. Margin: to the row above, or to"
-    " NTRENet if the paper does not have the row. ‡: the backbone's weights are random. Base threshold: chosen on base"
+    " NTRENet if the paper does not have the row. ‡: the backbone's weights are random. AUC: the chance that"
+    " a pixel of the target scores higher than one of another object. Base threshold: chosen on base"
     " classes at the end of training; everything else is at 0.5."
 )
 Percents = Annotated[list[FiniteFloat], Field(min_length=1)]
@@ -67,6 +69,8 @@ class Run(BaseModel):
     fb_iou: Percents
     precision: Percents
     calibrated: Percents | None = None  # mIoU at the threshold that was chosen on base classes
+    best: Percents | None = None  # mIoU at the best threshold, of scripts/diagnose.py
+    auc: Percents | None = None  # of the target against other objects, of scripts/diagnose.py
     revision: str  # of the evaluation, and of the training if that was another
     machine: str
     dtype: str = "unknown"
@@ -146,8 +150,9 @@ def collect(places: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
 
 
 def read_run(path: Path) -> Run:
-    """Read a results file of test.py, and run.json in the same folder if it exists."""
+    """Read a results file of test.py, and run.json and diagnosis.json in the same folder if they exist."""
     results, training = json.loads(path.read_text(encoding="utf-8")), read_json(path.with_name("run.json"))
+    novel = read_json(path.with_name("diagnosis.json")).get("novel", {"miou": {}, "auc": {}})
     config, finished = results["config"], training.get("finished") or {}
     scores = {name: results[name]["per_seed"] for name in ("miou", "fb_iou", "precision")}
     # test.py leaves out a calibrated threshold of 0.5
@@ -161,6 +166,8 @@ def read_run(path: Path) -> Run:
         "modified": datetime.fromtimestamp(path.stat().st_mtime, UTC).isoformat(timespec="seconds"),
         "seed": config["seed"] if results.get("train_seed") is None else results["train_seed"],
         "calibrated": calibrated or None,
+        "best": sorted(novel["miou"].values())[-1:] or None,
+        "auc": [auc for region, auc in novel["auc"].items() if region == "other objects" and auc is not None] or None,
         "revision": ", trained at ".join(dict.fromkeys(map(revision, environments))),
         "machine": "; trained on ".join(dict.fromkeys(one.get("device") or "unknown" for one in environments)),
         "test_list": (results.get("list_sha256") or "unknown")[:12],
@@ -188,7 +195,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are returned too.
+    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are
+    returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -297,6 +305,8 @@ def ladder(
     measures = {"precision": "Precision", "fb_iou": "FB-IoU"}
     if any(run.calibrated not in (None, run.miou) for run in every):
         measures["calibrated"] = "mIoU, base threshold"
+    if any(run.best for run in every):
+        measures |= {"best": "mIoU, best threshold", "auc": "AUC, other objects"}
     lines: list[dict[str, str]] = []
     means: dict[str, Score | None] = {}
     above: Score | None = None

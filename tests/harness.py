@@ -88,11 +88,12 @@ test_command = _load_test_command()
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
     """Start ``python arguments`` from the repository's root, in a process group of its own."""
 
-    def heed_hangups() -> None:  # under nohup a child would inherit that they are ignored
+    def heed_signals() -> None:  # under nohup, or behind a shell's &, a child would inherit that they are ignored
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    given = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True, "preexec_fn": heed_hangups} | pipes | options
+    given = {"cwd": ROOT, "env": ENVIRONMENT, "start_new_session": True, "preexec_fn": heed_signals} | pipes | options
     return subprocess.Popen([sys.executable, *map(str, arguments)], **given)
 
 

@@ -137,6 +137,7 @@ def test_sound_weights_are_read_in_each_form(tmp_path: Path) -> None:
         (STATE | {"more": torch.zeros(1)}, "1 unknown (more)"),
         ({"weight": STATE["weight"]}, "1 missing (bias)"),
         ({"weight": [1.0]}, "does not hold a state dict"),
+        ({"model": STATE, "epoch": 3}, "does not hold a state dict but model, epoch"),
         ([torch.zeros(3)], "does not hold a state dict"),
     ],
 )
@@ -153,6 +154,8 @@ def test_damaged_weights_and_code_are_refused_and_code_is_not_run(tmp_path: Path
     for damaged in (data[:-200], b"", b"text"):
         path.write_bytes(damaged)
         refused(ended(lambda: read_weights(path)), path, "fetch it again")
+    other = path.rename(tmp_path / "w.safetensors")
+    refused(ended(lambda: read_weights(other)), other, "safetensors.torch.load_file")
     for zipped in (True, False):
         torch.save({"state_dict": Trap(exploded)}, path, _use_new_zipfile_serialization=zipped)
         refused(ended(lambda: read_weights(path)), path, "fetch it again")

@@ -14,7 +14,7 @@ from tests.harness import call, copied, process, succeeded
 from util.config import Config, load_config
 from util.data import class_index
 from util.data.episodes import EpisodeFiles, EpisodeSampler, read_episodes, write_episodes
-from util.data.folds import novel_classes
+from util.data.folds import base_classes, novel_classes
 from util.data.published import PUBLISHED, Published
 from util.data.synthetic import CLASS_NAMES
 from util.engine.build import build_eval_sampler, build_index
@@ -41,7 +41,8 @@ def test_the_counts_of_a_good_data_set_are_right(data: Data) -> None:
     out = succeeded(process("scripts/check_data.py", "--config", CONFIG, *overrides)).out
     assert "WARNING" not in out and out.endswith("fold 0: ready to train\n")
     sha256 = hashlib.sha256((root / "lists/val.txt").read_bytes()).hexdigest()
-    assert f"val   {root}/lists/val.txt: unknown; 40 of 40 masks hold 255; SHA-256 {sha256[:16]}\n" in out
+    title = "not a published list of PASCAL-5i"
+    assert f"val   {root}/lists/val.txt: {title}; 40 of 40 masks hold 255; SHA-256 {sha256[:16]}\n" in out
     rows = {" ".join(line.split()[:2]): line.split(maxsplit=3)[2:] for line in out.splitlines() if line[:1].isdigit()}
     masks = [np.array(Image.open(p)) for p in sorted((root / "SegmentationClassAug").glob("val_*.png"))]
     for fold in range(4):
@@ -51,6 +52,8 @@ def test_the_counts_of_a_good_data_set_are_right(data: Data) -> None:
         assert set(shown.split(", ")) == images
         assert int(total) == sum(any((m == c).sum() >= 1024 for c in novel) for m in masks)
     assert rows["0 train"][1].endswith(", ...")
+    epoch = int(rows["0 train"][0]) // 8
+    assert f"\nfold 0: {8 * epoch} training steps, in 8 epochs of {epoch}\n" in out
 
 
 def test_a_class_that_cannot_give_an_episode_fails_the_check(data: Data) -> None:
@@ -58,6 +61,23 @@ def test_a_class_that_cannot_give_an_episode_fails_the_check(data: Data) -> None
     assert code == 1 and "fold 0: training would be wrong" in out
     assert re.search("PROBLEM fold 0: 30-shot episodes need 31 images .* in the val list, found striped_star", out)
     assert re.search("WARNING fold 1: 30-shot episodes need 31 images .* in the val list", out)
+
+
+def test_a_class_with_too_few_images_can_be_left_out_of_every_fold(data: Data) -> None:
+    root, overrides = data
+    lines = (root / "lists/val.txt").read_text().splitlines(keepends=True)
+    stars = [line for line in lines if (np.array(Image.open(root / line.split()[1])) == 1).sum() >= 1024]
+    (root / "lists/val.txt").write_text("".join(line for line in lines if line not in stars[1:]))
+    code, out = check(*overrides)
+    assert code == 1 and re.search("found striped_star 1: .* or name these classes in data.left_out", out)
+    code, out = check(*overrides, "data.left_out=[striped_star]")
+    assert code == 0 and "striped_star" not in out
+    for fold, novel in ((0, range(2, 6)), (1, range(6, 11))):
+        settings = load_config(CONFIG, [*overrides, "data.left_out=[striped_star]", f"data.fold={fold}"]).data
+        assert novel_classes(settings) == tuple(novel)
+        assert base_classes(settings) == tuple(c for c in range(2, 21) if c not in novel)
+    every = ", ".join(CLASS_NAMES[:5])
+    assert "PROBLEM data.left_out names all classes of fold 0" in check(*overrides, f"data.left_out=[{every}]")[1]
 
 
 def test_every_damaged_file_is_named(data: Data) -> None:
@@ -108,7 +128,7 @@ def test_a_pascal_list_that_no_paper_uses_gives_a_warning(pascal: Data) -> None:
     lines = (root / "train.txt").read_text().splitlines(keepends=True)
     (root / "train.txt").write_text("".join(lines[:-1]))
     code, out = check(*overrides)
-    assert code == 0 and f"WARNING list {root}/train.txt is not a train list that papers use (unknown)" in out
+    assert code == 0 and f"WARNING list {root}/train.txt is not a train list that papers use (not a published" in out
 
 
 def test_a_lost_border_fails_a_published_list(pascal: Data) -> None:
@@ -210,10 +230,13 @@ def test_a_file_that_does_not_fit_is_refused_at_its_first_mismatch(
     path = tmp_path / "e.jsonl"
     write_episodes(path, episodes, 5, root=Path(config.data.root), class_names=config.data.classes)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
+    query = Image.open(Path(config.data.root) / lines[3]["query"].split()[1])
+    other = min(set(novel_classes(config.data)) - set(np.unique(query).tolist()))
     for key, value, words in (
         ("query", "JPEGImages/other.jpg", "not an episode of this list"),
         ("supports", ["JPEGImages/val_00001.jpg SegmentationClassAug/val_00001.png"], "1 supports"),
         ("class_id", 17, "is not novel in this fold"),
+        ("class_id", other, f"holds no pixel of class {other}"),
     ):
         changed = [*lines[:3], lines[3] | {key: value}, *lines[4:]]
         path.write_text("".join(json.dumps(line) + "\n" for line in changed))

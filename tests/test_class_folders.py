@@ -175,7 +175,7 @@ def test_own_folders_lead_from_lists_to_a_test_on_novel_classes(tmp_path: Path) 
         f"run_dir={tmp_path}/run",
         "workers=1",
     ]
-    succeeded(process("scripts/check_data.py", "--config", CONFIG, *given))
+    assert "255" not in succeeded(process("scripts/check_data.py", "--config", CONFIG, *given)).out, "no mask holds it"
     succeeded(call(train, "--config", CONFIG, *given))
     best = f"{tmp_path}/run/best.pt"
     out = succeeded(call(test_command, "--config", CONFIG, "--checkpoint", best, *given, "data.fold=1")).out

@@ -15,7 +15,11 @@ from util.data.synthetic import CLASS_NAMES
 from util.engine.checkpoint import require_same
 from util.errors import UserError
 
-SHIPPED = sorted(path for folder in ("pascal", "coco", "synthetic") for path in (ROOT / "configs" / folder).iterdir())
+SHIPPED = sorted(
+    path
+    for folder in ("pascal", "coco", "synthetic", "synthetic_small")
+    for path in (ROOT / "configs" / folder).iterdir()
+)
 
 PAPER = {
     ("pascal", "vgg16_bn", 1): (57.7, 67.6, 57.1, 53.7),
@@ -59,8 +63,13 @@ def test_each_row_of_the_paper_and_fold_has_a_config_with_its_name_command_and_n
 ) -> None:
     monkeypatch.chdir(ROOT)
     paths = {f"configs/{folder}/{name}_fold{fold}_{k}shot.yaml" for folder, name, k in PAPER for fold in range(4)}
-    assert {str(path.relative_to(ROOT)) for path in SHIPPED if path.parent.name != "synthetic"} == paths
-    titles = {"pascal": "PASCAL-5i", "coco": "COCO-20i", "synthetic": "Synthetic-5i"}
+    assert {str(path.relative_to(ROOT)) for path in SHIPPED if "synthetic" not in path.parent.name} == paths
+    titles = {
+        "pascal": "PASCAL-5i",
+        "coco": "COCO-20i",
+        "synthetic": "Synthetic-5i",
+        "synthetic_small": "Synthetic-5i-small",
+    }
     for path in SHIPPED:
         folder, lines = path.parent.name, path.read_text().splitlines()
         config = load_config(path.relative_to(ROOT))
@@ -69,7 +78,7 @@ def test_each_row_of_the_paper_and_fold_has_a_config_with_its_name_command_and_n
         assert (config.data.dataset, config.run_dir) == (titles[folder], f"runs/{folder}/{path.stem}")
         assert yaml.safe_load(path.read_text())["base"] == f"../base/{folder}.yaml"
         assert lines[0] == f"# python train.py --config {path.relative_to(ROOT)}" and len(lines) <= 8
-        if folder != "synthetic":
+        if "synthetic" not in folder:
             number = PAPER[folder, backbone, shots][fold]
             assert re.findall(r"table (\d)", lines[1]) == [{"pascal": "1", "coco": "2"}[folder]]
             assert re.findall(r"\d+\.\d+", lines[1]) == [str(number)]
@@ -113,6 +122,8 @@ OTHER_VALUES = {
     "data.rotation": 3.5,
     "model.backbone": "resnet101",
     "train.compile": True,
+    "train.steps": 7,
+    "data.left_out": ["b"],
     "run_dir": "somewhere",
 }
 """a key of each type"""
@@ -175,6 +186,17 @@ def test_a_variant_goes_before_a_file_a_file_before_its_base_and_the_command_lin
     variants = [write(tmp_path / f"{lr}.yaml", f"train: {{lr: {lr}, power: 2}}\n") for lr in (0.25, 0.5)]
     config = load_config([path, *variants], ["train.power=4"])
     assert (config.train.lr, config.train.epochs, config.train.power) == (0.5, 11, 4)
+
+
+def test_of_epochs_and_steps_the_one_given_last_is_the_length_of_a_run(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", MINIMAL + "train: {epochs: 3, batch_size: 2}\n")
+    path = write(tmp_path / "leaf.yaml", "base: base.yaml\ntrain: {steps: 20}\n")
+    for overrides, expected in (
+        ([], (8, 3, 20)),
+        (["train.epochs=2"], (8, 2, 16)),
+        (["train.epochs=2", "train.steps=5"], (8, 1, 5)),
+    ):
+        assert load_config(path, overrides).train.schedule(images=17) == expected
 
 
 WRONG = {

@@ -1,6 +1,7 @@
 """make_lists.py on a folder of images and one of masks; tests/test_readme.py continues to a prediction."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,6 @@ from scripts import make_lists
 from tests.harness import ROOT, call, process, refused, succeeded
 from tests.scenes import write_pair
 from util.config import load_config
-from util.engine.build import build_index, build_train_sampler
 
 
 @pytest.fixture
@@ -74,16 +74,19 @@ def test_an_existing_config_is_not_changed(mine: Path) -> None:
     assert (mine / "lists/mine.yaml").read_text() == "seed: 3\n"
 
 
-@pytest.mark.parametrize("count", [12, 40])
-def test_the_config_takes_enough_steps_whatever_the_data(tmp_path: Path, count: int) -> None:
-    for n in range(count):
+@pytest.mark.parametrize("images", [9, 40, 720, 9000])
+def test_the_config_takes_600_steps_and_at_most_four_validations_whatever_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int
+) -> None:
+    for n in range(12):
         write_pair(tmp_path / "mine", f"{n:03}", 1 + n % 3)
+    config_for = make_lists.config_for
+    many = np.full((images, 3), 2048)  # pixels of each class
+    monkeypatch.setattr(make_lists, "config_for", lambda *given: config_for(*given[:-1], many))
     lists(tmp_path / "mine")
     config = load_config(tmp_path / "mine/lists/mine.yaml")
-    images = len(build_train_sampler(config, build_index(config, "train")))
-    steps = max(1, images // config.train.batch_size) * config.train.epochs
-    assert 600 <= steps < 700
-    assert 4 <= config.train.epochs // config.eval.every <= 5
+    _, epochs, steps = config.train.schedule(images)
+    assert steps == 600 and math.ceil(epochs / config.eval.every) == min(4, epochs)
     assert config.data.min_area == round(0.005 * 64 * 72)
 
 

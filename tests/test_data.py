@@ -81,9 +81,10 @@ def test_folds_partition_the_classes_and_base_classes_are_the_others(scheme: str
     [
         b"i/a.jpg m/a.png\ni/b.jpg m/b.png",
         b"\xef\xbb\xbfi/a.jpg m/a.png\r\ni/b.jpg m/b.png\r\n",
+        "i/a.jpg m/a.png\r\ni/b.jpg m/b.png\r\n".encode("utf-16"),
         b"\n/i/a.jpg\t//m/a.png \n   \n  i/b.jpg     m/b.png\n\n",
     ],
-    ids=["plain, no last newline", "windows", "blank lines, leading slashes and white space"],
+    ids=["plain, no last newline", "windows", "powershell", "blank lines, leading slashes and white space"],
 )
 def test_a_list_gives_its_lines_in_order_below_the_root(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "l.txt"
@@ -147,12 +148,17 @@ def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
 def test_an_image_and_its_ids_are_read_and_the_target_cut_out(tmp_path: Path) -> None:
     Image.fromarray(photograph(18, 21)).save(tmp_path / "i.jpg")
     Image.fromarray(LABELS).save(tmp_path / "m.png")
-    image, ids = read_image_and_ids(Item(tmp_path / "i.jpg", tmp_path / "m.png"))
+    (tmp_path / "l.txt").write_text("i.jpg m.png\n")
+    index = load_class_index(tmp_path / "l.txt", tmp_path, 254, progress=False)
+    image, ids = read_image_and_ids(index, 0)
     assert (image.shape, ids.dtype) == ((18, 21, 3), np.uint8)
     for class_id in (1, 2, 20, 254):
         target = target_of(torch.from_numpy(ids.copy()), class_id)
         assert target.dtype == torch.uint8
         np.testing.assert_array_equal(target.numpy(), np.where(LABELS == 255, 255, class_id == LABELS))
+    Image.fromarray(0 * LABELS).save(tmp_path / "m.png")
+    with pytest.raises(UserError, match=r"m\.png has changed since it was indexed; start again"):
+        read_image_and_ids(index, 0)
 
 
 # ---------------------------------------------------------------- class index
@@ -662,7 +668,7 @@ def test_an_episode_about_a_mask_of_one_class_has_its_class_id(tmp_path: Path) -
     Image.fromarray(np.zeros((2, 3, 3), np.uint8)).save(tmp_path / "i.png")
     Image.fromarray(mask).save(tmp_path / "m.png")
     items = (Item(tmp_path / "i.png", tmp_path / "m.png", class_id=300),) * 2
-    index = ClassIndex(items, np.zeros((2, 301), int), tmp_path / "l.txt", "", np.zeros(2, int))
+    index = ClassIndex(items, np.full((2, 301), 3), tmp_path / "l.txt", "", np.zeros(2, int))
     episodes = EpisodeList(index, [EpisodeFiles(0, (1,), 300)])
     episode = EpisodeDataset(episodes, transform=lambda image, ids, target, rng: (image, ids * (target == 1)))[0]
     for found in (episode.query_mask, episode.support_masks[0]):

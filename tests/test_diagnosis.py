@@ -16,7 +16,7 @@ from util.data.episodes import EpisodeFiles
 from util.engine import diagnosis
 from util.engine.build import build_index, build_model, find_hardware
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
-from util.engine.diagnosis import THRESHOLDS, area_under_curve, histogram, miou_by_threshold, predicted_share
+from util.engine.diagnosis import REGIONS, THRESHOLDS, area_under_curve, histogram, miou_by_threshold, predicted_share
 from util.photos.segmenter import NTRESegmenter
 
 CLASS_IDS = np.arange(12) % 4 + 1
@@ -67,7 +67,7 @@ def test_the_command_and_the_stored_threshold_agree_with_test_py(short: Path, co
     path, out = tmp_path / "best.pt", tmp_path / "found.json"
     checkpoint = load_checkpoint(short / "best.pt")
     save_checkpoint(path, checkpoint | {"threshold": 0.3})
-    arguments = "--config", config, "--checkpoint", path, "--out", out, "eval.episodes=4"
+    arguments = "--config", config, "--checkpoint", path, "--out", out, "eval.episodes=200"
     assert "AUC, target against other objects" in succeeded(call(diagnose, *arguments)).out
     found = json.loads(out.read_text())
     assert "mIoU at 0.3, the threshold chosen on base classes" in succeeded(call(test_command, *arguments)).out
@@ -80,22 +80,23 @@ def test_the_command_and_the_stored_threshold_agree_with_test_py(short: Path, co
     assert NTRESegmenter.from_checkpoint(path, "cpu").threshold == 0.3
 
 
-def test_a_threshold_is_chosen_on_base_classes_alone(
-    config: Path, synthetic: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("target", "others", "best"), [(0.15, 0.08, 0.1), (0.95, 0.85, 0.9), (0.005, 0.005, 0.5)])
+def test_a_threshold_is_chosen_on_200_episodes_of_base_classes_alone(
+    config: Path, synthetic: Path, monkeypatch: pytest.MonkeyPatch, target: float, others: float, best: float
 ) -> None:
-    lists = [f"data.root={synthetic}", f"data.val_list={synthetic / 'lists/val.txt'}", "eval.episodes=300"]
+    """Of pixels with these probabilities; in the last case all thresholds are equal."""
+    lists = [f"data.root={synthetic}", f"data.val_list={synthetic / 'lists/val.txt'}", "eval.episodes=10"]
     settings = load_config(config, lists)
     index, seen = build_index(settings, "val"), list[int]()
 
     def evaluate(_method: object, _index: object, episodes: list[EpisodeFiles], **_: object) -> dict[str, np.ndarray]:
-        """Target pixels at a probability of 0.15, all others at 0.08: best cut at 0.1."""
         seen.extend(episode.class_id for episode in episodes)
-        score, ids = torch.tensor([[0.15, 0.08, 0.08]]).logit(), torch.tensor([[7, 8, 0]])
+        score, ids = torch.tensor([[target, others, others]]).logit(), torch.tensor([[7, 8, 0]])
         return {"network": np.stack([histogram(score, ids, 7).numpy()] * len(episodes))}
 
     monkeypatch.setattr(diagnosis, "evaluate", evaluate)
     model, hardware = build_model(settings, "random")[0], find_hardware("cpu", "fp32")
-    assert diagnosis.calibrated_threshold(model, index, config=settings, hardware=hardware) == 0.1
+    assert diagnosis.calibrated_threshold(model, index, config=settings, hardware=hardware) == best
     assert len(seen) == 200 and set(seen) <= set(range(6, 21)) and len(set(seen)) > 5
     rare = settings.model_copy(update={"data": settings.data.model_copy(update={"min_area": 10**9})})
     assert diagnosis.calibrated_threshold(model, index, config=rare, hardware=hardware) == 0.5
@@ -107,7 +108,16 @@ def test_diagnose_shows_both_kinds_of_classes_in_a_fresh_process(config: Path, s
     shown = succeeded(process("scripts/diagnose.py", *command)).out
     assert re.search(r"^percent +novel +base$", shown, re.MULTILINE)
     figures = json.loads(out.read_text())
-    assert set(figures["novel"]["auc"]) == {"other objects", "background"} and len(figures["base"]["miou"]) == 8
+    assert set(figures["novel"]["auc"]) == {"other objects", "background"}
+    assert list(figures["base"]["miou"]) == list(map(str, THRESHOLDS))
+
+
+def test_diagnose_says_that_the_target_is_taken_for_a_distracting_object() -> None:
+    for covered, said in ((97.0, True), (18.0, False), (None, False)):
+        regions = dict.fromkeys(REGIONS, covered)
+        kind = {"miou": dict.fromkeys(THRESHOLDS, 1.0), "predicted": regions, "auc": regions, "distracting": regions}
+        shown = diagnose.table({"novel": kind, "base": kind})
+        assert ("Y_DO covers most of the target on novel classes, 97 %" in shown) == said
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))

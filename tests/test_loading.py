@@ -2,19 +2,22 @@
 
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from tests.harness import process, refused
+from tests.harness import Run, evaluated, process, refused, short_run
 from tests.scenes import SMALL
 from util.config import Config, load_config
+from util.data import loading
 from util.data.loading import batches_of, start_worker, usable_workers
 from util.engine.build import build_index, build_train_sampler, training_batches
 
@@ -75,6 +78,23 @@ def test_an_unreadable_image_names_its_file_and_the_command_ends(synthetic: Path
     damaged = sampler.index.items[sampler(5).query].image
     damaged.write_bytes(damaged.read_bytes()[:500])
     refused(process("-c", RUN.format("load_images"), root), damaged)
+
+
+def test_what_loader_processes_get_can_be_sent_to_one_that_is_spawned(
+    config: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    sent = []
+
+    class Loader(DataLoader[Any]):
+        def __init__(self, dataset: Dataset[Any], **options: Any) -> None:
+            sent.append(pickle.dumps((dataset, options["collate_fn"], options["worker_init_fn"])))
+            super().__init__(dataset, **options)
+
+    monkeypatch.setattr(loading, "DataLoader", Loader)
+    short_run(config, run.folder.parent / "spawned")
+    evaluated(config, run.folder / "best.pt", run.folder.parent / "spawned.json", "--baselines")
+    assert len(sent) >= 5 and max(map(len, sent)) < 2**20  # nor is a network sent along
 
 
 def test_workers_give_the_same_batches_and_end_with_the_iterator(synthetic: Path) -> None:

@@ -2,10 +2,12 @@
 
 import hashlib
 import http.server
+import os
 import random
 import sys
 import tarfile
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,12 +119,23 @@ def test_archives_give_every_image_and_mask(run: Run, sources: Path, capsys: pyt
     assert f"check_data.py --config configs/pascal/resnet50_fold0_1shot.yaml data.root={out}\n" in printed
 
 
-def test_folders_give_the_same_tree_by_links(run: Run, sources: Path) -> None:
+def no_links(*_: object) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_folders_give_the_same_tree_by_links_or_copies(
+    run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = tree(run())
     for out in (run("a", voc=VOC, sbd="benchmark_RELEASE"), run("b", **FOLDERS)):
         assert (out / f"JPEGImages/{A}.jpg").is_symlink() and tree(out) == expected
     (sources / "VOCdevkit").rename(sources / "moved")
     assert tree(run("a", voc="moved/VOC2012", sbd="benchmark_RELEASE")) == expected
+    monkeypatch.setattr(os, "symlink", no_links)
+    (sources / "kaggle/train_val").mkdir(parents=True)
+    (sources / "moved/VOC2012").rename(sources / "kaggle/train_val/train_val")
+    out = run("c", voc="kaggle", sbd="benchmark_RELEASE")
+    assert not (out / f"JPEGImages/{A}.jpg").is_symlink() and tree(out) == expected
 
 
 def test_goes_on_after_an_interruption(run: Run, sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,9 +193,15 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
 
+def zipped(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("JPEGImages/a.jpg", b"")
+
+
 MISTAKES: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "voc alone": (str, {"voc": "voc.tar"}, "give --voc and --sbd"),
     "cut tar": (lambda at: cut(at / "sbd.tgz"), {}, r"sbd\.tgz is damaged or no tar archive; .*again"),
+    "zip": (lambda at: zipped(at / "voc.tar"), {}, r"voc\.tar is a zip archive; unzip it"),
     "swapped": (str, {"voc": "sbd.tgz", "sbd": "voc.tar"}, rf"sbd\.tgz and .*voc\.tar lack JPEGImages/{A}"),
     "no image": (lambda at: (at / f"{VOC}/JPEGImages/{A}.jpg").unlink(), FOLDERS, f"lack JPEGImages/{A}.*; download"),
     "cut mat": (lambda at: cut(at / f"{SBD}/cls/{H}.mat"), FOLDERS, rf"{H}\.mat is damaged"),

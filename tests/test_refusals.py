@@ -20,7 +20,6 @@ from tests.scenes import SMALL, scene
 from util.config import load_config
 from util.engine.build import build_model
 from util.engine.checkpoint import save_checkpoint
-from util.files import held_alone
 
 MIN_AREA = 256
 """of the tests' config"""
@@ -47,6 +46,8 @@ def test_the_command_itself_ends_in_one_line(config: Path, tmp_path: Path) -> No
         ("model.doem=false", ["loss.pcl needs model.doem", "loss.pcl=0"]),
         ("data.image_size=66", ["66", "65"]),
         ("precision=fp16", ["precision=fp16", "precision=bf16 or fp32"]),
+        ("batch_size=4", ["did you mean 'eval.batch_size' or 'train.batch_size'?"]),
+        ("device=cuda:1", ["got 'cuda:1'", "CUDA_VISIBLE_DEVICES=1"]),
         ("device=cuda", ["device=cuda", "device=cpu"]),
     ],
 )
@@ -59,11 +60,22 @@ def test_a_wrong_override_is_refused_by_name(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_dir_that_is_in_use_or_cannot_be_made_is_refused(config: Path, tmp_path: Path) -> None:
+def test_windows_is_refused() -> None:
+    refused(process("-c", "import sys; sys.modules['fcntl'] = None; import util.command"), "Windows is not supported")
+
+
+def test_a_home_that_no_shell_has_expanded_is_found(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text(f"base: {config}\ndata: {{val_list: ~/none.txt}}\n")
+    for given, expected in (("workers=0", "none.txt"), ("data.val_list=~/other.txt", "other.txt")):
+        result = call(test_command, "--config", "~/mine.yaml", "--baselines", "--out=~/results.json", given)
+        refused(result, f"list {tmp_path / expected} does not exist", "relative paths")
+
+
+def test_a_run_dir_that_cannot_be_made_is_refused(config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with held_alone(folder):
-        refused(call(train, "--config", config, f"run_dir={folder}"), folder, "in use by process", "set run_dir=")
-    assert not folder.exists()
     folder.write_text("not a folder")
     refused(call(train, "--config", config, f"run_dir={folder / 'run'}"), folder, "set run_dir=")
 

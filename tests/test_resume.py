@@ -1,6 +1,8 @@
 """Runs that are stopped or killed anywhere, and runs of several processes, equal one run in one go."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -17,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from tests.harness import (
@@ -37,8 +40,10 @@ from tests.harness import (
     start,
     succeeded,
 )
-from util.engine import build, evaluation
+from util.engine import build, evaluation, training
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.errors import UserError
+from util.files import held_alone
 
 EACH_STEP = "train.checkpoint_minutes=0"
 """saves after every step"""
@@ -162,24 +167,80 @@ def test_a_closed_terminal_saves_first(config: Path, run: Run, tmp_path: Path) -
     end_with_a_terminal(config, run, tmp_path / "run")
 
 
-def test_a_signal_in_a_validation_stops_it_and_saves(
-    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("killed", [False, True], ids=["stopped", "a worker killed"])
+def test_what_ends_a_validation_loses_no_step(
+    killed: bool, config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     predict = evaluation.NetworkMethod.predict
 
-    def asked(*arguments: Any) -> Any:
+    def ended(*arguments: Any) -> Any:
+        if killed:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
         os.kill(os.getpid(), signal.SIGTERM)
         return predict(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation.NetworkMethod, "predict", asked)
+        patch.setattr(evaluation.NetworkMethod, "predict", ended)
         result = call(train, "--config", config, f"run_dir={tmp_path}/run")
-    assert result.code == 143 and beside_progress_bars(result.err) == []
+    if killed:
+        refused(result, "the system ended a loader process")
+    else:
+        assert result.code == 143 and beside_progress_bars(result.err) == []
     state = load(tmp_path / "run/last.pt")
     assert (state["step"], state["finished_step"]) == (load(run.folder / "last.pt")["step"] / 2, 0)
     assert not (tmp_path / "run/metrics.jsonl").exists()
     resume(config, tmp_path / "run")
     assert_same_run(tmp_path / "run", run.folder)
+
+
+def test_a_run_of_so_many_steps_ends_inside_an_epoch_and_resumes_there(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    epoch = load(run.folder / "last.pt")["step"] // 2
+    steps, step = epoch + 3, build.forward
+    done = itertools.count(1)
+
+    def asked(*arguments: Any) -> Any:
+        if next(done) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    command = ["--config", config, f"train.steps={steps}"]
+    succeeded(call(train, *command, f"run_dir={straight}"))
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "forward", asked)
+        assert f"SIGTERM after step {steps - 1}" in call(train, *command, f"run_dir={folder}").out
+    resume(config, folder, f"train.steps={steps}")
+    assert_same_run(folder, straight)
+    lines, recorded = json_lines(straight / "metrics.jsonl"), scalars(straight)
+    assert [line["step"] for line in lines] == [epoch, steps]
+    assert recorded["lr"][-1] == (steps, pytest.approx(0.03 * (1 / steps) ** 0.9))
+    last = [value for _, value in recorded["loss/total"][epoch:]]
+    assert lines[-1]["loss"]["total"] == pytest.approx(sum(last) / 3, rel=1e-5)
+
+
+def test_a_signal_in_the_very_last_write_is_heeded(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fsync = copy_of(run, tmp_path / "run"), os.fsync
+    best = load(folder / "best.pt")
+    del best["threshold"]
+    torch.save(best, folder / "best.pt")
+
+    def asked(file: int) -> None:
+        if list(folder.glob("best.pt.*.tmp")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", asked)
+        result = call(train, "--config", config, f"run_dir={folder}", "resume=auto")
+    assert result.code == 143 and result.out.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert "finished" not in (folder / "run.json").read_text()  # so that scripts/train_fold.sh resumes it
+    resume(config, folder)
+    assert_same_run(folder, run.folder)
+    assert "finished" in (folder / "run.json").read_text()
 
 
 # ---------------------------------------------------------------- killed, out of disk, damaged
@@ -240,6 +301,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_the_run_goes_on_exactly(
     assert hashes == [sha256(folder / "last.pt")] and not list(folder.glob("*.tmp"))
     resume(config, folder)
     assert_same_run(folder, run.folder)
+
+
+def test_a_write_of_events_that_fails_is_one_line(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, write = itertools.count(), RecordWriter.write
+
+    def failing(writer: Any, data: bytes) -> None:
+        if next(written) > 3:
+            raise OSError(5, "Input/output error")  # in a thread of TensorBoard
+        write(writer, data)
+
+    monkeypatch.setattr(RecordWriter, "write", failing)
+    refused(call(train, "--config", config, f"run_dir={tmp_path}/run"), f"{tmp_path}/run: Input/output error")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "gone"])
@@ -321,6 +396,26 @@ def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tm
     )
     first.kill()
     finished(first)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_daemon(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_daemon)
+    with held_alone(tmp_path / "run"):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_that_is_a_link_overwrites_nothing(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot be written"), held_alone(tmp_path):
+        pass
+    assert (tmp_path / "precious").read_text() == "text"
 
 
 # ---------------------------------------------------------------- what is not resumed, and what is

@@ -251,3 +251,11 @@ def test_hub_changes_nothing_in_the_host_program_and_refuses_another_backbone(ch
     assert (changed, segmented) == ("[]", f"NTRESegmenter {found.shape} {found.sum()}")
     assert child == ["child is alive: True", "child ended with 0"]
     assert "UserError: checkpoint" in result.err and "load it with ntrenet_efficientnet_lite0" in result.err
+
+
+@pytest.mark.parametrize("name", ["model", "util"])
+def test_hub_says_that_the_host_program_has_modules_of_the_same_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("")
+    (tmp_path / "host.py").write_text(f"import {name}, sys, torch\ntorch.hub.load(sys.argv[1], 'x', source='local')")
+    result = process("host.py", ROOT, cwd=tmp_path)
+    assert f"ImportError: the host program has imported a '{name}' of its own" in result.err

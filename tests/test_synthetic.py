@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
@@ -83,7 +84,7 @@ def test_the_layout_is_that_of_pfenet(small: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_every_class_occurs_equally_often(split: str, masks: dict[str, list[np.ndarray]]) -> None:
-    run = len(generator.DECK_SIZES)
+    run = len(generator.LARGE.deck)
     for start in range(0, len(masks[split]) - run + 1, run):
         shown = Counter(itertools.chain(*(classes_in(mask) for mask in masks[split][start : start + run])))
         assert shown == dict.fromkeys(range(1, 21), 1), "each run of so many images shows each class once"
@@ -111,6 +112,37 @@ def test_an_object_leaves_the_others_visible_or_gets_no_window() -> None:
         covered[window] = 0
         assert (covered == 1).sum() >= 0.7 * 400 and (covered == 2).sum() >= 0.7 * 600
     assert generator.place(np.random.default_rng(0), np.ones((88, 118)), owner, [400, 600]) is None
+
+
+# ---------------------------------------------------------------- the kind with small objects
+
+
+def test_small_objects_are_many_and_some_are_attached(tmp_path: Path) -> None:
+    assert generate(tmp_path, train=12, val=6, small=True) is True
+    masks = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "SegmentationClassAug").iterdir())]
+    shown = [classes_in(mask) for mask in masks]
+    for start in range(0, len(masks), 3):
+        assert Counter(itertools.chain(*shown[start : start + 3])) == dict.fromkeys(range(1, 21), 1)
+    assert all(5 <= len(classes) <= 8 for classes in shown)
+    shares = [float((mask == c).mean()) for mask, classes in zip(masks, shown, strict=True) for c in classes]
+    assert min(shares) > 0.005 and max(shares) < 0.06, "0.005: min_area of the config"
+    assert np.mean([0.015 < share < 0.05 for share in shares]) > 0.8
+    touching = 0
+    for mask, classes in zip(masks, shown, strict=True):
+        for c in classes:
+            near = cv2.dilate((mask == c).astype(np.uint8), np.ones((7, 7), np.uint8)) > 0  # over an ignored border
+            touching += len(classes_in(mask[near])) > 1
+    assert 0.3 < touching / len(shares) < 0.95
+
+
+def test_small_objects_are_the_same_on_every_call_and_recorded(tmp_path: Path) -> None:
+    args = ("scripts/make_synthetic.py", "--small", "--train", "4", "--val", "2")
+    succeeded(process(*args, "--out", tmp_path / "a"))
+    assert generate(tmp_path / "a", train=4, val=2, small=True) is False
+    assert generate(tmp_path / "b", train=5, val=2, small=True) is True
+    images = {name: data for name, data in files(tmp_path / "a").items() if name.endswith((".jpg", ".png"))}
+    assert len(images) == 12 and images.items() <= files(tmp_path / "b").items()
+    assert generate(tmp_path / "a", train=4, val=2) is True, "the other kind is not taken for this one"
 
 
 # ---------------------------------------------------------------- calling it again

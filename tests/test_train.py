@@ -37,7 +37,6 @@ from util.config import load_config
 from util.data.dataset import Episode, EpisodeDataset
 from util.engine import validation
 from util.engine.build import build_index, build_train_sampler
-from util.engine.metrics import Scores
 
 BATCH, EPOCHS, LR, WARMUP, MIN_AREA = 2, 2, 0.03, 4, 256
 """of the tests' config"""
@@ -94,19 +93,24 @@ def test_every_validation_leaves_one_json_line_with_the_scores_of_test_py(
         assert results[name]["mean"] == pytest.approx(100 * lines[-1][name], abs=1e-6)
 
 
-@pytest.mark.parametrize(("select", "epoch"), [("miou", 2), ("last", 3)])
+@pytest.mark.parametrize(
+    ("select", "hits", "epoch"), [("miou", (10, 90, 20), 2), ("miou", (0, 0, 0), 3), ("last", (10, 90, 20), 3)]
+)
 def test_best_is_the_checkpoint_that_the_config_selects(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, epoch: int
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, hits: tuple[int, ...], epoch: int
 ) -> None:
-    scores = iter([0.1, 0.9, 0.9])  # the first of equals is kept
-    fake = {"fb_iou": 0.5, "precision": 0.5, "per_class": {}}
-    monkeypatch.setattr(validation, "scores", lambda *_: Scores(miou=next(scores), **fake))
+    """Of zeros the last one: then nothing is predicted at 0.5 yet, and a line says so."""
+    found = iter(hits)  # of the 100 pixels of each target
+    counts = (np.tile([50, 0, 100 - hit, hit], (8, 1)) for hit in found)
+    monkeypatch.setattr(validation, "evaluate", lambda *_, **__: {"network": next(counts)})
     overrides = ["train.epochs=3", "train.batch_size=12", "data.image_size=33", f"eval.select={select}"]
     result = succeeded(call(train, "--config", config, f"run_dir={tmp_path}", *overrides))
     best, last = load(tmp_path / "best.pt"), load(tmp_path / "last.pt")
     assert best["step"] == epoch * last["step"] / 3 > 0
-    assert best["best_miou"] == 0.9 and "optimizer" not in best
+    assert best["best_miou"] == max(line["miou"] for line in json_lines(tmp_path / "metrics.jsonl"))
+    assert "optimizer" not in best
     assert {"miou": "highest novel-fold mIoU", "last": "best.pt is the last checkpoint"}[select] in result.out
+    assert (result.out + result.err).count("nothing is predicted at 0.5") == hits.count(0)
 
 
 def test_tensorboard_holds_every_loss_term_and_the_learning_rate_of_every_step(run: Run, steps: int) -> None:
@@ -165,7 +169,7 @@ def test_a_line_says_that_the_loader_is_the_limit(
     monkeypatch.setattr(EpisodeDataset, "__getitem__", slow)
     overrides = [f"run_dir={tmp_path}/run", "workers=0", "train.epochs=1", "eval.episodes=1"]
     result = call(train, "--config", config, *overrides)
-    (share,) = re.findall(r"epoch 1: (\d+)% of the time was spent waiting for images", result.out + result.err)
+    (share,) = re.findall(r"epoch 1/1: (\d+)% of the time was spent waiting for images", result.out + result.err)
     assert 25 <= int(share) <= 100
 
 

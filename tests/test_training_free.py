@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from model.training_free import Described, describe_support, join, target_score
 from tests.harness import call, succeeded, test_command
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
+from util.photos.baselines import TrainingFreeMethod
 from util.photos.edges import sharp_mask
 from util.photos.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
@@ -147,18 +149,27 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
     monkeypatch.setattr(TrainingFreeSegmenter, "SIDE", 129)  # a ninth of the work
     lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
     overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
+    sizes, predict = list[int](), TrainingFreeMethod.predict
+
+    def counted(self: TrainingFreeMethod, episodes: Any, *others: Any) -> Any:
+        sizes.append(len(episodes))
+        return predict(self, episodes, *others)
+
+    monkeypatch.setattr(TrainingFreeMethod, "predict", counted)
     config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     out = tmp_path / "r.json"
     done = succeeded(call(test_command, "--config", config, "--baselines", "--out", out, *overrides))
     assert "training free edges" in done.out
     results = json.loads(out.read_text())
-    assert results["checkpoint"] is None and "miou" not in results
+    assert results["checkpoint"] is None and "miou" not in results and results["seconds"] > 0.1
+    assert sizes == [1, 1], "the bar moves after each episode, whatever eval.batch_size is"
 
     settings = load_config(config, overrides)
     index = build_index(settings, "val")
     sampler = build_eval_sampler(settings, index, 0)
     method = NTRESegmenter.training_free(device="cpu", precision="fp32")
-    counts = {"training_free": np.zeros((5, 2)), "training_free_edges": np.zeros((5, 2))}  # class; intersection, union
+    names = ("training_free", "training_free_edges", "all_foreground")
+    counts = {name: np.zeros((5, 2)) for name in names}  # class; intersection, union
     for number in range(2):
         episode = sampler(number)
         images = [np.array(Image.open(index.items[i].image)) for i in (episode.query, *episode.supports)]
@@ -166,10 +177,11 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
         target = method.encode(images[1:], labels[1:], episode.class_id)
         query = method.encode_query(images[0])
         truth, valid = labels[0] == episode.class_id, labels[0] != 255
-        for name, edges in zip(counts, (False, True), strict=True):
-            mask = method.segment_encoded(target, query, edges=edges).mask
+        masks = [method.segment_encoded(target, query, edges=edges).mask for edges in (False, True)]
+        for name, mask in zip(names, [*masks, valid], strict=True):
             counts[name][episode.class_id - 1] += (mask & truth).sum(), ((mask | truth) & valid).sum()
     for name, count in counts.items():
         expected = 100 * (count[:, 0] / np.maximum(count[:, 1], 1)).mean()
-        assert results["baselines"][name]["miou"] == pytest.approx(expected, abs=0.01)
+        assert results["baselines"][name]["miou"]["mean"] == pytest.approx(expected, abs=0.01)
         assert expected > 1
+    assert 0 < results["baselines"]["prior"]["precision"]["mean"] < 100

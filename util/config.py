@@ -6,6 +6,8 @@ name the file, the key and the remedy. Every key is documented where it is decla
 
 import argparse
 import difflib
+import math
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +25,8 @@ from util.errors import UserError
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+
+WHICH_GPU = "CUDA_VISIBLE_DEVICES=1 before the command chooses one of several GPUs; a Mac computes on its CPU"
 
 
 def _names_of(value: Any) -> Any:
@@ -78,6 +82,8 @@ class DataConfig(Section):
     base_classes: Annotated[Names | None, TASK] = None
     """class names that every fold trains on, or a file of them, if classes are split into training, validation and test
     (FSS-1000); the folds are then the splits to evaluate on. By default a fold trains on all classes but its own"""
+    left_out: Annotated[list[str], TASK] = []
+    """class names that no fold trains on or evaluates, such as those with too few images; they count as background"""
     fold: Annotated[int, Field(ge=0), TASK] = 0
     shots: Count = 1
     """supports of an episode"""
@@ -101,7 +107,8 @@ class DataConfig(Section):
         most = 254 if self.reader == "class_ids" else 10**6
         if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= most:
             raise ValueError(f"classes must be 2 to {most} different names")
-        for key, names in [*(("folds", fold) for fold in self.folds or []), ("base_classes", self.base_classes or [])]:
+        named = [("left_out", self.left_out), ("base_classes", self.base_classes or [])]
+        for key, names in [*(("folds", fold) for fold in self.folds or []), *named]:
             if foreign := [name for name in names if name not in self.classes]:
                 raise ValueError(f"{key} names '{foreign[0]}', which is not among classes")
         if any(len(set(fold)) < len(fold) or len(fold) == len(self.classes) for fold in self.folds or []):
@@ -211,6 +218,9 @@ class TrainConfig(Section):
     """The schedule of the optimiser, SGD."""
 
     epochs: Count = 200
+    """passes over the training images, if ``steps`` is 0"""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """steps of the run, whose last epoch may end early; of ``epochs`` and ``steps``, the one given last counts"""
     batch_size: Count = 32
     """episodes of a step, over all processes"""
     lr: Positive = 0.03
@@ -225,6 +235,12 @@ class TrainConfig(Section):
     compile: Annotated[bool, MACHINE] = False
     """compile the training step with torch.compile; worth its minutes for long runs on a GPU"""
 
+    def schedule(self, images: int) -> tuple[int, int, int]:
+        """Return the steps of an epoch over so many images, the epochs of a run, and its steps."""
+        of_epoch = max(1, images // self.batch_size)
+        steps = self.steps or of_epoch * self.epochs
+        return of_epoch, math.ceil(steps / of_epoch), steps
+
 
 class EvalConfig(Section):
     """How a checkpoint is evaluated, in training and by test.py."""
@@ -237,9 +253,10 @@ class EvalConfig(Section):
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as in PFENet's code ('lineage', 3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
-    """epochs between evaluations in training"""
+    """epochs between evaluations in training; the end of the run is always evaluated"""
     select: Literal["miou", "last"] = "miou"
-    """the checkpoint that becomes best.pt: the highest novel-fold mIoU, as in the authors' code, or the last"""
+    """the checkpoint that becomes best.pt: the one with the highest novel-fold mIoU at 0.5, as in the authors' code (of
+    equals the later one), or the last"""
 
 
 class Config(Section):
@@ -375,12 +392,14 @@ def _merge(into: dict[str, Any], new: dict[str, Any], source: str, origin: dict[
     """Put the values of a source into ``into``, and note in ``origin`` which source each key comes from."""
     for key, value in new.items():
         origin[f"{prefix}{key}"] = source
+        if f"{prefix}{key}" == "train.epochs":
+            into.pop("steps", None)  # of the two ways to say how long a run is, the one that is given last counts
         if isinstance(value, dict):
             section = into.get(key)
             into[key] = section if isinstance(section, dict) else {}
             _merge(into[key], value, source, origin, f"{prefix}{key}.")
         else:
-            into[key] = value
+            into[key] = os.path.expanduser(value) if isinstance(value, str) else value  # noqa: PTH111 (~/x in YAML)
 
 
 def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str] | None = None) -> Config:
@@ -397,14 +416,17 @@ def config_from_dict(values: dict[str, Any], file: str, origin: Mapping[str, str
     source = next((origin[parent] for parent in parents if parent in origin), file) if origin else file
     if error["type"] == "extra_forbidden":
         keys = sorted(keys_with(*Kind))
-        known = {k.rsplit(".", 1)[-1]: k for k in keys} | {k: k for k in keys}
+        known = {k: k for k in keys}
+        for name, k in ((k.rsplit(".", 1)[1], k) for k in keys if "." in k):
+            known[name] = f"{known[name]}' or '{k}" if name in known else k
         near = [known[k] for word in (key, location[-1]) for k in difflib.get_close_matches(word, known, 1, 0.6)]
         hint = f"did you mean '{near[0]}'?" if near else f"known keys are {', '.join(keys)}"
         raise UserError(f"{source}: unknown key '{key}'; {hint}")
     message = error["msg"].removeprefix("Value error, ")
     given = error.get("input")
     shown = "" if isinstance(given, dict | BaseModel) else f", got {given!r:.80}"
-    raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}")
+    hint = f"; {WHICH_GPU}" if key == "device" else ""
+    raise UserError(f"{source}: {key + ': ' if key else ''}{message[0].lower()}{message[1:]}{shown}{hint}")
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

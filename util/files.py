@@ -1,15 +1,15 @@
 """Atomic file writes, and a lock on the run folder."""
 
+import fcntl
 import json
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
-
-from filelock import FileLock, Timeout
 
 from util.errors import UserError
 
@@ -78,6 +78,20 @@ def write_atomically(
         raise
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """Link a file or a folder of files; on a file system without links (exFAT, SMB) copy what is not there yet."""
+    try:
+        target.symlink_to(source.resolve(), target_is_directory=source.is_dir())
+    except OSError:
+        if not source.is_dir():
+            write_bytes(target, source.read_bytes(), force=False)
+            return
+        target.mkdir(exist_ok=True)
+        for file in source.iterdir():
+            if not (target / file.name).exists():
+                link_or_copy(file, target / file.name)
+
+
 def require_writable(path: Path, suffix: str) -> None:
     """Refuse a path that has another suffix or cannot be written, before the work."""
     if path.suffix.lower() != suffix:
@@ -94,25 +108,32 @@ def require_writable(path: Path, suffix: str) -> None:
 @contextmanager
 def held_alone(folder: Path) -> Iterator[None]:
     """Make a run's folder and lock it; the system frees the lock when this process ends, however it ends."""
-    path, lock = folder / "lock", FileLock(folder / "lock")
+    path = folder / "lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except Timeout:
-        owner = " ".join(path.read_text(encoding="utf-8").split())
-        raise UserError(
-            f"run_dir {folder} is in use by {owner}; end it, or set run_dir=... to another folder"
-        ) from None
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
     except OSError as error:
         raise UserError(f"run_dir {folder} cannot be written ({error}); set run_dir=... to another folder") from error
-    try:
-        if not path.read_text(encoding="utf-8"):  # on a file system without locks, filelock writes the owner itself
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-        for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
-            left.unlink()
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):
-            folder.rmdir()  # only if nothing was written into it
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which loader processes would inherit
+        except (BlockingIOError, PermissionError):
+            raise UserError(
+                f"run_dir {folder} is in use by {file.read().strip()}; end it, or set run_dir=... to another folder; if"
+                f" its machine is gone, delete {path}"
+            ) from None
+        except OSError as error:  # NFS without a lock daemon, Lustre
+            print(f"note: {folder} cannot be locked ({error.strerror}); start no second run there", file=sys.stderr)
+        try:
+            with naming(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
+            for left in folder.glob("*.tmp"):  # of a process that was killed while it wrote
+                left.unlink()
+            with naming(folder):  # a write whose error names no file, such as that of TensorBoard's events
+                yield
+        finally:
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()  # only if nothing was written into it

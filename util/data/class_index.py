@@ -4,6 +4,7 @@ The index is counted once from all masks and cached next to the list (``train.tx
 folder if that cannot be written.
 """
 
+import codecs
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -21,6 +22,15 @@ from util.data.images import image_size, read_class_ids
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_atomically
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # how PowerShell's > begins a file
+PREPARE = {
+    "pascal": "prepare_pascal.py --download --out data/pascal",
+    "coco": "prepare_coco.py --root COCO2014 --out data/coco",
+    "fss": "make_lists.py --root data/fss --out lists/fss",
+    "synthetic": "make_synthetic.py --out data/synthetic",
+}
+"""script that prepares the data of a list, by a folder in the list's path"""
 
 
 class Item(NamedTuple):
@@ -68,9 +78,10 @@ class ClassIndex:
 def read_list(path: Path, root: Path, make_item: MakeItem = Item) -> tuple[Item, ...]:
     """Read a list: a line holds 'image mask', two paths relative to ``root``. Blank lines are skipped."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        data = path.read_bytes()
+        lines = data.decode("utf-16" if data[:2] in UTF_16 else "utf-8-sig").splitlines()
     except FileNotFoundError:
-        raise UserError(f"list {path} does not exist; README tells how to prepare the data") from None
+        raise UserError(f"list {path.absolute()} does not exist; {how_to_prepare(path)}") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8
         raise UserError(f"list {path} cannot be read: {error}") from error
     items: dict[Item, int] = {}
@@ -101,7 +112,7 @@ def load_class_index(
     """Return the index of a list, from its cache or counted with all cores."""
     items = read_list(list_path, root, make_item)
     if not root.is_dir():
-        raise UserError(f"data.root {root} is no folder; README tells how to prepare the data")
+        raise UserError(f"data.root {root.absolute()} is no folder; {how_to_prepare(list_path)}")
     list_sha256 = hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
@@ -110,6 +121,12 @@ def load_class_index(
         counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
         write_cache(list_path, key, counts)
     return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
+
+
+def how_to_prepare(list_path: Path) -> str:
+    """Return the remedy for a list or a ``data.root`` that does not exist."""
+    script = next((f"'python scripts/{PREPARE[part]}'" for part in list_path.parts if part in PREPARE), "see README")
+    return f"relative paths begin where the command is started; to prepare the data: {script}"
 
 
 def line_of(item: Item, root: Path) -> str:

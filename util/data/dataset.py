@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from model import IGNORE
-from util.data.class_index import Item
+from util.data.class_index import ClassIndex
 from util.data.episodes import Episodes
 from util.data.images import read_image
 from util.errors import UserError
@@ -74,11 +74,15 @@ def target_of(ids: Tensor, value: Tensor | int) -> Tensor:
     return torch.where(ids == IGNORE, ids, (ids == value).to(ids.dtype))
 
 
-def read_image_and_ids(item: Item) -> tuple[np.ndarray, np.ndarray]:
-    """Read an image (H, W, 3), uint8 RGB, and its mask (H, W), uint8."""
+def read_image_and_ids(index: ClassIndex, line: int) -> tuple[np.ndarray, np.ndarray]:
+    """Read the image (H, W, 3), uint8 RGB, and the mask (H, W), uint8, of a line; the index must still be true."""
+    item = index.items[line]
     image, ids = read_image(item.image), item.read(item.mask)
     if image.shape[:2] != ids.shape:
         raise UserError(f"image {item.image} and mask {item.mask} are not the same size")
+    if ids.size - np.count_nonzero(ids) != index.pixels[line, 0]:
+        cache = f"{index.list_path}.index.npz"
+        raise UserError(f"mask {item.mask} has changed since it was indexed; start again, or delete {cache} first")
     return image, ids
 
 
@@ -90,12 +94,13 @@ class EpisodeDataset(Dataset[Episode]):
 
     def __getitem__(self, index: int) -> Episode:
         files = self.sampler(index)
-        items = [self.sampler.index.items[line] for line in (files.query, *files.supports)]
+        lines = (files.query, *files.supports)
+        items = [self.sampler.index.items[line] for line in lines]
         target = items[0].value_of(files.class_id)
         pixels = []
-        for position, item in enumerate(items):
+        for position, line in enumerate(lines):
             rng = np.random.default_rng([self.sampler.seed, 2, index, position])
-            image, ids = self.transform(*read_image_and_ids(item), target, rng)
+            image, ids = self.transform(*read_image_and_ids(self.sampler.index, line), target, rng)
             pixels.append(np.stack([*image.transpose(2, 0, 1), ids]))
         return Episode(
             pixels=torch.from_numpy(np.stack(pixels)),

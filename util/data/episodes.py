@@ -60,7 +60,7 @@ class EpisodeSampler:
                 raise UserError(
                     f"class '{class_names[c - 1]}' has {len(photos)} images with at least {min_area} pixels of it in"
                     f" {index.list_path}, but {shots}-shot episodes need {shots + 1}: lower data.shots or"
-                    " data.min_area, or add images"
+                    " data.min_area, add images, or name the class in data.left_out"
                 )
         self.queries = np.unique(np.concatenate(list(self.supports_of.values())))
         self._pass, self._order = -1, self.queries
@@ -122,6 +122,8 @@ def read_episodes(
                 raise ValueError("an image occurs twice in the episode")
             if record["class_id"] not in classes:
                 raise ValueError(f"class {record['class_id']} is not novel in this fold")
+            if absent := [line for line in (query, *supports) if not index.pixels[line, record["class_id"]]]:
+                raise ValueError(f"{index.items[absent[0]].mask} holds no pixel of class {record['class_id']}")
             episodes.append(EpisodeFiles(query, tuple(supports), record["class_id"]))
         except (ValueError, KeyError, TypeError) as error:
             reason = error if type(error) is ValueError else "not an episode of this list"

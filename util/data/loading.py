@@ -3,7 +3,6 @@
 import atexit
 import multiprocessing
 import multiprocessing.process
-import os
 import shutil
 import signal
 import sys
@@ -16,6 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from util.data.pool import usable_cores
 from util.errors import WORKER_KILLED, UserError
 
 T = TypeVar("T")
@@ -27,8 +27,7 @@ def usable_workers(workers: int, batch_bytes: int) -> int:
 
     Workers put batches into shared memory, of which a container has 64 MB by default.
     """
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(workers, allowed)
+    workers = min(workers, usable_cores())
     needed = batch_bytes * (2 * workers + 2)  # each worker has two batches ready or in transit
     if workers and SHARED.is_dir() and (free := shutil.disk_usage(SHARED).free) < needed:
         tqdm.write(
@@ -64,10 +63,12 @@ def load(dataset: Dataset[T], workers: int, *, batch_bytes: int = 0, **options: 
 def batches_of(loader: DataLoader[T]) -> Generator[T]:
     """Yield the batches of a loader; its workers end with this iterator, at the latest with the program."""
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
-    workers = set(multiprocessing.active_children()) - others
-    if workers:
-        atexit.register(_kill, workers)
+    try:
+        batches = iter(loader)
+    finally:  # also if not all of them could be started
+        workers = set(multiprocessing.active_children()) - others
+        if workers:
+            atexit.register(_kill, workers)
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:  # torch's error, or of the connection to the worker

@@ -1,5 +1,6 @@
 """Work on many files with all cores."""
 
+import os
 import signal
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,11 @@ T = TypeVar("T")
 WORTH_PROCESSES = 512  # shorter sequences are processed in the main process
 
 
+def usable_cores() -> int:
+    """Return the cores that this process may use: Slurm and docker allow fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def on_all_cores(
     function: Callable[[S], T], items: Sequence[S], title: str, *, unit: str = "image", progress: bool = True
 ) -> list[T]:
@@ -27,7 +33,7 @@ def on_all_cores(
     if len(items) < WORTH_PROCESSES:
         return list(bar(map(function, items)))
     # Ctrl-C reaches every process; the main one cancels the rest.
-    pool = ProcessPoolExecutor(initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(usable_cores(), initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
     try:
         return list(bar(pool.map(function, items, chunksize=64)))
     except BrokenProcessPool:

@@ -44,7 +44,7 @@ def published(items: Iterable[Item]) -> Published | None:
 def title_of(items: Iterable[Item]) -> str:
     """Return the name of a list on screen."""
     found = published(items)
-    return found.title if found else "unknown"
+    return found.title if found else "not a published list of PASCAL-5i"
 
 
 def is_benchmark(dataset: str) -> bool:

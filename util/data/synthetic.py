@@ -1,15 +1,16 @@
 """A small synthetic data set for few-shot segmentation, in the layout of PASCAL VOC.
 
-Every image shows 2 or 3 objects of different classes on an outdoor background. A class is one silhouette with one
-texture; colours are random for each object, so only shape and texture identify a class. The 20 classes form 4 folds
-of 5 consecutive ids. Each image is a pure function of (seed, split, index).
+Every image shows objects of different classes on an outdoor background: 2 or 3 large ones, or, in a set of the other
+kind, 5 to 8 small ones, many of them attached to each other. A class is one silhouette with one texture; colours are
+random for each object, so only shape and texture identify a class. The 20 classes form 4 folds of 5 consecutive ids.
+Each image is a pure function of (kind, seed, split, index).
 """
 
 import colorsys
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -28,9 +29,23 @@ SPLITS = ("train", "val")
 JPEG_QUALITY = 92
 MIN_VISIBLE = 0.7  # share of each object's pixels that later objects leave visible
 SUPERSAMPLING = 3
-DECK_SIZES = (2, 2, 2, 2, 3, 3, 3, 3)  # objects in 8 images that together show each of the 20 classes once
 TURN = np.linspace(0, 2 * np.pi, 160, endpoint=False)
 ARC = np.linspace(-1, 1, 60)
+
+
+class Kind(NamedTuple):
+    """The numbers in which two kinds of sets differ."""
+
+    deck: tuple[int, ...]  # objects in so many images that together show each of the 20 classes once
+    shorter: tuple[int, int]  # side of the image in pixels: at least, less than
+    longer: tuple[int, int]
+    diameter: tuple[float, float, float]  # of an object, in shorter sides: at least, at most, less per object
+    finest: float  # lower bound of the factor by which small objects have a finer texture
+    attached: float  # probability that an object touches or overlaps the one before it
+
+
+LARGE = Kind((2, 2, 2, 2, 3, 3, 3, 3), (112, 129), (144, 161), (0.42, 0.72, 0.05), finest=0.85, attached=0)
+SMALL = Kind((5, 7, 8), (128, 145), (168, 187), (0.17, 0.3, 0), finest=0.6, attached=0.5)
 
 
 def polar(radius: Array | float, angle: Array) -> Array:
@@ -245,7 +260,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> Array:
     return image + (ground - image) * np.clip(y - edge, 0, 1)[..., None]
 
 
-def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> tuple[Array, Array]:
+def render_object(rng: np.random.Generator, class_id: int, diameter: float, finest: float) -> tuple[Array, Array]:
     """Draw an object with the area of a disc of `diameter` pixels: colour (h, w, 3) and coverage (h, w), 0..1."""
     outline, texture = OUTLINES[class_id - 1], CLASSES[class_id - 1][2]
     turn, aspect = rng.uniform(-0.6, 0.6), rng.uniform(0.9, 1.1)
@@ -262,7 +277,7 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> t
     alpha = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
     pixels = np.stack(np.meshgrid(np.arange(width) + corner[0], np.arange(height) + corner[1]), axis=-1)
-    period = rng.uniform(10, 13) * np.clip(diameter / 70, 0.85, 1.2)
+    period = rng.uniform(10, 13) * np.clip(diameter / 70, finest, 1.2)
     surface = cv2.perspectiveTransform(pixels, np.linalg.inv(view)) * diameter / period
     surface = surface + rng.uniform(-0.3, 0.3, 2)
     field = texture(surface[..., 0], surface[..., 1], rng.random((2, 8, 8)) - 0.5)
@@ -280,14 +295,25 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float) -> t
     return colour * shade[..., None], alpha
 
 
-def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]) -> tuple[slice, slice] | None:
+def rim(region: Array) -> Array:
+    """Return the pixels (N, 2) of a region that border on pixels outside it."""
+    region = region.astype(np.uint8)
+    return np.argwhere(region > cv2.erode(region, np.ones((3, 3), np.uint8)))
+
+
+def place(
+    rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int], attached: bool = False
+) -> tuple[slice, slice] | None:
     """Find a random window for a new object; None if every window that was tried hides too much (MIN_VISIBLE).
 
     `owner` (H, W) holds the 1-based number of the object visible at each pixel, `areas` their full pixel counts.
+    An attached object's rim meets that of the last object, unless that would place it beyond the image.
     """
     room = np.subtract(owner.shape, alpha.shape)
+    rims = [rim(owner == len(areas)), rim(alpha > 0.5)] if attached else []
     for share in np.linspace(1, MIN_VISIBLE, 30) if room.min() >= 0 else ():
-        top, left = rng.integers(room + 1)
+        corner = np.subtract(*map(rng.choice, rims)) if rims else rng.integers(room + 1)
+        top, left = np.clip(corner, 0, room)
         window = slice(top, top + alpha.shape[0]), slice(left, left + alpha.shape[1])
         still = owner.copy()
         still[window][alpha > 0.5] = 0
@@ -297,30 +323,32 @@ def place(rng: np.random.Generator, alpha: Array, owner: Array, areas: list[int]
     return None
 
 
-def classes_of(seed: int, split: str, index: int) -> list[int]:
-    """Draw the 2 or 3 different class ids of an image; each run of 8 images shows every class once."""
-    block, position = divmod(index, len(DECK_SIZES))
+def classes_of(seed: int, split: str, index: int, kind: Kind = LARGE) -> list[int]:
+    """Draw the different class ids of an image; each run of as many images as the deck shows every class once."""
+    block, position = divmod(index, len(kind.deck))
     rng = np.random.default_rng([seed, SPLITS.index(split), 0, block])
-    ends = np.cumsum(rng.permutation(DECK_SIZES))
+    ends = np.cumsum(rng.permutation(kind.deck))
     return np.split(rng.permutation(len(CLASSES)) + 1, ends[:-1])[position].tolist()
 
 
-def make_image(seed: int, split: str, index: int) -> tuple[Array, Array]:
+def make_image(seed: int, split: str, index: int, kind: Kind = LARGE) -> tuple[Array, Array]:
     """Make image (H, W, 3) and mask (H, W) number `index` of a split, both uint8."""
     rng = np.random.default_rng([seed, SPLITS.index(split), 1, index])
-    height, width = int(rng.integers(112, 129)), int(rng.integers(144, 161))
+    height, width = int(rng.integers(*kind.shorter)), int(rng.integers(*kind.longer))
     if rng.uniform() < 0.3:
         height, width = width, height
     image = background(rng, height, width)
     owner = np.zeros((height, width), np.uint8)
-    classes, areas = classes_of(seed, split, index), list[int]()
+    classes, areas = classes_of(seed, split, index, kind), list[int]()
     shadow_shift = rng.uniform((-4, 2), (4, 6))
+    least, most, less = kind.diameter
     for number, class_id in enumerate(classes, start=1):
-        diameter = min(height, width) * rng.uniform(0.42, 0.72 - 0.05 * len(classes))
-        colour, alpha = render_object(rng, class_id, diameter)
-        while (window := place(rng, alpha, owner, areas)) is None:
+        diameter = min(height, width) * rng.uniform(least, most - less * len(classes))
+        attached = kind.attached > 0 and number > 1 and rng.uniform() < kind.attached
+        colour, alpha = render_object(rng, class_id, diameter, kind.finest)
+        while (window := place(rng, alpha, owner, areas, attached)) is None:
             diameter *= 0.93
-            colour, alpha = render_object(rng, class_id, diameter)
+            colour, alpha = render_object(rng, class_id, diameter, kind.finest)
         areas.append(int((alpha > 0.5).sum()))
         owner[window][alpha > 0.5] = number
         move = np.column_stack([np.eye(2), shadow_shift + np.array([window[1].start, window[0].start])])
@@ -345,12 +373,14 @@ def generate(
     train: int = 600,
     val: int = 300,
     seed: int = 0,
+    small: bool = False,
     progress: Callable[[list[tuple[str, int]]], Iterable[tuple[str, int]]] = iter,
 ) -> bool:
     """Write the data set below `root`; return False, with nothing written, if it is already complete."""
     root = Path(root)
     record = root / "generator.json"
-    parameters = json.dumps({"version": VERSION, "train": train, "val": val, "seed": seed}) + "\n"
+    values = {"version": VERSION, "train": train, "val": val, "seed": seed} | ({"small": True} if small else {})
+    parameters = json.dumps(values) + "\n"
     items = [(split, index) for split, count in zip(SPLITS, (train, val), strict=True) for index in range(count)]
     texts = {"classes.txt": list(CLASS_NAMES)}
     for split in SPLITS:
@@ -363,7 +393,7 @@ def generate(
         (root / folder).mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)  # written last: an interrupted call is not taken for complete
     for item in progress(items):
-        image, mask = make_image(seed, *item)
+        image, mask = make_image(seed, *item, SMALL if small else LARGE)
         image_name, mask_name = file_names(*item)
         jpeg = encoded(Image.fromarray(image), "JPEG", quality=JPEG_QUALITY)
         write_bytes(root / image_name, jpeg, force=False)

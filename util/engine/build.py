@@ -1,4 +1,4 @@
-"""Config to model, loss and loaders: the only file that knows both the configuration and the network."""
+"""Config to model, loss and loaders: the only file that builds the network."""
 
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -16,7 +16,7 @@ from model.ntrenet import NTRENet, NTRENetOutput, build_ntrenet
 from model.parallel import processes, rank
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsInfo
-from util.config import Config
+from util.config import WHICH_GPU, Config
 from util.data.class_index import ClassIndex, load_class_index
 from util.data.dataset import Episode, EpisodeDataset, collate
 from util.data.episodes import Episodes, EpisodeSampler
@@ -61,7 +61,8 @@ def find_hardware(device: str, precision: str) -> Hardware:
     names = {"device": ("auto", "cpu", "cuda"), "precision": ("auto", *PRECISION)}
     for (key, known), value in zip(names.items(), (device, precision), strict=True):
         if value not in known:
-            raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}")
+            hint = f"; {WHICH_GPU}" if key == "device" else ""
+            raise UserError(f"{key} must be one of {', '.join(known)}, got {value!r}{hint}")
     available = torch.cuda.is_available()
     if device == "cuda" and not available:
         raise UserError("device=cuda, but torch sees no CUDA device; set device=cpu or install a CUDA build of torch")

@@ -4,6 +4,8 @@ A query's pixels are of three regions: the target, other objects (of any other c
 episode the scores of every region are counted in bins; everything below follows from these counts.
 """
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,17 +14,19 @@ from model import IGNORE
 from model.ntrenet import NTRENet
 from util.config import Config
 from util.data.class_index import ClassIndex
+from util.data.episodes import find_supports
 from util.data.folds import base_classes
 from util.engine.build import Hardware, build_eval_sampler
 from util.engine.evaluation import NetworkMethod, evaluate
 from util.engine.interruption import Interruption
 from util.engine.metrics import scores
-from util.errors import UserError
 from util.progress import progress
 
 REGIONS = ("target", "other objects", "background")
-THRESHOLDS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 """of the probability"""
+EPISODES = 200
+"""of base classes, by which a threshold is chosen, whatever ``eval.episodes`` is: few choose it by chance"""
 EDGES = torch.tensor(np.unique([*np.linspace(-15, 15, 601), *(np.log(t / (1 - t)) for t in THRESHOLDS)]))
 """of the bins of logits; every threshold is an edge"""
 
@@ -59,6 +63,11 @@ def miou_by_threshold(counts: np.ndarray, class_ids: np.ndarray, classes: dict[i
     return found
 
 
+def best_threshold(mious: Mapping[float, float]) -> float:
+    """Return the threshold with the highest mIoU, of equals the one nearest to 0.5."""
+    return max(mious, key=lambda threshold: (mious[threshold], -abs(threshold - 0.5)))
+
+
 def predicted_share(counts: np.ndarray, threshold: float = 0.5) -> np.ndarray:
     """Return the share of each region's pixels that is predicted as target: (..., 3), NaN for an empty region."""
     with np.errstate(invalid="ignore"):
@@ -85,23 +94,20 @@ def calibrated_threshold(
     Networks under-segment classes that they were not trained on: 0.5 leaves most of their pixels out. It is 0.5 also
     if no base class has enough images in the validation list.
     """
-    classes = [c for c in base_classes(config.data) if _has_episodes(index, c, config)]
+    classes = held_out(base_classes(config.data), index, config)
     if not classes:
         return 0.5
-    sampler = build_eval_sampler(config, index, seed=0, classes=tuple(classes))
-    episodes = [sampler(number) for number in range(min(config.eval.episodes, 200))]
+    sampler = build_eval_sampler(config, index, seed=0, classes=classes)
+    episodes = [sampler(number) for number in range(EPISODES)]
     method = NetworkMethod(model, config, hardware)
     with progress(total=len(episodes), desc="calibration", unit="episode", leave=False) as bar:
         found = evaluate(method, index, episodes, config=config, bar=bar, stop=stop, measure=histogram, alone=True)
     class_ids = np.array([episode.class_id for episode in episodes])
     names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
-    mious = miou_by_threshold(found["network"], class_ids, names)
-    return max(mious, key=lambda threshold: mious[threshold])
+    return best_threshold(miou_by_threshold(found["network"], class_ids, names))
 
 
-def _has_episodes(index: ClassIndex, class_id: int, config: Config) -> bool:
-    try:
-        build_eval_sampler(config, index, seed=0, classes=(class_id,))
-    except UserError:
-        return False
-    return True
+def held_out(classes: Sequence[int], index: ClassIndex, config: Config) -> tuple[int, ...]:
+    """Return the classes that have enough images for episodes in the validation list."""
+    lines = find_supports(index, classes, config.data.min_area)
+    return tuple(c for c in classes if len(np.unique(index.photos[lines[c]])) > config.data.shots)

@@ -7,6 +7,7 @@ class and query, so that images come together; results are in the order of the e
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from model.ntrenet import NTRENet, NTRENetOutput
 from model.ops import resize
 from model.parallel import processes, rank
 from util.config import Config
-from util.data.class_index import ClassIndex, Item
+from util.data.class_index import ClassIndex
 from util.data.dataset import read_image_and_ids, target_of
 from util.data.episodes import EpisodeFiles
 from util.data.loading import load
@@ -46,6 +47,8 @@ class Method(ABC):
 
     owner: tuple[object, ...]
     """everything that entries depend on"""
+    read: Callable[[np.ndarray, np.ndarray], Any]
+    """prepares an image (H, W, 3) and its mask (H, W) in a loader process, which may be spawned and gets this alone"""
 
     @abstractmethod
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
@@ -56,12 +59,8 @@ class Method(ABC):
         """Return the memory of an entry."""
 
     @abstractmethod
-    def read(self, image: np.ndarray, ids: np.ndarray) -> Any:
-        """Prepare an image (H, W, 3) and its mask (H, W), in a loader process: numpy arrays."""
-
-    @abstractmethod
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
-        """Compute entries; ``samples`` has what :meth:`read` returned for the line of every missing (line, IMAGE)."""
+        """Compute entries; ``samples`` has what ``read`` returned for the line of every missing (line, IMAGE)."""
 
     @abstractmethod
     def predict(
@@ -100,6 +99,7 @@ class NetworkMethod(Method):
         self.model, self.hardware, self.predictors = model.eval(), hardware, predictors
         self.size, self.geometry = config.data.image_size, config.eval.geometry
         self.owner = (model.backbone, self.size, hardware.precision)
+        self.read = partial(_fit, size=self.size)
 
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
         """Query and supports; the high features of a support depend on its target."""
@@ -113,10 +113,6 @@ class NetworkMethod(Method):
         if key[1] == IMAGE:
             return positions * backbone.middle_channels + 2 * self.size**2
         return positions * backbone.high_channels
-
-    def read(self, image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Fit the image and its mask to the network's input."""
-        return *fit(image, ids, self.size), ids.copy()  # writable
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
         """Run the backbone on new images, and to its end on those that serve as queries and supports."""
@@ -163,6 +159,11 @@ class NetworkMethod(Method):
             ]
             for name, predict in self.predictors.items()
         }
+
+
+def _fit(image: np.ndarray, ids: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Fit an image and its mask to the network's input."""
+    return *fit(image, ids, size), ids.copy()  # writable
 
 
 def confusion_of(score: Tensor, ids: Tensor, value: int) -> Tensor:
@@ -230,20 +231,22 @@ def batches_in_order(episodes: Sequence[EpisodeFiles], size: int, alone: bool) -
 class ImageDataset(Dataset[dict[int, Any]]):
     """Item n holds the samples of the images that step n of a plan is missing, by line."""
 
-    def __init__(self, method: Method, items: Sequence[Item], steps: Sequence[list[int]]) -> None:
-        self.method, self.items, self.steps = method, items, steps
+    def __init__(
+        self, read: Callable[[np.ndarray, np.ndarray], Any], index: ClassIndex, steps: Sequence[list[int]]
+    ) -> None:
+        self.read, self.index, self.steps = read, index, steps
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> dict[int, Any]:
-        return {line: self.method.read(*read_image_and_ids(self.items[line])) for line in self.steps[index]}
+        return {line: self.read(*read_image_and_ids(self.index, line)) for line in self.steps[index]}
 
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
-    dataset = ImageDataset(method, index.items, [lines for lines in missing if lines])
+    dataset = ImageDataset(method.read, index, [lines for lines in missing if lines])
     workers = config.workers if len(dataset) else 0
     # dict collates as it is: numpy arrays are sent by value, so nothing is kept in shared memory
     return load(dataset, workers, batch_size=None, collate_fn=dict)

@@ -79,9 +79,9 @@ class TrainingLog:
         write_json(path, record)
         keep_json_lines(self.folder / "metrics.jsonl", lambda line: line["step"] <= training.finished_step)
 
-    def timed(self, batches: Iterable[Any], epoch: int) -> Iterator[Any]:
+    def timed(self, batches: Iterable[Any], epoch: str) -> Iterator[Any]:
         """Yield the batches of an epoch, and say at its end if the loader was the limit."""
-        self.bar.set_description(f"epoch {epoch}/{self.config.train.epochs}", refresh=False)
+        self.bar.set_description(epoch, refresh=False)
         ready, began, waited, steps = iter(batches), time.perf_counter(), 0.0, 0
         while True:
             asked = time.perf_counter()
@@ -98,7 +98,7 @@ class TrainingLog:
             self.events.add_scalar("episodes_per_second", speed, self.bar.n)
             if waited > LOADER_IS_THE_LIMIT * seconds:
                 self.bar.write(
-                    f"epoch {epoch}: {waited / seconds:.0%} of the time was spent waiting for images: the loader"
+                    f"{epoch}: {waited / seconds:.0%} of the time was spent waiting for images: the loader"
                     f" is the limit, raise workers (now {self.config.workers})"
                 )
 

@@ -45,7 +45,7 @@ def table(results: dict[str, Any]) -> str:
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
         rows.append(["calibrated", cell(other["miou"]), why])
     for name, baseline in results.get("baselines", {}).items():
-        rows.append([name.replace("_", " "), f"{baseline['miou']:.1f}", "mIoU without training, same episodes"])
-    if "miou" in results:
-        rows += [["time", f"{results['seconds']:.0f} s"], ["peak memory", f"{results['peak_memory_mib']:.0f} MiB"]]
+        others = f"FB-IoU {cell(baseline['fb_iou'])}, precision {cell(baseline['precision'])}"
+        rows.append([name.replace("_", " "), cell(baseline["miou"]), f"mIoU without training, same episodes; {others}"])
+    rows += [["time", f"{results['seconds']:.0f} s"], ["peak memory", f"{results['peak_memory_mib']:.0f} MiB"]]
     return f"\n{heading}\n" + textwrap.indent(tabulate(rows, tablefmt="plain", disable_numparse=True), "  ")

@@ -1,6 +1,5 @@
 """Training: the state of a run, its loop, and how it starts or resumes."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,8 +34,8 @@ SELECTION = {
     "last": "the last checkpoint",
 }
 """which checkpoint best.pt is, for each value of ``eval.select``"""
-FEW_STEPS, USUAL_STEPS = 300, 600
-"""steps below which a run has hardly begun to learn, and those of a short run that has"""
+FEW_STEPS = 300
+"""steps below which a run has hardly begun to learn"""
 
 
 @dataclass
@@ -81,9 +80,9 @@ class Training:
         """Complete the epoch that ends at step ``end``; ``miou`` is -1 if no evaluation was due.
 
         Returns:
-            whether it is the highest so far
+            whether it is the highest so far; the later of equals, which are zeros if nothing is predicted at 0.5 yet
         """
-        improved = miou > self.best_miou
+        improved = miou >= max(self.best_miou, 0.0)
         self.best_miou = max(self.best_miou, miou)
         self.sums = dict.fromkeys(self.sums, 0.0)
         self.finished_step = end
@@ -306,7 +305,6 @@ def announce(training: Training, data: Data, steps: int) -> None:
         print(f"left out for novel classes in them (data.novel_in_train=drop), images of each class: {left_out}")
     if steps < FEW_STEPS:
         print(
-            f"warning: {steps} steps are too few to learn from (the quick start takes 584): raise train.epochs to"
-            f" {math.ceil(USUAL_STEPS * config.train.epochs / steps)}, or do without training: predict.py without"
-            " --checkpoint"
+            f"warning: {steps} steps are too few to learn from (the quick start takes 584): set train.steps=600, or do"
+            " without training: predict.py without --checkpoint"
         )

@@ -31,6 +31,7 @@ class TrainingFreeMethod(Method):
     def __init__(self, segmenter: TrainingFreeSegmenter) -> None:
         self.segmenter = segmenter
         self.owner = (segmenter.model, segmenter.SIDE, segmenter.hardware.precision)
+        self.read = _read
 
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
         """Return one key for each image."""
@@ -39,10 +40,6 @@ class TrainingFreeMethod(Method):
     def nbytes(self, key: Key) -> int:
         """Estimate the bytes of a square image's features, in float32, and of an image and mask of 500 x 500."""
         return 4 * self.segmenter.model.channels * (self.segmenter.SIDE // 8 + 1) ** 2 + 4 * 500**2
-
-    def read(self, image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the image and a writable copy of its mask."""
-        return image, ids.copy()
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
         """Compute the features of each image."""
@@ -68,3 +65,8 @@ class TrainingFreeMethod(Method):
             for name, values_of in zip(scores, (probability, sharp), strict=True):
                 scores[name].append(torch.from_numpy(values_of).to(self.segmenter.hardware.device) - 0.5)
         return scores
+
+
+def _read(image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the image and a writable copy of its mask."""
+    return image, ids.copy()
