@@ -49,8 +49,8 @@ from tabulate import tabulate
 from model import IGNORE
 from scripts.check_data import check_item
 from util.data.class_index import Item
-from util.data.images import encoded_mask, image_size, opened, read_class_ids, seen_target
-from util.data.pairs import find_in_one_folder, find_pairs, pair
+from util.data.images import class_ids_of, encoded_mask, image_size, opened, read_class_ids, seen_target
+from util.data.pairs import find_files, find_pairs, pair
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import write_bytes, write_text
@@ -201,18 +201,15 @@ def make_masks_of_colours(items: list[Item], folder: Path, path: Path, made: Pat
 
 def ids_of(path: Path, values: dict[tuple[int, ...], int], coloured: bool) -> np.ndarray:
     """Class ids (H, W), uint8, of a mask with the value of each colour; an id counts as the grey (id, id, id)."""
-    if coloured:
-        with opened(path, f"mask {path}") as image:
-            colours = np.asarray(image.convert("RGB"))
-    else:
-        colours = np.stack([read_class_ids(path)] * 3, 2)
-    ids, unknown = np.zeros(colours.shape[:2], np.uint8), np.ones(colours.shape[:2], bool)
+    with opened(path, f"mask {path}") as image:
+        grey = None if coloured else class_ids_of(image, f"mask {path}")
+        colours = np.asarray(image.convert("RGB")) if grey is None else np.stack([grey] * 3, 2)
+    ids = np.full(colours.shape[:2], -1)
     for colour, value in values.items():
-        here = (colours == colour).all(2)
-        ids[here], unknown[here] = value, False
-    if unknown.any():
-        raise UserError(f"--colours has no line 'name:r,g,b' or 'id,name' for {colours[unknown][0].tolist()} in {path}")
-    return ids
+        ids[(colours == colour).all(2)] = value
+    if (ids < 0).any():
+        raise UserError(f"--colours has no line 'name:r,g,b' or 'id,name' for {colours[ids < 0][0].tolist()} in {path}")
+    return ids.astype(np.uint8)
 
 
 def write_mask(maker: tuple[Path, Callable[[], np.ndarray]]) -> None:
@@ -313,7 +310,7 @@ def list_folders(root: Path, out: Path, seed: int) -> None:
 def find_lines(root: Path) -> dict[str, list[str]]:
     """Find the 'image mask' lines of each class by the class's name."""
     images, masks = (
-        {n: f for n, f in files.items() if n.count("/") == 1} for files in find_in_one_folder(root, root / MADE)
+        {n: f for n, f in files.items() if n.count("/") == 1} for files in find_files(root, root, root / MADE)
     )
     pairs = pair(images, masks)
     lines: dict[str, list[str]] = {}

@@ -100,12 +100,12 @@ def seen_target(image: Image.Image, *, single: bool = False) -> np.ndarray | Non
             return alpha > alpha.max() / 2
     if image.mode in ("1", "L") or image.mode.startswith(("I", "F")):
         return white_on_black(np.asarray(image), single=single)
-    pixels = np.asarray(image.convert("RGB"))
-    light = pixels.max(2)
-    if (light - pixels.min(2)).max() <= TINT * (light.max() >= 240):
+    red, green, blue = (np.asarray(band) for band in image.convert("RGB").split())
+    light = np.maximum(np.maximum(red, green), blue)
+    if (light - np.minimum(np.minimum(red, green), blue)).max() <= TINT * (light.max() >= 240):
         return white_on_black(light, single=single)
     lit = light > 0
-    return lit if (pixels[lit] == pixels[lit][0]).all() and not lit.all() else None
+    return lit if not lit.all() and all(np.ptp(band[lit]) == 0 for band in (red, green, blue)) else None
 
 
 def white_on_black(values: np.ndarray, *, single: bool = False) -> np.ndarray | None:

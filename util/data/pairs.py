@@ -17,51 +17,51 @@ EXPORTS = {
 
 
 def find_pairs(image_folder: Path, mask_folder: Path, *, without: Path) -> dict[Path, Path]:
-    """Return the mask of each image in two folders, or in one; files below ``without`` are left out.
-
-    In one folder masks are PNGs: 1.png is the mask of 1.jpg, or 1_mask.png of 1.png. Files without a partner are named.
-    """
-    if image_folder.resolve() == mask_folder.resolve():
-        images, masks = find_in_one_folder(image_folder, without)
-    else:
-        images, masks = (find_files(folder, SUFFIXES, without) for folder in (image_folder, mask_folder))
+    """Return the mask of each image; files without a partner are named, those below ``without`` are left out."""
+    images, masks = find_files(image_folder, mask_folder, without)
     pairs = pair(images, masks)
     if not pairs:
         shown = " and ".join(str(next(iter(files.values()), "none")) for files in (images, masks))
         hint = next((hint for pattern, hint in EXPORTS.items() if any(mask_folder.rglob(pattern))), "")
         raise UserError(f"no image in {image_folder} has a mask of its name in {mask_folder}, see {shown}{hint}")
     paired = {*pairs, *pairs.values()}
-    lonely = {"mask": {*images.values()}, "image": {*masks.values()} - {*images.values()}}
-    for missing, files in lonely.items():
-        if left := sorted(str(path) for path in files if path not in paired):
+    for missing, files in (("mask", {*images.values()}), ("image", {*masks.values()} - {*images.values()})):
+        if left := sorted(map(str, files - paired)):
             print(f"left out, no {missing}: {first_of(left, separator=', ')}")
     return pairs
 
 
-def find_in_one_folder(folder: Path, without: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Return the images in a folder that holds their masks too, and the PNGs that may be masks, by name."""
-    masks = find_files(folder, FORMATS["PNG"], without)
-    return masks | find_files(folder, NOT_PNG, without), masks
+def find_files(image_folder: Path, mask_folder: Path, without: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Find images and masks by name. In one folder masks are PNGs: 1.png is that of 1.jpg, or 1_mask.png of 1.png."""
+    if image_folder.resolve() != mask_folder.resolve():
+        return by_name(image_folder, SUFFIXES, without), by_name(mask_folder, SUFFIXES, without)
+    masks = by_name(mask_folder, FORMATS["PNG"], without)
+    return masks | by_name(image_folder, NOT_PNG, without), masks
 
 
-def find_files(folder: Path, suffixes: Sequence[str], without: Path) -> dict[str, Path]:
-    """Return the images below a folder by name: the relative path without suffix, composed (NFC), in small letters."""
+def by_name(folder: Path, suffixes: Sequence[str], without: Path) -> dict[str, Path]:
+    """Return the images below a folder by their relative paths without suffix."""
     found: dict[str, Path] = {}
     for path in image_files(folder, suffixes):
-        name = unicodedata.normalize("NFC", path.relative_to(folder).with_suffix("").as_posix()).casefold()
+        name = spelled(path.relative_to(folder).with_suffix("").as_posix())
         if without.absolute() not in path.absolute().parents and found.setdefault(name, path) != path:
             raise UserError(f"{found[name]} and {path} have the same name but for the suffix; rename or remove one")
     return found
+
+
+def spelled(name: str) -> str:
+    """Return a name in one spelling: macOS decomposes letters, and Windows ignores capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
 
 
 def pair(images: dict[str, Path], masks: dict[str, Path]) -> dict[Path, Path]:
     """Return the mask of each image: a mask's name is that of its image and an ending, the same for all, often none."""
     endings: Counter[str] = Counter()
     for name, mask in masks.items():
-        for end in range(len(name), 0, -1):
-            if images.get(name[:end], mask) != mask:
-                endings[name[end:]] += not name[end : end + 1].isdigit()  # 10 is not the mask of 1
-                break
+        end = next((n for n in range(len(name), 0, -1) if images.get(name[:n], mask) != mask), 0)
+        # 10 is not the mask of 1, nor cats of cat; 1mask is
+        if end and not (name[end:] and (name[end].isdigit() or name[end - 1 : end + 1].isalpha())):
+            endings[name[end:]] += 1
     ranked = sorted(endings, key=lambda ending: (-endings[ending], len(ending)))
     if len(ranked) > 1 and ranked[0] and endings[ranked[0]] == endings[ranked[1]]:
         raise UserError(

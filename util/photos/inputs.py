@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError
 
 from util.config import Section, read_yaml
 from util.data.images import SUFFIXES, image_files
+from util.data.pairs import pair, spelled
 from util.errors import UserError, first_of
 from util.photos.edges import mask_in_box
 from util.photos.images import read_mask_on, read_upright
@@ -51,10 +52,11 @@ def find_ground_truths(path: Path, queries: dict[str, Path]) -> dict[str, Path]:
         if len(queries) != 1:
             raise UserError(f"--ground-truth {path} is no folder, and there are {len(queries)} queries")
         return dict.fromkeys(queries, path)
-    masks = find_images([path])
-    if missing := [name for name in queries if name not in masks]:
+    images, masks = ({spelled(name): file for name, file in files.items()} for files in (queries, find_images([path])))
+    pairs = pair(images, masks)
+    if missing := [name for name, file in queries.items() if file not in pairs]:
         raise UserError(f"--ground-truth {path} lacks {len(missing)} of {len(queries)} queries: {first_of(missing)}")
-    return masks
+    return {name: pairs[file] for name, file in queries.items()}
 
 
 class TargetFiles(Section, strict=False):
