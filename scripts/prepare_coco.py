@@ -41,7 +41,7 @@ from util.files import link_or_copy, write_bytes, write_text
 EXPECTED = {"train": 82081, "val": 40137}  # images with at least one annotation, of 82783 and 40504
 CLASSES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
 OUT, LISTS = Path("data/coco"), Path("lists/coco")
-AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
+AGAIN = "unpack or export the annotations again"
 IMAGE = re.compile(r"[\w-]+\.jpg")  # names of images become names of masks, which must stay in their folder
 
 
@@ -100,20 +100,20 @@ def prepare_split(split: str, root: Path, out: Path) -> None:
 
 def read_jobs(path: Path) -> list[Job]:
     """The annotated images of one of COCO's annotation files, by name."""
-    _, jobs = read_instances(path, AGAIN, yaml.safe_load(CLASSES.read_text())["data"]["classes"])
+    _, jobs = read_instances(path, yaml.safe_load(CLASSES.read_text())["data"]["classes"])
     if strange := [job.name for job in jobs if not IMAGE.fullmatch(job.name)]:
         raise UserError(f"{path} is damaged, an image is named {strange[0]!r:.50}; {AGAIN}")
     return jobs
 
 
-def read_instances(path: Path, remedy: str, classes: list[str] | None = None) -> tuple[list[str], list[Job]]:
-    """The names of the categories, in the order of their ids, which must be ``classes``; and the annotated images."""
+def read_instances(path: Path, classes: list[str] | None = None) -> tuple[list[str], list[Job]]:
+    """The names of the categories, in the order of their ids, and the annotated images, by name."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         categories = sorted(data["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
-        if classes and names != classes:
-            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {remedy}")
+        if names != (classes or names):
+            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {AGAIN}")
         ids = {category["id"]: number for number, category in enumerate(categories, 1)}
         jobs = {}
         for image in data["images"]:
@@ -127,7 +127,7 @@ def read_instances(path: Path, remedy: str, classes: list[str] | None = None) ->
             jobs[image].shapes.append((number, value, entry["segmentation"]))
         return names, sorted((job for job in jobs.values() if job.shapes), key=lambda job: job.name)
     except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:  # ValueError: damaged JSON too
-        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {remedy}") from error
+        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {AGAIN}") from error
 
 
 def numbers(entry: dict[str, Any], *keys: str) -> list[int]:
@@ -150,19 +150,18 @@ def make_mask(job: Job, *, path: Path, folder: Path) -> bool:
     target = folder / job.mask
     if target.exists() and target.stat().st_mtime >= path.stat().st_mtime:
         return False
-    try:
-        mask = paint(job)
-    except Exception as error:  # pycocotools raises many kinds
-        raise UserError(f"{path}: an annotation of {job.name} is damaged ({error!r:.100}); {AGAIN}") from error
-    write_bytes(target, encoded_mask(mask), force=False)
+    write_bytes(target, encoded_mask(paint(job)), force=False)
     return True
 
 
-def paint(job: Job) -> np.ndarray:
-    """Paint the mask (H, W), uint8, of an image, by the overlap rule."""
+def paint(job: Job, path: Path | None = None) -> np.ndarray:
+    """Paint the mask (H, W), uint8, of an image, by the overlap rule; ``path`` is that of the JSON, read before."""
     layers = []
     for annotation, value, segmentation in job.shapes:
-        covered = cover(segmentation, job.height, job.width)
+        try:
+            covered = cover(segmentation, job.height, job.width)
+        except Exception as error:  # pycocotools raises many kinds
+            raise UserError(f"annotation {annotation} of {job.name} is damaged ({error!r:.100}); {AGAIN}") from error
         layers.append((value != IGNORE, -int(covered.sum()), annotation, value, covered))
     mask = np.zeros((job.height, job.width), np.uint8)
     for *_, value, covered in sorted(layers, key=lambda layer: layer[:3]):

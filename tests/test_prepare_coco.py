@@ -197,7 +197,7 @@ def test_a_value_of_another_kind_is_refused(place: str, key: str, value: Any, co
     code = {"segmentation": {"size": [HEIGHT, WIDTH], "counts": value}}
     data[place][0] |= code if key == "counts" else {key: value}
     path.write_text(json.dumps(data))
-    refused(run(), path.name, "is damaged", prepare_coco.AGAIN)
+    refused(run(), "is damaged", prepare_coco.AGAIN)
 
 
 def test_missing_and_damaged_files_end_in_one_line(coco: Path, run: Run) -> None:
