@@ -5,16 +5,17 @@ r"""Lists for your own data set, from a folder of images and one of masks, or fr
 
 An image and its mask have the same name but for the suffix, in the same subfolder; all masks may have one ending more,
 such as _mask. If both are in one folder, give it twice. Masks are PNGs whose grey values or palette indices are class
-ids: 0 background, classes 1, 2, ..., 255 ignored. Every file is opened and checked. train.txt and val.txt hold 'image
-mask' lines relative to --root. Every class has about --val of its images in val and, if there are enough, at least two
-in each list, which a 1-shot episode needs. A config for these data is written next to the lists, here
-data/mine/lists/mine.yaml, if there is none yet; values that no mask holds are in its data.left_out.
+ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked. train.txt and val.txt
+hold 'image mask' lines relative to --root. Every class has about --val of its images in val and, if there are enough,
+at least two in each list, which a 1-shot episode needs. A config for these data is written next to the lists, here
+data/mine/lists/mine.yaml, if there is none yet.
 
-    ... --images data/mine/images --masks data/mine/masks --colours labelmap.txt   # coloured masks
+    ... --images data/mine/images --masks data/mine/masks --colours labelmap.txt   # coloured masks, or ids with gaps
     ... --coco result.json [--images data/mine/images]                             # COCO's JSON of your own classes
 
 write masks of class ids into ROOT/class_ids first. labelmap.txt has a line 'name:r,g,b' for each class, as CVAT writes
-it; background and void are no classes. The images that a JSON names are looked for next to it, or in --images.
+it; background and void are no classes. The images that a JSON names are looked for next to it, or in --images. Classes
+that no mask shows are in data.left_out.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
@@ -69,7 +70,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of images; without it, ROOT holds a folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks")
     parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
-    parser.add_argument("--colours", type=Path, help="file that names the colours in the masks")
+    parser.add_argument("--colours", type=Path, help="file that names the colours, or grey values, in the masks")
     parser.add_argument("--coco", type=Path, help="COCO's JSON, instead of --masks")
     parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
@@ -133,8 +134,9 @@ def count_classes(items: list[Item], names: list[str], args: argparse.Namespace)
     """Open all files; return the names of the classes 1, 2, ..., and the pixels of each in each mask."""
     counts, problems = check_items(items, 254, "checking")
     pixels = np.array(counts).reshape(-1, 256)[:, 1:-1]
-    ids = np.flatnonzero(pixels.any(0)) + 1
-    if (problems or len(ids) < 2) and all(on_all_cores(is_white_on_black, items, "checking")):
+    ids = (np.flatnonzero(pixels.any(0)) + 1).tolist()
+    gaps = not (args.colours or args.coco) and ids != list(range(1, len(ids) + 1))
+    if (problems or gaps or len(ids) < 2) and all(on_all_cores(is_white_on_black, items, "checking")):
         raise UserError(
             f"the masks, such as {items[0].mask}, are white on black: one class, and training needs others to hold"
             " back. predict.py needs no training: --support IMAGE --mask MASK --query FOLDER. For several classes put"
@@ -142,11 +144,16 @@ def count_classes(items: list[Item], names: list[str], args: argparse.Namespace)
         )
     if problems:
         raise UserError(first_of(problems))
+    if gaps:
+        raise UserError(
+            f"class ids must run from 1 without gaps, the masks hold {first_of([*map(str, ids)], 20, ', ')}; renumber"
+            " them: --colours FILE, with a line 'name:r,g,b' for each (3,3,3 for the grey value 3)"
+        )
     if args.classes and not args.colours and not ids[-1] == len(names) == len(set(names)):
         raise UserError(
             f"--classes {args.classes} must hold {ids[-1]} different names, one a line, the first for value 1"
         )
-    names = names or [f"class_{value + 1}" for value in range(ids[-1])]
+    names = names or [f"class_{value}" for value in ids]
     return names, pixels[:, : len(names)]
 
 
