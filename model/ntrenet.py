@@ -191,7 +191,7 @@ class NTRENet(nn.Module):
                 resize(bg, size),
                 p_s,
                 resize(prior, size),
-                None if base is None else resize(base.elsewhere, size),
+                None if base is None else resize(base.distracting, size),
             )
             for eliminate, size in zip(self.eliminations, sizes, strict=True)
         )
@@ -230,6 +230,7 @@ def build_ntrenet(
     fem_prior: bool,
     do_similarity: bool,
     detach_initial: bool,
+    relative_target: bool,
     base_classes: int,
     channels: int,
     prototype_channels: int,
@@ -242,7 +243,7 @@ def build_ntrenet(
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
         elimination: "authors", at each of FEM's scales with a deeper BGMM and FM, or "single", once (figure 3).
-        do_average, do_similarity: see :mod:`model.doem`.
+        do_average, do_similarity, relative_target: see :mod:`model.doem`.
         fem_prior: FEM takes C_p in addition to P_DO.
         detach_initial: see :class:`model.matching.FeatureMatching`.
         base_classes: number of classes of the base learner; 0 for none.
@@ -265,7 +266,14 @@ def build_ntrenet(
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[
-            Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial) for _ in range(count)
+            Elimination(
+                **sizes,
+                deep=deep,
+                do_average=do_average,
+                relative_target=relative_target,
+                detach_initial=detach_initial,
+            )
+            for _ in range(count)
         ],
         per_scale=per_scale,
         fem_prior=fem_prior,

@@ -148,6 +148,8 @@ class ModelConfig(Section):
     """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = False
     """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
+    relative_target: bool = False
+    """ours: for Y_DO, y_ini is cut at half of its largest value in the image, so that a small target is left out"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
