@@ -151,7 +151,7 @@ class ModelConfig(Section):
     relative_target: bool = False
     """ours: for Y_DO, y_ini is cut at 0.4 of its largest value in the image, so that a small target is left out"""
     training_free: bool = False
-    """ours: in evaluation, the training-free score (model/training_free.py) of the middle features joins FEM's logits"""
+    """ours: in evaluation, the training-free score of the middle features is added to FEM's logits"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
