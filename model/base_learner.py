@@ -5,9 +5,9 @@ learns to mark their objects, also next to a novel target. Positions that resemb
 as distracting objects (DOEM and FEM take B). The features by which it tells base classes apart
 also tell novel ones apart, better than the backbone's: at the end its opinion joins FEM's prediction (A and B).
 
-    B(x) = sum_c p_c(x) (1 - s_c)                  p: probabilities of the base classes, s: their means over the target
-    A(x) = cos(h(x), h_s) - cos(h(x), h_q) / 2     h: the features before the classifier, h_s: their mean over the
-    y    = FEM's logits / 2 + 12 (A - 0.325) - 2 B    supports' target, h_q: over the whole query
+    B(x) = sum_c p_c(x) (1 - s_c)                 p: probabilities of the base classes, s: their means over the target
+    A(x) = cos(h(x), h_s) - cos(h(x), h_q) / 2    h: the features before the classifier, h_s: their mean over the
+    y    = FEM's logits + 12 (A - 0.325) - 2 B    supports' target, h_q: over the whole query
 
 How alike all positions are differs from set to set and from picture to picture; h_q takes half of that out of A.
 Positions of A above 0.325 are like the target, so they are no distracting objects of DOEM whatever B is.
@@ -114,4 +114,4 @@ def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
     If FEM were trained on the sum, it would rely on the base learner and generalise worse, so the sum is used at
     inference only.
     """
-    return logits / 2 + 12 * (maps.agreement - LIKE_THE_TARGET) - 2 * maps.elsewhere
+    return logits + 12 * (maps.agreement - LIKE_THE_TARGET) - 2 * maps.elsewhere

@@ -45,7 +45,7 @@ def mine_distracting_objects(
         bg_logits, initial_logits: of y_BG and y_ini, (B, 1, h, w)
         known: probability of other distracting objects (model/base_learner.py), (B, 1, h, w); positions above 0.5 join
             Y_DO
-        relative: ours: y_ini is binarised at 0.4 of its largest value in the image. On a small target it hardly ever
+        relative: ours: y_ini is binarised at 0.3 of its largest value in the image. On a small target it hardly ever
             exceeds 0.5, and Y_DO would cover the target.
     Returns:
         Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
@@ -53,7 +53,7 @@ def mine_distracting_objects(
     target = initial_logits > 0
     if relative:
         initial = initial_logits.sigmoid()
-        target = initial > 0.4 * initial.amax((-2, -1), keepdim=True)
+        target = initial > 0.3 * initial.amax((-2, -1), keepdim=True)
     mask = distracting_object_mask(bg_logits > 0, target)
     if known is not None:
         mask = torch.maximum(mask, (known > 0.5).to(mask.dtype))

@@ -67,7 +67,7 @@ class NTRENet(nn.Module):
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
     Table 3, FEM(X_BG, P^s, C_p). With ``eliminations`` FEM takes X_act, P_DO and, with ``fem_prior``, C_p, minus S_DO
     with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own elimination (the authors' code). With
-    ``training_free`` the score of model/training_free.py is added to FEM's logits, except in training mode.
+    ``training_free`` half the score of model/training_free.py is added to FEM's logits, except in training mode.
     """
 
     middle_scale: Tensor
@@ -142,7 +142,7 @@ class NTRENet(nn.Module):
         if self.training_free and not self.training:
             other = foreground((support_masks.flatten(0, 1) == 0).long(), (middle.shape[-2], middle.shape[-1]))
             shares = (share.squeeze(1).unflatten(0, shots) for share in (target, other))
-            logits = logits + episode_scores(query.middle, supports.middle, *shares)
+            logits = logits + episode_scores(query.middle, supports.middle, *shares) / 2
         if base is not None:
             logits = join_base(logits, base)
         output = NTRENetOutput(

@@ -56,7 +56,7 @@ def test_its_maps_join_the_logits_by_similarity_to_the_target_and_to_other_class
         h, h_s = query[b, :, i, j].tolist(), target[b].tolist()
         h_q = [sum(query[b, c].flatten().tolist()) / 6 for c in range(5)]
         agreement = cosine(h, h_s) - cosine(h, h_q) / 2
-        expected = logits[b, 0, i, j].item() / 2 + 12 * (agreement - 0.325) - 2 * elsewhere[b, 0, i, j].item()
+        expected = logits[b, 0, i, j].item() + 12 * (agreement - 0.325) - 2 * elsewhere[b, 0, i, j].item()
         assert got[b, 0, i, j].item() == pytest.approx(expected, abs=1e-5)
 
 

@@ -416,7 +416,7 @@ def test_the_full_network_is_the_papers_equations_in_the_plain_formulation(lite0
     x_act = conv2d(w, "eliminations.0.matching.conv", torch.cat([x_bg, expand_to(p_s, x_q), out.prior], 1)).relu()
     hidden = conv2d(w, "eliminations.0.matching.initial.0", x_act).relu()
     y_ini = conv2d(w, "eliminations.0.matching.initial.2", hidden)  # eq. 5-6
-    cut = 0.5 if printed else 0.4 * y_ini.sigmoid().amax((2, 3), keepdim=True)
+    cut = 0.5 if printed else 0.3 * y_ini.sigmoid().amax((2, 3), keepdim=True)
     y_do = 1 - ((y_bg.sigmoid() > 0.5) | (y_ini.sigmoid() > cut)).float()  # eq. 7
     area = y_do.sum((2, 3), keepdim=True) if printed else 81  # eq. 8, or a mean over the image
     p_do = (x_q * y_do).sum((2, 3), keepdim=True) / area

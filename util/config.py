@@ -149,9 +149,9 @@ class ModelConfig(Section):
     detach_initial: bool = False
     """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
     relative_target: bool = False
-    """ours: for Y_DO, y_ini is cut at 0.4 of its largest value in the image, so that a small target is left out"""
+    """ours: for Y_DO, y_ini is cut at 0.3 of its largest value in the image, so that a small target is left out"""
     training_free: bool = False
-    """ours: in evaluation, the training-free score of the middle features is added to FEM's logits"""
+    """ours: in evaluation, half the training-free score of the middle features is added to FEM's logits"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
