@@ -193,6 +193,8 @@ class LossWeights(Section):
     """L_PCL (eq. 10; gamma in eq. 11, its value from the authors' code); needs model.doem"""
     base: NonNegative = 3.0
     """the base learner's cross-entropy; without model.base_learner there is none"""
+    dice: NonNegative = 0.0
+    """beyond the paper: Dice loss of the final prediction, for small targets, which eq. 12 leaves below 0.5"""
 
 
 class LossConfig(LossWeights):
