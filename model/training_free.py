@@ -120,6 +120,24 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     return standardised(score).unflatten(0, size)
 
 
+def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """Compute :func:`target_score` of B episodes.
+
+    Args:
+        query: features (B, C, h, w)
+        supports: features (B, K, C, h, w)
+        target, other: shares of each support position, (B, K, h, w) in [0, 1]
+    Returns:
+        (B, 1, h, w), in float32 also under autocast
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = []
+        for q, s, t, o in zip(query.float(), supports.float(), target.float(), other.float(), strict=True):
+            described = Described(unit(s.transpose(0, 1).flatten(1)), t.flatten(), o.flatten())
+            scores.append(target_score(unit(q), described))
+        return torch.stack(scores).unsqueeze(1)
+
+
 class TrainingFree(nn.Module):
     """A frozen backbone with the features that :func:`target_score` compares."""
 

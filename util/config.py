@@ -148,6 +148,10 @@ class ModelConfig(Section):
     """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = False
     """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
+    relative_target: bool = False
+    """ours: for Y_DO, y_ini is cut at 0.3 of its largest value in the image, so that a small target is left out"""
+    training_free: bool = False
+    """ours: in evaluation, half the training-free score of the middle features is added to FEM's logits"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
@@ -189,6 +193,8 @@ class LossWeights(Section):
     """L_PCL (eq. 10; gamma in eq. 11, its value from the authors' code); needs model.doem"""
     base: NonNegative = 3.0
     """the base learner's cross-entropy; without model.base_learner there is none"""
+    dice: NonNegative = 0.0
+    """beyond the paper: Dice loss of the final prediction, for small targets, which eq. 12 leaves below 0.5"""
 
 
 class LossConfig(LossWeights):

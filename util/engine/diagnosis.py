@@ -23,7 +23,7 @@ from util.engine.metrics import scores
 from util.progress import progress
 
 REGIONS = ("target", "other objects", "background")
-THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 """of the probability"""
 EPISODES = 200
 """of base classes, by which a threshold is chosen, whatever ``eval.episodes`` is: few choose it by chance"""
