@@ -3,11 +3,19 @@ r"""Lists for your own data set, from a folder of images and one of masks, or fr
     python scripts/make_lists.py --root data/mine --images data/mine/images --masks data/mine/masks \
         --out data/mine/lists
 
-An image and its mask have the same name but for the suffix, in the same subfolder. Masks are palette or greyscale PNGs
-whose values are class ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked.
-train.txt and val.txt hold 'image mask' lines relative to --root. Every class has about --val of its images in val and,
-if there are enough, at least two in each list, which a 1-shot episode needs. A config for these data is written next to
-the lists, here data/mine/lists/mine.yaml, if there is none yet.
+An image and its mask have the same name but for the suffix, in the same subfolder; all masks may have one ending more,
+such as _mask. If both are in one folder, give it twice. Masks are PNGs whose grey values or palette indices are class
+ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked. train.txt and val.txt
+hold 'image mask' lines relative to --root. Every class has about --val of its images in val and, if there are enough,
+at least two in each list, which a 1-shot episode needs. A config for these data is written next to the lists, here
+data/mine/lists/mine.yaml, if there is none yet.
+
+    ... --images data/mine/images --masks data/mine/masks --colours labelmap.txt   # coloured masks, or ids with gaps
+    ... --coco result.json [--images data/mine/images]                             # COCO's JSON of your own classes
+
+write masks of class ids into ROOT/class_ids first. labelmap.txt has a line 'name:r,g,b' for each class, as CVAT writes
+it, or is a CSV of 'name,r,g,b' or 'id,name'; background and void are no classes. The images that a JSON names are
+looked for next to it, or in --images.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
@@ -23,8 +31,10 @@ import argparse
 import hashlib
 import math
 import os
+import re
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -36,17 +46,22 @@ import numpy as np
 import yaml
 from tabulate import tabulate
 
+from model import IGNORE
 from scripts.check_data import check_item
 from util.data.class_index import Item
-from util.data.images import SUFFIXES, image_size
+from util.data.images import class_ids_of, encoded_mask, image_size, opened, read_class_ids, seen_target
+from util.data.pairs import find_files, find_pairs, pair
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
-from util.files import write_text
+from util.files import write_bytes, write_text
 
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"  # the base of the config that is written
 CUSTOM_SIZE, BATCH_SIZE = 321, 8  # its data.image_size and train.batch_size
+EVALUATED = 200  # its eval.episodes
 STEPS = 600  # of a training, however few images there are
 EPISODE = 2  # images of a class that a 1-shot episode needs
+MADE = "class_ids"  # folder below --root for masks that are made here
+NO_CLASS = {"background": 0, "ignore": IGNORE, "void": IGNORE}  # mask values of names that are no class's
 
 
 def main() -> None:
@@ -56,13 +71,15 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of images; without it, ROOT holds a folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks")
     parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
+    parser.add_argument("--colours", type=Path, help="file that names the colours, or the ids, in the masks")
+    parser.add_argument("--coco", type=Path, help="COCO's JSON, instead of --masks")
     parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     args = parser.parse_args()
-    if (args.images is None) != (args.masks is None):
+    if (args.images is None) != (args.masks is None) and not args.coco:
         raise UserError("--images and --masks go together; without both, --root holds a folder for each class")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.images is None:
+    if args.images is None and not args.coco:
         list_folders(args.root, args.out, args.seed)
     else:
         list_pairs(args)
@@ -80,20 +97,16 @@ def name_in_list(path: Path, root: Path) -> str:
 
 
 def list_pairs(args: argparse.Namespace) -> None:
-    images, masks = find_files(args.images), find_files(args.masks)
-    for missing, files, others in (("mask", images, masks), ("image", masks, images)):
-        for stem in sorted(files.keys() - others.keys()):
-            print(f"left out, it has no {missing}: {files[stem]}")
-    items = [Item(images[stem], masks[stem]) for stem in sorted(images.keys() & masks.keys())]
-    if not items:
-        raise UserError(f"no file in {args.images} has a mask of the same name in {args.masks}")
+    made = args.root / MADE
+    names = read_names(args.classes) if args.classes else []
+    if args.coco:
+        items, names = make_masks_of_coco(args.coco, args.images or args.coco.parent, args.root, made)
+    else:
+        items = [Item(*pair) for pair in sorted(find_pairs(args.images, args.masks, without=made).items())]
+        if args.colours:
+            items, names = make_masks_of_colours(items, args.masks, args.colours, made)
     lines = [f"{name_in_list(item.image, args.root)} {name_in_list(item.mask, args.root)}" for item in items]
-    checked = on_all_cores(partial(check_item, num_classes=254), items, "checking")
-    if problems := [found for found in checked if isinstance(found, str)]:
-        raise UserError(first_of(problems))
-    pixels = np.array(checked)[:, 1:-1]  # of the values 1 ... 254
-    names = class_names(args.classes, pixels)
-    pixels = pixels[:, : len(names)]
+    names, pixels = check_items(items, names, args)
     order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
     in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
     if in_val.all() or not in_val.any():
@@ -104,6 +117,13 @@ def list_pairs(args: argparse.Namespace) -> None:
     rows = [[name, (~in_val & has).sum(), (in_val & has).sum()] for name, has in zip(names, pixels.T > 0, strict=True)]
     rows.append(["all images", (~in_val).sum(), in_val.sum()])
     print(tabulate(rows, ["class", "train", "val"], "plain", disable_numparse=True))
+    fewest = int((pixels[in_val] > 0).sum(0).min())
+    if (distinct := fewest * (fewest - 1)) < EVALUATED:
+        print(
+            f"\nnote: the {fewest} images of a class in val give {distinct} distinct episodes, and an evaluation draws"
+            f" {EVALUATED}: mIoU is mostly noise; add images, or raise --val"
+        )
+    print(f"\ntraining: {STEPS} steps of {BATCH_SIZE} episodes, about 15 minutes on one CPU core")
     config = args.out / f"{args.root.resolve().name}.yaml"
     if config.exists():
         print(f"\n{config} exists and was not changed; remove it to get one for these lists")
@@ -113,31 +133,112 @@ def list_pairs(args: argparse.Namespace) -> None:
     print(f"next: python scripts/check_data.py --config {config}")
 
 
-def find_files(folder: Path) -> dict[str, Path]:
-    """Images below a folder by their path without the suffix, relative to it; a UserError if two are the same."""
-    if not folder.is_dir():
-        raise UserError(f"folder {folder} does not exist")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
-            stem = path.relative_to(folder).with_suffix("").as_posix()
-            if stem in found:
-                raise UserError(f"{found[stem]} and {path} have the same name but for the suffix; rename or remove one")
-            found[stem] = path
-    return found
+def check_items(items: list[Item], names: list[str], args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
+    """Open all files; return the names of the classes, and the pixels of each in each mask."""
+    checked = on_all_cores(partial(check_item, num_classes=254), items, "checking")
+    problems = [found for found in checked if isinstance(found, str)]
+    pixels = np.array([found for found in checked if not isinstance(found, str)]).reshape(-1, 256)[:, 1:-1]
+    ids = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]  # those of the values 1 ... 254 that occur
+    gaps = ids != list(range(1, len(ids) + 1))
+    if (problems or gaps or len(ids) < 2) and all(on_all_cores(is_white_on_black, items, "checking")):
+        raise UserError(
+            f"the masks, such as {items[0].mask}, are white on black: one class, and training needs others to hold"
+            " back. predict.py needs no training: --support IMAGE --mask MASK --query FOLDER. For several classes put"
+            " the images and masks of each into a folder of its own, and give --root alone"
+        )
+    if problems:
+        kinds = {re.sub(r"\S*/\S*|\d+", "", problem): problem for problem in reversed(problems)}  # one of each kind
+        raise UserError(f"{first_of([*kinds.values()][::-1])} ({len(problems)} of {len(items)} have such problems)")
+    if args.coco or args.colours:  # the names of all classes, also of those that no mask shows
+        on_all_cores(partial(renumber, ids=ids), items if gaps else [], "renumbering", unit="mask")
+        return [names[value - 1] for value in ids], pixels[:, [value - 1 for value in ids]]
+    if gaps:
+        held = first_of([str(value) for value in ids], 20, ", ")
+        raise UserError(
+            f"class ids must run from 1 without gaps, the masks hold [{held}]; renumber them: --colours FILE, with a"
+            " line 'id,name' for each"
+        )
+    if names and (len(names) != len(ids) or len(set(names)) != len(names)):
+        raise UserError(
+            f"--classes {args.classes} must hold {len(ids)} different names, one a line and for each class id in the"
+            " masks; a file of ids or colours is for --colours"
+        )
+    return names or [f"class_{value}" for value in ids], pixels[:, : len(ids)]
 
 
-def class_names(path: Path | None, pixels: np.ndarray) -> list[str]:
-    """Names of the classes 1, 2, ...; a UserError if their ids have gaps or the names do not fit the ids."""
-    found = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]
-    if not found or found[-1] != len(found):
-        raise UserError(f"class ids must run from 1 without gaps, the masks hold {found}; renumber them")
-    if path is None:
-        return [f"class_{value}" for value in found]
+def is_white_on_black(item: Item) -> bool:
+    with opened(item.mask, f"mask {item.mask}") as mask:
+        return seen_target(mask) is not None
+
+
+def read_names(path: Path) -> list[str]:
+    """Names of the classes 1, 2, ...; labelme2voc.py writes the background's before them."""
     names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    if len(names) != len(found) or len(set(names)) != len(names):
-        raise UserError(f"--classes {path} must hold {len(found)} different names, one for each class id in the masks")
-    return names
+    return [name for name in names if name.strip("_").lower() not in NO_CLASS]
+
+
+def make_masks_of_colours(items: list[Item], folder: Path, path: Path, made: Path) -> tuple[list[Item], list[str]]:
+    """Write masks of class ids for masks whose colours, or ids, a file names; return the new items and the names."""
+    names = list[str]()
+    values: dict[tuple[int, ...], int] = {(0, 0, 0): 0}
+    coloured = False
+    for line in read_names(path):
+        words = [word.strip() for word in re.split("[:,;\t]", line) if word.strip()]
+        numbers = tuple(int(word) for word in words if word.isdigit())
+        if 0 < len(numbers) < len(words):
+            name = next(word for word in words if not word.isdigit())
+            value = NO_CLASS.get(name.strip("_").lower())
+            names += [name] * (value is None and name not in names)
+            coloured = len(numbers) >= 3
+            values[numbers[-3:] if coloured else numbers[:1] * 3] = names.index(name) + 1 if value is None else value
+    if not coloured:
+        values.setdefault((IGNORE,) * 3, IGNORE)
+    new = [item._replace(mask=made / item.mask.relative_to(folder).with_suffix(".png")) for item in items]
+    makers = [(to.mask, partial(ids_of, item.mask, values, coloured)) for item, to in zip(items, new, strict=True)]
+    on_all_cores(write_mask, makers, "making masks", unit="mask")
+    return new, names
+
+
+def ids_of(path: Path, values: dict[tuple[int, ...], int], coloured: bool) -> np.ndarray:
+    """Class ids (H, W), uint8, of a mask with the value of each colour; an id counts as the grey (id, id, id)."""
+    with opened(path, f"mask {path}") as image:
+        grey = None if coloured else class_ids_of(image, f"mask {path}")
+        colours = np.asarray(image.convert("RGB")) if grey is None else np.stack([grey] * 3, 2)
+    ids = np.full(colours.shape[:2], -1)
+    for colour, value in values.items():
+        ids[(colours == colour).all(2)] = value
+    if (ids < 0).any():
+        raise UserError(f"--colours has no line 'name:r,g,b' or 'id,name' for {colours[ids < 0][0].tolist()} in {path}")
+    return ids.astype(np.uint8)
+
+
+def write_mask(maker: tuple[Path, Callable[[], np.ndarray]]) -> None:
+    target, make = maker
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(target, encoded_mask(make()), force=False)
+
+
+def renumber(item: Item, ids: list[int]) -> None:
+    new = np.arange(256, dtype=np.uint8)
+    new[ids] = range(1, len(ids) + 1)
+    write_bytes(item.mask, encoded_mask(new[read_class_ids(item.mask)]), force=False)
+
+
+def make_masks_of_coco(path: Path, folder: Path, root: Path, made: Path) -> tuple[list[Item], list[str]]:
+    """Write masks of class ids for the annotated images of a COCO JSON; return items, and the names of the classes."""
+    from scripts.prepare_coco import paint, read_instances  # it needs pycocotools
+
+    names, jobs = read_instances(path, "export it again")
+    if len(names) >= IGNORE or not any(outline for job in jobs for *_, outline in job.shapes):
+        raise UserError(f"{path} holds {len(names)} categories (at most 254 are possible), or boxes without outlines")
+    files = [folder / job.name.replace("\\", "/") for job in jobs]
+    files = [file if file.is_file() else folder / file.name for file in files]
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise UserError(f"{folder} lacks images that {path} names: {first_of(missing, separator=', ')}; give --images")
+    items = [Item(file, (made / name_in_list(file, root)).with_suffix(".png")) for file in files]
+    makers = [(item.mask, partial(paint, job)) for item, job in zip(items, jobs, strict=True)]
+    on_all_cores(write_mask, makers, "making masks", unit="mask")
+    return items, names
 
 
 def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
@@ -208,19 +309,20 @@ def list_folders(root: Path, out: Path, seed: int) -> None:
 
 def find_lines(root: Path) -> dict[str, list[str]]:
     """Find the 'image mask' lines of each class by the class's name."""
-    suffixes = set(SUFFIXES) - {".png"}
-    images = sorted(path for path in root.glob("*/*") if path.suffix.lower() in suffixes)
-    if bare := [str(image) for image in images if not image.with_suffix(".png").exists()]:
-        raise UserError(f"these images have no mask, of the same name with .png: {first_of(bare, separator=', ')}")
+    images, masks = (
+        {n: f for n, f in files.items() if n.count("/") == 1} for files in find_files(root, root, root / MADE)
+    )
+    pairs = pair(images, masks)
     lines: dict[str, list[str]] = {}
-    for image in images:
-        line = f"{name_in_list(image, root)} {name_in_list(image.with_suffix('.png'), root)}"
-        lines.setdefault(image.parent.name, []).append(line)
+    for image, mask in sorted(pairs.items()):
+        lines.setdefault(image.parent.name, []).append(f"{name_in_list(image, root)} {name_in_list(mask, root)}")
     if len(lines) < 3:
         raise UserError(
-            f"{root} holds {len(lines)} folders with images, one for each class; there must be 3. For a folder of"
-            " images and one of masks give --images and --masks"
+            f"{root} holds {len(lines)} folders with images and their masks, one for each class; there must be 3. For a"
+            " folder of images and one of masks give --images and --masks, for a JSON --coco"
         )
+    if bare := [str(image) for image in images.values() if image not in {*pairs, *masks.values()}]:
+        raise UserError(f"these images have no mask, of the same name with .png: {first_of(bare, separator=', ')}")
     return lines
 
 

@@ -99,22 +99,29 @@ def prepare_split(split: str, root: Path, out: Path) -> None:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """The annotated images of an annotation file, by name."""
+    """The annotated images of one of COCO's annotation files, by name."""
+    _, jobs = read_instances(path, AGAIN, yaml.safe_load(CLASSES.read_text())["data"]["classes"])
+    if strange := [job.name for job in jobs if not IMAGE.fullmatch(job.name)]:
+        raise UserError(f"{path} is damaged, an image is named {strange[0]!r:.50}; {AGAIN}")
+    return jobs
+
+
+def read_instances(path: Path, remedy: str, classes: list[str] | None = None) -> tuple[list[str], list[Job]]:
+    """The names of the categories, in the order of their ids, which must be ``classes``; and the annotated images."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         categories = sorted(data["categories"], key=lambda category: category["id"])
-        if [category["name"] for category in categories] != yaml.safe_load(CLASSES.read_text())["data"]["classes"]:
-            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {AGAIN}")
+        names = [category["name"] for category in categories]
+        if classes and names != classes:
+            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {remedy}")
         ids = {category["id"]: number for number, category in enumerate(categories, 1)}
         jobs = {image["id"]: Job(image["file_name"], image["height"], image["width"], []) for image in data["images"]}
-        if strange := [job.name for job in jobs.values() if not IMAGE.fullmatch(job.name)]:
-            raise ValueError(f"an image is named {strange[0]!r:.50}")
         for entry in data["annotations"]:
-            value = IGNORE if entry["iscrowd"] else ids[entry["category_id"]]
+            value = IGNORE if entry.get("iscrowd") else ids[entry["category_id"]]
             jobs[entry["image_id"]].shapes.append((entry["id"], value, entry["segmentation"]))
-        return sorted((job for job in jobs.values() if job.shapes), key=lambda job: job.name)
+        return names, sorted((job for job in jobs.values() if job.shapes), key=lambda job: job.name)
     except (ValueError, KeyError, TypeError) as error:  # ValueError: damaged JSON too
-        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {AGAIN}") from error
+        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {remedy}") from error
 
 
 def compact(entry: dict[str, Any]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def line_of(item: Item, root: Path) -> str:
 
 def index_key(items: Sequence[Item], list_path: Path, list_sha256: str, num_classes: int) -> str:
     """Hash all that an index depends on: list, classes, readers, size and time of every file; they must exist."""
-    key = hashlib.sha256(f"5 {list_sha256} {num_classes}".encode())
+    key = hashlib.sha256(f"6 {list_sha256} {num_classes}".encode())
     missing: list[str] = []
     for item in items:
         key.update(f" {item.class_id} {item.read.__name__}".encode())
