@@ -31,7 +31,6 @@ from typing import Any
 
 import numpy as np
 
-from model.backbones import BACKBONES
 from util.engine.metrics import mask_iou
 from util.errors import UserError, first_of
 from util.files import write_json
@@ -46,7 +45,7 @@ from util.photos.inputs import (
     write_masks_of_boxes,
 )
 from util.photos.outputs import draw, draw_labels, write_outputs
-from util.photos.segmenter import DEFAULT_BACKBONE, Segmenter, load_segmenter
+from util.photos.segmenter import Segmenter, add_segmenter_arguments, load_segmenter
 from util.progress import progress
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other query could be written either
@@ -61,7 +60,7 @@ def main() -> None:
     else:
         masks = args.mask or write_masks_of_boxes(args.support, args.box, args.out)
         files = {"": TargetFiles(supports=args.support, masks=masks, class_id=args.class_id)}
-    segmenter = load_segmenter(args.checkpoint, args.backbone, args.device)
+    segmenter = load_segmenter(args)
     print(segmenter.about)
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
     if args.targets:
@@ -123,9 +122,7 @@ def sum_up(scores: dict[str, float], empty: list[str], failed: int, count: int, 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    network = parser.add_mutually_exclusive_group().add_argument
-    network("--checkpoint", type=Path, help="of a trained network; without it, segmentation is training-free")
-    network("--backbone", choices=sorted(BACKBONES), help=f"of training-free segmentation, default {DEFAULT_BACKBONE}")
+    add_segmenter_arguments(parser)
     target = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--support", type=Path, nargs="+", help="images that show the target")
     target("--mask", type=Path, nargs="+", help="where the target is, one for each support")
@@ -140,7 +137,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
     add("--cutout", action="store_true", help="also NAME_cutout.png, transparent but for the target")
     add("--ground-truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
-    add("--device", default="auto", help="auto, cpu or cuda")
     args = parser.parse_args()
     args.edges = args.checkpoint is None if args.edges is None else args.edges
     if args.targets and (args.support or args.class_id or args.maps or args.cutout or args.ground_truth):

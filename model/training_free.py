@@ -57,16 +57,19 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=0)
 
 
-def describe_support(feature: Tensor, layers: Tensor) -> Described:
+def describe_support(feature: Tensor, layers: Tensor, stride: int = 8, offset: int = 1) -> Described:
     """Describe the positions of a support.
 
-    A position averages 9 x 9 pixels, with a stride of 8, so that the smallest target is seen.
+    A position averages its pixels, 9 x 9 with a stride of 8 and an offset of 1, so that the smallest target is seen.
 
     Args:
         feature: (C, h, w), of unit length
-        layers: (2, 8h - 7, 8w - 7) in [0, 1], each pixel's shares of target and of neither target nor ignored
+        layers: (2, H, W) in [0, 1], each pixel's shares of target and of neither target nor ignored, of the image whose
+            features these are
+        stride, offset: of the backbone, see :class:`model.backbone.Backbone`
     """
-    seen = F.avg_pool2d(layers, 9, stride=8, padding=4, count_include_pad=False).flatten(1)
+    padding = offset * (stride // 2)
+    seen = F.avg_pool2d(layers, stride + offset, stride, padding, count_include_pad=False).flatten(1)
     return Described(feature.flatten(1), seen[0], seen[1])
 
 
@@ -132,9 +135,10 @@ class TrainingFree(nn.Module):
 
     @torch.no_grad()
     def describe(self, image: Tensor) -> Tensor:
-        """Map a normalised image (3, H, W), sides 8n + 1, to (C, h, w): stage 4, and the last blocks if there are any.
+        """Map a normalised image (3, H, W), of sides that the backbone takes, to its features (C, h, w).
 
-        Each of the two is of unit length at each position, and so is their concatenation.
+        They are the high features and, if there are any, the last blocks'. Each of the two is of unit length at each
+        position, and so is their concatenation.
         """
         stage4 = self.backbone.features(image[None]).high
         stages = [stage4] if self.last is None else [stage4, self.last(stage4.float())]

@@ -12,6 +12,7 @@ Images are numpy, RGB (H, W, 3) of uint8, or Pillow in any 8-bit mode; EXIF orie
 (H, W) or Pillow: boolean, 0 and 1, white on black, the alpha of an image, or class ids with ``class_id``.
 """
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from model import IGNORE
 from model.backbone import Features
+from model.backbones import BACKBONES, TIMM, require_known
 from model.ntrenet import NTRENet
 from model.ops import foreground, resize
 from model.training_free import Described, TrainingFree, build_training_free, describe_support, join, target_score
@@ -170,7 +172,12 @@ class NTRESegmenter(Segmenter):
     def training_free(
         backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
     ) -> "TrainingFreeSegmenter":
-        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint; weights: 'imagenet', or a file."""
+        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint.
+
+        Args:
+            backbone: a name of model/backbones/, or 'timm:NAME' for any of timm's
+            weights: 'imagenet' (the backbone's own), 'random', or a file
+        """
         hardware = find_hardware(device, precision)
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
@@ -214,27 +221,33 @@ class NTRESegmenter(Segmenter):
 class TrainingFreeSegmenter(Segmenter):
     """A frozen ImageNet backbone and no training: ours, not the paper's network; see model/training_free.py."""
 
-    SIDE = 385
-    """longer side of the backbone's input: 8n + 1"""
+    SIDE, POSITIONS = 385, 37
+    """longer side of the backbone's input, and the fewest positions of a coarse backbone's features along it"""
     STEEPNESS = 2.0
     """the probability is the sigmoid of the score, in standard deviations, times this"""
 
     def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
         self.model = model.to(hardware.device)
         self.hardware = hardware
+        (step, offset), stride = model.backbone.sides, model.backbone.stride
+        self.side = round(max(self.SIDE - offset, self.POSITIONS * stride) / step) * step + offset
         self.about = f"training-free segmentation, ours and not the paper's network: features of {backbone}, GrabCut"
 
     def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
         """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored."""
         layers = (mask == 1, (mask != 1) & (mask != IGNORE))  # resized as shares, so that no small target is lost
         shares = np.stack([self._resize(layer.astype(np.float32)) for layer in layers])
-        return describe_support(feature, torch.from_numpy(shares).to(self.hardware.device))
+        backbone = self.model.backbone
+        layers_of = torch.from_numpy(shares).to(self.hardware.device)
+        return describe_support(feature, layers_of, backbone.stride, backbone.sides[1])
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
-        """Resize by the longer side; both sides become 8n + 1."""
+        """Resize by the longer side; both sides become such as the backbone takes."""
         height, width = image.shape[:2]
-        h, w = (max(1, round(side * (self.SIDE - 1) / max(height, width) / 8)) * 8 + 1 for side in (height, width))
-        how = cv2.INTER_AREA if max(height, width) > self.SIDE else cv2.INTER_LINEAR
+        step, offset = self.model.backbone.sides
+        factor = (self.side - offset) / max(height, width) / step
+        h, w = (max(1, round(side * factor)) * step + offset for side in (height, width))
+        how = cv2.INTER_AREA if max(height, width) > self.side else cv2.INTER_LINEAR
         return cv2.resize(image, (w, h), interpolation=how)
 
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
@@ -250,11 +263,31 @@ class TrainingFreeSegmenter(Segmenter):
         return {"probability": probability[0, 0].cpu().numpy()}
 
 
-def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -> Segmenter:
+def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`load_segmenter` reads."""
+    network = parser.add_mutually_exclusive_group().add_argument
+    network("--checkpoint", type=Path, help="of a trained network; without it, segmentation is training-free")
+    known = f"{', '.join(BACKBONES)}, or {TIMM}NAME for any of timm's; default {DEFAULT_BACKBONE}"
+    network("--backbone", type=known_backbone, help=f"of training-free segmentation: {known}")
+    parser.add_argument("--weights", default="imagenet", help="file of the backbone's weights, instead of its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def known_backbone(name: str) -> str:
+    """Parse the argument of --backbone."""
+    try:
+        return require_known(name)
+    except ValueError as error:
+        raise UserError(f"--backbone: {error}") from None
+
+
+def load_segmenter(args: argparse.Namespace) -> Segmenter:
     """Load a checkpoint's network; without one, build training-free segmentation on a backbone."""
-    if checkpoint is None:
-        return NTRESegmenter.training_free(backbone or DEFAULT_BACKBONE, device)
-    return NTRESegmenter.from_checkpoint(checkpoint, device)
+    if args.checkpoint is None:
+        return NTRESegmenter.training_free(args.backbone or DEFAULT_BACKBONE, args.device, weights=args.weights)
+    if args.weights != "imagenet":
+        raise UserError("--weights is for training-free segmentation; a checkpoint holds its own")
+    return NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
 
 
 def paired(supports: Sequence[Any], masks: Sequence[Any]) -> list[tuple[Any, Any]]:
