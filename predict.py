@@ -6,8 +6,9 @@
 
 A mask is white on black (or 0 and 1), or the alpha of an image, or holds class ids (palette indices or grey) with
 --class-id. Instead of masks, give --box x0,y0,x1,y1 around the object in each support. EXIF orientation is applied to
-images and masks. Folders are searched with their subfolders, hidden files left out. For each query, NAME_mask.png (0
-and 255) and NAME_overlay.jpg are written.
+images and masks. Without a checkpoint, --not shows what the target is not (--not-mask or --not-box says where), in the
+supports themselves or other images. Folders are searched with their subfolders, hidden files left out. For each query,
+NAME_mask.png (0 and 255) and NAME_overlay.jpg are written.
 
 Without a checkpoint this is training-free segmentation: ours and not the paper's network. It uses the features of a
 frozen ImageNet backbone (model/training_free.py) and OpenCV's GrabCut for the edges.
@@ -63,6 +64,10 @@ def main() -> None:
     segmenter = load_segmenter(args)
     print(segmenter.about)
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
+    if args.others:
+        masks = args.not_mask or write_masks_of_boxes(args.others, args.not_box, args.out, "not_box")
+        others = TargetFiles(supports=args.others, masks=masks, class_id=args.not_class_id)
+        targets[""] += encode_target(segmenter, others, negative=True)
     if args.targets:
         write_json(args.out / "labels.json", {str(n): name for n, name in enumerate(["background", *targets])})
     scores, empty, failed = dict[str, float](), list[str](), 0
@@ -128,6 +133,11 @@ def parse_arguments() -> argparse.Namespace:
     target("--mask", type=Path, nargs="+", help="where the target is, one for each support")
     target("--box", type=parse_box, nargs="+", metavar="BOX", help="x0,y0,x1,y1 around the target, instead of --mask")
     target("--targets", type=Path, metavar="YAML", help="several targets, instead of --support and --mask")
+    add("--not", type=Path, nargs="+", metavar="IMAGE", dest="others", help="images that show what the target is not")
+    other = parser.add_mutually_exclusive_group().add_argument
+    other("--not-mask", type=Path, nargs="+", metavar="MASK", help="where that is, one for each")
+    other("--not-box", type=parse_box, nargs="+", metavar="BOX", help="the same as boxes")
+    add("--not-class-id", type=int, help="its value in masks of class ids")
     add("--class-id", type=int, help="value of the target in masks of class ids; 255 is ignored")
     add("--query", type=Path, nargs="+", required=True, help="images, and folders of images")
     add("--out", type=Path, required=True, help="folder for the results; files of the same names are replaced")
@@ -139,8 +149,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--ground-truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
     args = parser.parse_args()
     args.edges = args.checkpoint is None if args.edges is None else args.edges
-    if args.targets and (args.support or args.class_id or args.maps or args.cutout or args.ground_truth):
-        raise UserError("--targets cannot be combined with --support, --class-id, --maps, --cutout or --ground-truth")
+    alone = (args.support, args.class_id, args.others, args.maps, args.cutout, args.ground_truth)
+    if args.targets and any(alone):
+        raise UserError("--targets excludes --support, --class-id, --not, --maps, --cutout and --ground-truth")
+    if (args.others is None) != (args.not_mask is None and args.not_box is None):
+        raise UserError("--not goes with --not-mask or --not-box")
     if not args.targets and not args.support:
         raise UserError("--mask and --box need --support")
     if args.threshold is not None and not 0 < args.threshold < 1:

@@ -52,6 +52,11 @@ def join(supports: Sequence[Described]) -> Described:
     return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
 
 
+def negative(examples: Sequence[Described]) -> list[Described]:
+    """Turn examples of something into examples of what the target is not; they join the supports."""
+    return [Described(one.feature, torch.zeros_like(one.target), one.target) for one in examples]
+
+
 def unit(x: Tensor) -> Tensor:
     """Divide features (C, ...) by their lengths; zeros stay."""
     return F.normalize(x, dim=0)

