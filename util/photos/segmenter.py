@@ -181,9 +181,7 @@ class NTRESegmenter(Segmenter):
         segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
         segmenter.threshold = checkpoint.get("threshold", 0.5)
         if (miou := checkpoint.get("base_miou")) is not None and miou < USELESS:
-            segmenter.about += (
-                f"\nnote: its mIoU is {100 * miou:.1f} even on classes it was trained on; train it longer"
-            )
+            segmenter.about += f"\nnote: its mIoU is {100 * miou:.1f} even on classes that it was trained on"
         return segmenter
 
     @staticmethod
@@ -269,6 +267,7 @@ class TrainingFreeSegmenter(Segmenter):
         return cv2.resize(image, (w, h), interpolation=how)
 
     def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Described]:
+        """See :meth:`Segmenter.encode_negative`."""
         return negative(self.encode(images, masks, class_id))
 
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
