@@ -114,6 +114,8 @@ def segment_query(
 
 def sum_up(rows: list[dict[str, Any]], failed: int, count: int, args: argparse.Namespace) -> None:
     """Write results.json and results.csv, the surest first, and say what was found."""
+    empty = [row["query"] for row in rows if not row["share"]]
+    absent = [f"{row.get('target', 'it')} in {row['query']}" for row in rows if row["presence"] < 0.5]
     if rows:
         rows.sort(key=lambda row: -row["presence"])
         ious = [row["iou"] for row in rows if "iou" in row]
@@ -121,9 +123,9 @@ def sum_up(rows: list[dict[str, Any]], failed: int, count: int, args: argparse.N
         write_csv(args.out / "results.csv", rows)
         if ious:
             print(f"mean IoU of {len(ious)} queries: {fmean(ious):.1f}")
-    if absent := [" in ".join((row.get("target", "it"), row["query"])) for row in rows if row["presence"] < 0.5]:
+    if absent:
         print(f"probably not there, {len(absent)} of {len(rows)}: {first_of(absent, 3, ', ')} (results.csv has all)")
-    if empty := [row["query"] for row in rows if not row["share"]]:
+    if empty:
         print(
             f"nothing found in {len(empty)} of {count} images ({first_of(empty, 3, ', ')}); try a lower --threshold,"
             " --maps to see what the segmenter sees, or supports more like these images"

@@ -128,6 +128,18 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     return standardised(score).unflatten(0, size)
 
 
+def presence(query: Tensor, supports: Described, score: Tensor) -> float:
+    """Estimate in [0, 1] how sure it is that the target is in the query at all.
+
+    r is the mean feature of the query's highest 5 % by score (h, w): sigmoid(7.7 cos(r, P_t) - 2.8 cos(r, P_o) - 1.8).
+    The weights were fitted to features of EfficientNet-Lite0 (README of this folder); for others only the order counts.
+    """
+    positions = score.flatten().topk(max(1, round(TARGET_SHARE * score.numel()))).indices
+    found = unit(query.flatten(1)[:, positions].mean(1))
+    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    return (7.7 * target @ found - 2.8 * other @ found - 1.8).sigmoid().item()
+
+
 class TrainingFree(nn.Module):
     """A frozen backbone with the features that :func:`target_score` compares."""
 

@@ -24,9 +24,7 @@ def draw(result: Segmentation, pixels: np.ndarray, *, maps: bool, cutout: bool) 
     return {ending: Image.fromarray(image) for ending, image in drawn.items()}
 
 
-def draw_labels(
-    results: Mapping[str, Segmentation], pixels: np.ndarray
-) -> dict[str, Image.Image]:
+def draw_labels(results: Mapping[str, Segmentation], pixels: np.ndarray) -> dict[str, Image.Image]:
     """Draw several targets: labels.png, a palette image, and overlay.jpg with their names.
 
     A pixel's label is the number of its most probable target, from 1, or 0 for none.

@@ -36,6 +36,7 @@ from model.training_free import (
     describe_support,
     join,
     negative,
+    presence,
     target_score,
 )
 from util.config import Config
@@ -143,11 +144,11 @@ class Segmenter(ABC):
         ``edges``: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
-        maps, presence = self._maps(target, features, pixels.shape[:2])
+        maps, sure = self._maps(target, features, pixels.shape[:2])
         probability = maps["probability"]
         threshold = self.threshold if threshold is None else threshold
         mask = sharp_mask(probability, pixels, threshold) if edges else probability > threshold
-        return Segmentation(mask, presence=presence, **maps)
+        return Segmentation(mask, presence=sure, **maps)
 
     def _input(self, image: np.ndarray) -> Tensor:
         """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
@@ -162,9 +163,7 @@ class Segmenter(ABC):
         """Return the features of a query (H, W, 3)."""
 
     @abstractmethod
-    def _maps(
-        self, target: Sequence[Any], features: Any, size: tuple[int, int]
-    ) -> tuple[dict[str, np.ndarray], float]:
+    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> tuple[dict[str, np.ndarray], float]:
         """Return 'probability' and the other maps by name, each (H, W), and the presence in [0, 1]."""
 
 
@@ -235,8 +234,8 @@ class NTRESegmenter(Segmenter):
             maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
         arrays = torch.stack(list(maps.values())).cpu().numpy()  # one copy to the host
         surest = torch.logit(torch.tensor(np.quantile(arrays[0], 1 - SUREST)), 1e-6)
-        presence = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
-        return dict(zip(maps, arrays, strict=True)), presence
+        sure = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
+        return dict(zip(maps, arrays, strict=True)), sure
 
     def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
