@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from model.ntrenet import NTRENet
-from model.training_free import on_backbone
+from model.training_free import build_training_free, on_backbone
 from model.weights import sha256_of
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import ClassIndex
@@ -37,7 +37,7 @@ from util.engine.results import over_seeds, table
 from util.errors import UserError
 from util.files import require_writable, write_json
 from util.photos.baselines import TrainingFreeMethod
-from util.photos.segmenter import TrainingFreeSegmenter
+from util.photos.segmenter import TrainingFreeSegmenter, known_backbone
 from util.progress import progress
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     with progress(total=len(together), desc="evaluation", unit="episode") as bar:
         counts = evaluate(method, index, together, config=config, bar=bar)
     if args.baselines:
-        counts |= run_training_free(model, index, together, config, hardware)
+        counts |= run_training_free(args, model, index, together, config, hardware)
     seconds = time.perf_counter() - began
     results = {
         **describe(args, config, index, network, len(episodes[0])),
@@ -91,6 +91,10 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of episodes for each")
     parser.add_argument("--out", type=Path, help="write results here, as JSON")
     parser.add_argument("--baselines", action="store_true", help="also score predictions that need no training")
+    parser.add_argument(
+        "--backbone", type=known_backbone, help="of training-free segmentation (timm:NAME); by default the network's"
+    )
+    parser.add_argument("--weights", default="imagenet", metavar="F", help="weights file of --backbone")
     parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write an image of the first episodes here, as PNG")
@@ -105,6 +109,8 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
         raise UserError("--write-episodes writes the episodes of one seed; give one")
     if args.checkpoint is None and not args.baselines:
         raise UserError("nothing to evaluate: give --checkpoint, --baselines (no training needed), or both")
+    if (args.backbone or args.weights != "imagenet") and not (args.backbone and args.baselines):
+        raise UserError("--backbone is of --baselines, and --weights of --backbone; a network's is model.backbone=...")
     if args.save_panels is not None and args.save_panels < 1:
         raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
     if args.baseline_checkpoint is not None and args.save_panels is None:
@@ -142,11 +148,19 @@ def predictors(network: TrainedNetwork | None, baselines: bool) -> dict[str, Pre
 
 
 def run_training_free(
-    model: NTRENet, index: ClassIndex, episodes: list[EpisodeFiles], config: Config, hardware: Hardware
+    args: argparse.Namespace,
+    model: NTRENet,
+    index: ClassIndex,
+    episodes: list[EpisodeFiles],
+    config: Config,
+    hardware: Hardware,
 ) -> dict[str, np.ndarray]:
-    """Count pixels of training-free segmentation on the network's backbone."""
-    name = config.model.backbone
-    free = on_backbone(name, model.backbone, config.model.weights)
+    """Count pixels of training-free segmentation on the network's backbone, or another one."""
+    name = args.backbone or config.model.backbone
+    if args.backbone is None:
+        free = on_backbone(name, model.backbone, config.model.weights)
+    else:
+        free = build_training_free(name, weights=args.weights)
     method = TrainingFreeMethod(TrainingFreeSegmenter(free, name, hardware))
     # it computes one image at a time, so a batch would only delay the bar
     one_by_one = config.model_copy(update={"eval": config.eval.model_copy(update={"batch_size": 1})})

@@ -168,7 +168,7 @@ class NTRENet(nn.Module):
         He's initialisation keeps that mean square through the head, whatever the backbone, so one learning rate fits
         all of them. The scale is part of the checkpoint.
         """
-        mean_square = log_mean(self.backbone.middle(images).float().square().mean())
+        mean_square = log_mean(self.backbone.for_head(self.backbone.middle(images)).float().square().mean())
         self.middle_scale.copy_(mean_square.clamp_min(1e-12).rsqrt())
 
     def _read_base(

@@ -172,6 +172,7 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
     synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TrainingFreeSegmenter, "SIDE", 129)  # a ninth of the work
+    monkeypatch.setattr(TrainingFreeSegmenter, "POSITIONS", 1)
     lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
     overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
     sizes, predict = list[int](), TrainingFreeMethod.predict

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from model.backbones import BACKBONES
+from model.backbones import require_known
 from util.errors import UserError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,7 +131,8 @@ class ModelConfig(Section):
     configs/ablation/printed.yaml is the paper's equations to the letter, ours.yaml our variant.
     """
 
-    backbone: Literal[*BACKBONES] = "resnet50"  # type: ignore
+    backbone: Annotated[str, AfterValidator(require_known)] = "resnet50"
+    """a name of model/backbones/, or 'timm:NAME' for any of timm's (pip install timm)"""
     weights: Annotated[str, RUN] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
     bgem: bool = True
