@@ -64,6 +64,7 @@ class Run(BaseModel):
     fold: NonNegativeInt
     folds: PositiveInt
     seed: int  # of the training
+    method: str | None = None  # a function or a folder of predictions, if no network of ours was evaluated
     episodes: PositiveInt
     miou: Percents
     fb_iou: Percents
@@ -196,8 +197,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are
-    returned too.
+    departures from the default network define no row of paper.yaml has a row that is named by them. Methods that are
+    not ours have a setting of their own. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -210,6 +211,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
         setting = f"{run.dataset}, {backbone}, {run.shots}-shot" + (f", model.channels={channels}" if channels else "")
         own_name = "+ " + ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
         row = next((key for key, switched in switches.items() if switched == changed), own_name)
+        if run.method is not None:
+            setting, row = f"{run.dataset}, other methods, {run.shots}-shot", run.method
         cell = (setting, row, run.fold, run.seed)
         replaced += [cells[cell]] if cell in cells else []
         cells[cell] = run

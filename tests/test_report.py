@@ -127,6 +127,12 @@ def test_a_run_that_paper_yaml_does_not_list_is_a_row_of_table_3_by_its_departur
         assert row_of(text, label)[4:6] == ["60.0", "+10.0"]  # the margin is to NTRENet
 
 
+def test_a_method_that_is_not_ours_is_no_row_of_our_networks(run: Any) -> None:
+    settings, _ = report.arrange([run("full"), run("full", method="mine:segment", modified="2027")], PAPER)
+    found = {setting: list(rows) for setting, rows in settings.items()}
+    assert found == {SETTING: ["full"], "Toy-5i, other methods, 1-shot": ["mine:segment"]}
+
+
 def test_of_two_runs_of_one_cell_and_seed_the_newest_counts_not_the_best(run: Any) -> None:
     old, new = run("full", 0, 3, [90.0], modified="2026-01-01"), run("full", 0, 3, [10.0], modified="2026-01-02")
     settings, replaced = report.arrange([new, run("full", 0, 4), old], PAPER)

@@ -32,7 +32,7 @@ def table(results: dict[str, Any]) -> str:
 
     heading = (
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
-        f" {results['backbone']}: {results['episodes']} episodes,"
+        f" {results['method'] or results['backbone']}: {results['episodes']} episodes,"
         f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}"
     )
     rows: list[list[str]] = []
