@@ -15,6 +15,7 @@ not the paper's: model/training_free.py) without and with edges. None of these n
 from util.command import run_command
 
 import argparse
+import hashlib
 import math
 import time
 from collections.abc import Iterator
@@ -27,13 +28,13 @@ from model.training_free import on_backbone
 from model.weights import sha256_of
 from util.config import Config, add_config_argument, load_config, parse_arguments
 from util.data.class_index import ClassIndex
-from util.data.episodes import EpisodeFiles, EpisodeList, read_episodes, write_episodes
+from util.data.episodes import EpisodeFiles, EpisodeList, episode_lines, read_episodes, write_episodes
 from util.data.folds import novel_classes
 from util.engine.build import Hardware, build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
 from util.engine.checkpoint import TrainedNetwork, load_network
 from util.engine.evaluation import BASELINES, NETWORK, Method, NetworkMethod, Predictor, evaluate
 from util.engine.log import peak_memory_mib
-from util.engine.metrics import scores
+from util.engine.metrics import interval, resampled_miou, scores
 from util.engine.outside import FolderMethod, FunctionMethod, load_function
 from util.engine.panels import draw_rows, episode_rows, save_panels, save_picture
 from util.engine.record import environment
@@ -64,12 +65,14 @@ def main() -> None:
             counts |= evaluate(method, index, together, config=batched, bar=bar)
     seconds = time.perf_counter() - began
     results = {
-        **describe(args, config, index, network, len(episodes[0])),
+        **describe(args, config, index, network, episodes),
         **score(counts, episodes, config, network),
         "seconds": seconds,
         "peak_memory_mib": peak_memory_mib(hardware.device),
         "dtype": str(hardware.precision).removeprefix("torch."),
         "environment": environment(hardware.device),
+        # of each episode, seed after seed: true negatives, false positives, false negatives, true positives
+        "counts": {name: [" ".join(map(str, row)) for row in rows.tolist()] for name, rows in counts.items()},
     }
     print(table(results))
     if args.out is not None:
@@ -184,10 +187,11 @@ def score(
     """Score the network, at its calibrated threshold too, or the method, and the baselines, over the seeds."""
     names = {c: config.data.classes[c - 1] for c in novel_classes(config.data)}
     class_ids = np.array([[episode.class_id for episode in of_seed] for of_seed in episodes])
-    found = {
-        name: over_seeds([scores(*seed, names) for seed in zip(np.split(rows, len(episodes)), class_ids, strict=True)])
-        for name, rows in counts.items()
-    }
+    found: dict[str, Any] = {}
+    for name, rows in counts.items():
+        seeds = rows.reshape(len(episodes), -1, 4)
+        found[name] = over_seeds([scores(*seed, names) for seed in zip(seeds, class_ids, strict=True)])
+        found[name]["miou"]["interval"] = interval(100 * resampled_miou(seeds, class_ids, len(names)))
     results: dict[str, Any] = found.pop("network", None) or found.pop("method", {})
     if network is not None and "calibrated" in found:
         results["calibrated"] = {"threshold": network.threshold, **found.pop("calibrated")}
@@ -195,10 +199,16 @@ def score(
 
 
 def describe(
-    args: argparse.Namespace, config: Config, index: ClassIndex, network: TrainedNetwork | None, episodes: int
+    args: argparse.Namespace,
+    config: Config,
+    index: ClassIndex,
+    network: TrainedNetwork | None,
+    episodes: list[list[EpisodeFiles]],
 ) -> dict[str, Any]:
     """Describe what was evaluated, on which data."""
     trained = {} if network is None else network.trained
+    together, names = [episode for of_seed in episodes for episode in of_seed], config.data.classes
+    lines = episode_lines(together, index, root=Path(config.data.root), class_names=names)
     return {
         "dataset": config.data.dataset,
         "fold": config.data.fold,
@@ -206,7 +216,9 @@ def describe(
         "shots": config.data.shots,
         "backbone": config.model.backbone,
         "method": args.method or (args.predictions and str(args.predictions)),
-        "episodes": episodes,
+        "episodes": len(episodes[0]),
+        "episodes_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),
+        "episode_classes": [names[episode.class_id - 1] for episode in together],
         "episodes_from": None if args.episodes_from is None else str(args.episodes_from),
         "seeds": args.seeds if args.episodes_from is None else [],
         "unit": "percent",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.harness import NOVEL, ROOT, call, process, refused, succeeded, test_command
+from tests.harness import NOVEL, ROOT, call, process, refused, sha256, succeeded, test_command
 
 WEAK = """
 import numpy as np
@@ -60,13 +60,21 @@ def test_a_function_and_its_masks_on_disk_score_as_by_hand(config: Path, tiny: P
     assert results["per_class"] == pytest.approx(by_hand, abs=0.01)
     assert results["miou"]["mean"] == pytest.approx(np.mean(list(by_hand.values())), abs=0.01)
 
+    rows = [list(map(int, row.split())) for row in results["counts"]["method"]]
+    truths = [np.array(Image.open(tiny / e["query"].split()[1])) == e["class_id"] for e in episodes]
+    assert [row[3] for row in rows] == [(mask & truth).sum() for mask, truth in zip(masks, truths, strict=True)]
+    assert results["episode_classes"] == [e["class"] for e in episodes]
+    assert results["episodes_sha256"] == sha256(written)
+
     folder = tmp_path / "masks"
     folder.mkdir()
     for n, mask in enumerate(masks):
         Image.fromarray(mask.astype(np.uint8) * (255 if n % 2 else 1)).save(folder / f"{n:02}.png")
     from_disk = [*command, "--episodes-from", written, "--predictions", folder]
     succeeded(call(test_command, *from_disk))
-    assert json.loads((tmp_path / "r.json").read_text())["per_class"] == pytest.approx(by_hand, abs=0.01)
+    again = json.loads((tmp_path / "r.json").read_text())
+    assert again["per_class"] == pytest.approx(by_hand, abs=0.01)
+    assert (again["counts"], again["episodes_sha256"]) == (results["counts"], results["episodes_sha256"])
 
     Image.new("L", (9, 9)).save(folder / "03.png")
     (folder / "05.png").rename(folder / "12.png")

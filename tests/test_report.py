@@ -13,6 +13,7 @@ import yaml
 
 from scripts import report
 from scripts.report import Run
+from tests.harness import call, refused
 from util.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -259,6 +260,41 @@ def test_the_stored_results_are_read_and_give_the_published_table() -> None:
     ]
     means = [row_of(synthetic, label)[4] for label in labels]
     assert f"| embedded set, 4 folds | {' | '.join(means)} |" in (ROOT / "README.md").read_text()
+
+
+def of_episodes(path: Path, right: list[int], **keys: Any) -> Path:
+    """Results on 40 episodes of two classes: so many of the target's 100 pixels are found, and nothing else."""
+    rows = [f"900 0 {100 - hit} {hit}" for hit in right]
+    names = ["a", "b"] * 20
+    miou = float(np.mean([np.mean([hit for hit, of in zip(right, names, strict=True) if of == name]) for name in "ab"]))
+    about = {"method": "mine:f", "episode_classes": names, "episodes_sha256": "1", "per_class": {"a": 0, "b": 0}}
+    counts = {"counts": {"method": rows}, "miou": {"mean": miou, "per_seed": [miou]}}
+    return write(path.parent, results() | about | counts | keys, path.name)
+
+
+def test_two_results_are_compared_in_pairs_or_it_says_why_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    right = rng.integers(20, 80, 40)
+    better = right + rng.integers(0, 5, 40)
+    a = of_episodes(tmp_path / "a.json", right.tolist())
+    b = of_episodes(tmp_path / "b.json", better.tolist())
+    done = command("--compare", a, b)
+    title, _, one, other, difference = done.stdout.splitlines()
+    assert title == "Toy-5i, fold 0 of 4 alone, 1-shot, 40 episodes"
+    gain = (better - right).mean()
+    assert [row.split()[1] for row in (one, other)] == [f"{right.mean():.1f}", f"{better.mean():.1f}"]
+    _, mean, low, _, high = difference.split()
+    assert (mean, float(low) < gain < float(high)) == (f"{gain:+.1f}", True)
+    error = (better - right).std() / 40**0.5
+    assert float(high) - float(low) == pytest.approx(2 * 1.96 * error, rel=0.3)  # 15 if they were not paired
+
+    for words, keys in {
+        "fold is 0 in one and 1": {"episodes_sha256": "2", "fold": 1},
+        "other images were drawn": {"episodes_sha256": "2"},
+        "of other masks": {"counts": {"method": ["1 0 1 1"] * 40}},
+    }.items():
+        refused(call(report, "--compare", a, of_episodes(tmp_path / "c.json", better.tolist(), **keys)), words)
+    refused(call(report, "--compare", a, write(tmp_path, results(), "old.json")), "old.json holds no counts")
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path: Path) -> None:

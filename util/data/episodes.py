@@ -140,17 +140,25 @@ def read_episodes(
     return episodes
 
 
-def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
-    """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
-    lines = [line_of(item, root) for item in sampler.index.items]
+def episode_lines(
+    episodes: Sequence[EpisodeFiles], index: ClassIndex, *, root: Path, class_names: list[str]
+) -> list[str]:
+    """Return episodes as lines of JSON: query, supports (each 'image mask'), class, the list's SHA-256."""
+    lines = [line_of(item, root) for item in index.items]
     rows = []
-    for episode in map(sampler, range(count)):
+    for episode in episodes:
         record = {
             "query": lines[episode.query],
             "supports": [lines[line] for line in episode.supports],
             "class_id": episode.class_id,
             "class": class_names[episode.class_id - 1],
-            "list_sha256": sampler.index.list_sha256,
+            "list_sha256": index.list_sha256,
         }
         rows.append(json.dumps(record) + "\n")
-    write_text(path, "".join(rows))
+    return rows
+
+
+def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
+    """Write episodes 0 ... count - 1 of a sampler, for :func:`read_episodes`."""
+    episodes = [sampler(number) for number in range(count)]
+    write_text(path, "".join(episode_lines(episodes, sampler.index, root=root, class_names=class_names)))

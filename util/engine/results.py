@@ -40,6 +40,8 @@ def table(results: dict[str, Any]) -> str:
         if len(results["per_class"]) <= 40:  # FSS-1000 has more
             rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
         rows += [[title, cell(results[name])] for name, title in SCORE_TITLES.items()]
+        low, high = results["miou"]["interval"]
+        rows.append(["95 % interval", f"{low:.1f} to {high:.1f}", "of mIoU, if other images of each class were drawn"])
         rows.append(["", "(of this fold alone, not means of folds)"])
     if other := results.get("calibrated"):
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"
