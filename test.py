@@ -31,7 +31,7 @@ from util.data.class_index import ClassIndex
 from util.data.episodes import EpisodeFiles, EpisodeList, episode_lines, read_episodes, write_episodes
 from util.data.folds import novel_classes
 from util.engine.build import Hardware, build_eval_loader, build_eval_sampler, build_index, build_model, select_hardware
-from util.engine.checkpoint import TrainedNetwork, load_network
+from util.engine.checkpoint import TrainedNetwork, load_across, load_network
 from util.engine.evaluation import BASELINES, NETWORK, Method, NetworkMethod, Predictor, evaluate
 from util.engine.log import peak_memory_mib
 from util.engine.metrics import interval, resampled_miou, scores
@@ -52,7 +52,11 @@ def main() -> None:
     hardware, index = select_hardware(config), build_index(config, "val")
     episodes = choose_episodes(args, config, index)
     together = [episode for of_seed in episodes for episode in of_seed]  # so that seeds share features
-    network = None if args.checkpoint is None else load_network(config, hardware, args.checkpoint)
+    network = None
+    if args.across:
+        network, config = load_across(config, hardware, args.checkpoint)
+    elif args.checkpoint is not None:
+        network = load_network(config, hardware, args.checkpoint)
     other = args.baseline_checkpoint
     baseline = None if other is None else load_network(config, hardware, other, ablation=True).model
     counts: dict[str, np.ndarray] = {}
@@ -94,6 +98,7 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config_argument(parser)
     parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--across", action="store_true", help="the checkpoint was trained on other data")
     parser.add_argument("--method", metavar="M:F", help="evaluate this function (supports, masks, query) -> mask")
     parser.add_argument("--predictions", type=Path, metavar="DIR", help="evaluate DIR/0.png ... for --episodes-from")
     parser.add_argument("--shots", type=int, help="supports of an episode; by default the config's")
@@ -107,33 +112,42 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--save-panels", type=int, metavar="N", help="draw the N best, worst and random episodes")
     parser.add_argument("--baseline-checkpoint", type=Path, metavar="F", help="an ablation to show in the panels")
     args, overrides = parse_arguments(parser)
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
-    if args.episodes_from is not None and (args.write_episodes or args.episodes or len(args.seeds) > 1):
-        raise UserError("--episodes-from sets the episodes: leave out --write-episodes, --episodes and --seeds")
-    if args.write_episodes is not None and len(args.seeds) > 1:
-        raise UserError("--write-episodes writes the episodes of one seed; give one")
-    evaluated = [given for given in (args.checkpoint, args.method, args.predictions) if given is not None]
-    if not evaluated and not args.baselines:
-        raise UserError("nothing to evaluate: give --checkpoint, --method, --predictions or --baselines")
-    if len(evaluated) > 1:
-        raise UserError(
-            "give one of --checkpoint, --method and --predictions; scripts/report.py --compare compares two"
-        )
-    if args.predictions is not None and args.episodes_from is None:
-        raise UserError("--predictions are of written episodes: give --episodes-from F.jsonl as well")
-    if args.save_panels is not None and args.save_panels < 1:
-        raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
-    if args.baseline_checkpoint is not None and args.save_panels is None:
-        raise UserError("--baseline-checkpoint is shown in the panels only; give --save-panels N as well")
-    if args.checkpoint is None and (args.panel or args.save_panels):
-        raise UserError("--panel and --save-panels show a network: give --checkpoint as well")
+    refuse_contradictions(args)
     for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
         if path is not None:
             require_writable(path, suffix)
     overrides += [f"data.shots={args.shots}"] if args.shots is not None else []
     overrides += [f"eval.episodes={args.episodes}"] if args.episodes is not None else []
     return args, overrides
+
+
+def refuse_contradictions(args: argparse.Namespace) -> None:
+    """Refuse options that make no sense, or not together."""
+    evaluated = [given for given in (args.checkpoint, args.method, args.predictions) if given is not None]
+    several, alone = len(args.seeds) > 1, args.checkpoint is None
+    wrong = {
+        f"--seeds must be different whole numbers from 0 on, got {args.seeds}": min(args.seeds) < 0
+        or len(set(args.seeds)) < len(args.seeds),
+        "--episodes-from sets the episodes: leave out --write-episodes, --episodes and --seeds": args.episodes_from
+        and (args.write_episodes or args.episodes or several),
+        "--write-episodes writes the episodes of one seed; give one": args.write_episodes and several,
+        "nothing to evaluate: give --checkpoint, --method, --predictions or --baselines": not evaluated
+        and not args.baselines,
+        "give one of --checkpoint, --method and --predictions; report.py --compare compares two": len(evaluated) > 1,
+        "--across tests a network on other data than it was trained on: give --checkpoint as well": args.across
+        and alone,
+        "--predictions are of written episodes: give --episodes-from F.jsonl as well": args.predictions
+        and not args.episodes_from,
+        f"--save-panels must be at least 1, got {args.save_panels}": args.save_panels is not None
+        and args.save_panels < 1,
+        "--baseline-checkpoint is shown in the panels only; give --save-panels N as well": args.baseline_checkpoint
+        and args.save_panels is None,
+        "--panel and --save-panels show a network: give --checkpoint as well": alone
+        and (args.panel or args.save_panels),
+    }
+    for message, holds in wrong.items():
+        if holds:
+            raise UserError(message)
 
 
 def choose_episodes(args: argparse.Namespace, config: Config, index: ClassIndex) -> list[list[EpisodeFiles]]:
@@ -215,6 +229,7 @@ def describe(
         "folds": config.data.num_folds,
         "shots": config.data.shots,
         "backbone": config.model.backbone,
+        "trained_on": None if network is None else network.trained_on,
         "method": args.method or (args.predictions and str(args.predictions)),
         "episodes": len(episodes[0]),
         "episodes_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),

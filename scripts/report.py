@@ -70,6 +70,7 @@ class Run(BaseModel):
     fold: NonNegativeInt
     folds: PositiveInt
     seed: int  # of the training
+    trained_on: str | None = None  # another data set
     method: str | None = None  # a function or a folder of predictions, if no network of ours was evaluated
     episodes: PositiveInt
     miou: Percents
@@ -210,7 +211,7 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
 
     A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
     departures from the default network define no row of paper.yaml has a row that is named by them. Methods that are
-    not ours have a setting of their own. Replaced runs are returned too.
+    not ours, and tests on another data set, have settings of their own. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -220,7 +221,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
         changed = departures(run.config)
         channels = changed.pop("model.channels", None)
         backbone = BACKBONES[run.backbone].title if run.backbone in BACKBONES else run.backbone
-        setting = f"{run.dataset}, {backbone}, {run.shots}-shot" + (f", model.channels={channels}" if channels else "")
+        dataset = f"{run.dataset} trained on {run.trained_on}" if run.trained_on else run.dataset
+        setting = f"{dataset}, {backbone}, {run.shots}-shot" + (f", model.channels={channels}" if channels else "")
         own_name = "+ " + ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
         row = next((key for key, switched in switches.items() if switched == changed), own_name)
         if run.method is not None:
