@@ -26,7 +26,7 @@ import numpy as np
 
 from model.training_free import on_backbone
 from model.weights import sha256_of
-from util.config import Config, add_config_argument, load_config, parse_arguments
+from util.config import Config, add_config_argument, flatten, load_config, parse_arguments, protocol_of
 from util.data.class_index import ClassIndex
 from util.data.episodes import EpisodeFiles, EpisodeList, episode_lines, read_episodes, write_episodes
 from util.data.folds import novel_classes
@@ -184,7 +184,7 @@ def choose_methods(
     if args.method is not None:
         yield args.method, FunctionMethod(load_function(args.method), args.method)
     if args.predictions is not None:
-        yield str(args.predictions), FolderMethod(args.predictions, index, episodes)
+        yield str(args.predictions), FolderMethod(args.predictions, index, episodes, config.eval.square)
     if network is None and not args.baselines:
         return
     model = build_model(config)[0].to(hardware.device) if network is None else network.model
@@ -230,6 +230,7 @@ def describe(
         "shots": config.data.shots,
         "backbone": config.model.backbone,
         "trained_on": None if network is None else network.trained_on,
+        "protocol": protocol_of(dict(flatten(config.model_dump()))),
         "method": args.method or (args.predictions and str(args.predictions)),
         "episodes": len(episodes[0]),
         "episodes_sha256": hashlib.sha256("".join(lines).encode()).hexdigest(),

@@ -35,7 +35,7 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from tabulate import tabulate
 
 from model.backbones import BACKBONES
-from util.config import MACHINE, departures, flatten, keys_with
+from util.config import MACHINE, departures, flatten, keys_with, protocol_of
 from util.engine.metrics import interval, resampled_miou
 from util.errors import UserError
 from util.files import read_json, require_writable, write_text
@@ -70,6 +70,7 @@ class Run(BaseModel):
     fold: NonNegativeInt
     folds: PositiveInt
     seed: int  # of the training
+    protocol: str | None = None  # a file of configs/protocol
     trained_on: str | None = None  # another data set
     method: str | None = None  # a function or a folder of predictions, if no network of ours was evaluated
     episodes: PositiveInt
@@ -189,6 +190,7 @@ def read_run(path: Path) -> Run:
         "train_list": (train_list or "unknown")[:12],
         "training_hours": finished["seconds"] / 3600 if finished else None,
         "training_mib": finished.get("peak_memory_mib"),
+        "protocol": protocol_of(dict(flatten(config))),
         "remarks": [] if finished else ["training unfinished" if training else "no training record"],
         "config": {key: value for key, value in flatten(config) if key not in left_out},
     }
@@ -209,9 +211,9 @@ def ablations(paper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, list[Run]]:
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
-    A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from the default network define no row of paper.yaml has a row that is named by them. Methods that are
-    not ours, and tests on another data set, have settings of their own. Replaced runs are returned too.
+    A setting is a data set, a backbone, shots, the network's channels if they are not the default, and the protocol. A
+    run whose departures from the default network define no row of paper.yaml has a row that is named by them. Methods
+    that are not ours, and tests on another data set, have settings of their own. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -227,6 +229,7 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
         row = next((key for key, switched in switches.items() if switched == changed), own_name)
         if run.method is not None:
             setting, row = f"{run.dataset}, other methods, {run.shots}-shot", run.method
+        setting += f", protocol {run.protocol}" if run.protocol else ""
         cell = (setting, row, run.fold, run.seed)
         replaced += [cells[cell]] if cell in cells else []
         cells[cell] = run
@@ -243,7 +246,7 @@ def compare(first: Path, second: Path) -> str:
     """Compare two results files of test.py episode by episode."""
     a, b = (counted(path) for path in (first, second))
     if a["episodes_sha256"] != b["episodes_sha256"]:
-        named = ("dataset", "fold", "shots", "list_sha256", "episodes", "seeds")
+        named = ("dataset", "fold", "shots", "protocol", "list_sha256", "episodes", "seeds")
         why = [f"{name} is {a[name]} in one and {b[name]} in the other" for name in named if a[name] != b[name]]
         raise UserError(f"{first} and {second} are of different episodes: {(why or ['other images were drawn'])[0]}")
     if (a["counts"][..., 2:].sum(-1) != b["counts"][..., 2:].sum(-1)).any():
@@ -388,7 +391,7 @@ def next_to_others(table: Mapping[str, Any], shots: int, settings: Settings) -> 
     """Return Table 1 or 2 of the paper, for the backbones that were run, with the rows in ``HERE``."""
     lines: list[list[str]] = []
     for row in table["rows"]:
-        runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot", {})
+        runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot, protocol pfenet", {})
         if not any(key in runs for labels in HERE.values() for key in labels):
             continue
         paper = row[f"{shots}-shot"]

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
 TABLE3, TABLE4 = PAPER["table3"]["rows"], PAPER["table4"]["rows"]
 ROWS = {key: row for table in report.ablations(PAPER).values() for key, row in table["rows"].items()}
-SETTING = "Toy-5i, ResNet-50, 1-shot"
+SETTING = "Toy-5i, ResNet-50, 1-shot, protocol pfenet"
 
 
 def config(row: str = "full", **changes: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def results(row: str = "full", fold: int = 0, seed: int = 0, miou: Any = (50.0,)
     return {
         **{"dataset": "Toy-5i", "fold": fold, "folds": 4, "shots": 1, "backbone": "resnet50", "episodes": 1000},
         **{"seeds": list(range(len(miou))), "train_seed": seed, "config": config(row), "list_sha256": "a" * 64},
-        "dtype": "float32",
+        "dtype": "float32", "protocol": None,
         "environment": {"device": "abacus", "git_revision": "1" * 40, "git_clean": True},
     } | scores | keys  # fmt: skip
 
@@ -131,7 +131,15 @@ def test_a_run_that_paper_yaml_does_not_list_is_a_row_of_table_3_by_its_departur
 def test_a_method_that_is_not_ours_is_no_row_of_our_networks(run: Any) -> None:
     settings, _ = report.arrange([run("full"), run("full", method="mine:segment", modified="2027")], PAPER)
     found = {setting: list(rows) for setting, rows in settings.items()}
-    assert found == {SETTING: ["full"], "Toy-5i, other methods, 1-shot": ["mine:segment"]}
+    assert found == {SETTING: ["full"], "Toy-5i, other methods, 1-shot, protocol pfenet": ["mine:segment"]}
+
+
+def test_figures_of_other_protocols_and_of_networks_of_other_data_share_no_table(run: Any) -> None:
+    runs = [run("full"), run("full", config=config(data={"novel_in_train": "drop"})), run("full", trained_on="B")]
+    runs.append(run("full", config=config(data={"min_area": 1})))
+    settings, replaced = report.arrange(runs, PAPER)
+    by_protocol = [SETTING, SETTING.replace("pfenet", "bam"), SETTING.removesuffix(", protocol pfenet")]
+    assert replaced == [] and set(settings) == {*by_protocol, SETTING.replace("5i,", "5i trained on B,")}
 
 
 def test_of_two_runs_of_one_cell_and_seed_the_newest_counts_not_the_best(run: Any) -> None:

@@ -89,7 +89,7 @@ class DataConfig(Section):
     """supports of an episode"""
     min_area: Count = 2048
     """pixels of a class that make an image a possible support for it, and part of the class's fold"""
-    novel_in_train: Literal["keep", "drop"] = "keep"
+    novel_in_train: Annotated[Literal["keep", "drop"], TASK] = "keep"
     """training images that also show novel classes: keep them, with those pixels as background, or drop them"""
     image_size: Annotated[int, Field(ge=16), TASK] = 473
     """side of the network's square input; the backbone says which sides it takes (the CNNs: 8n + 1)"""
@@ -250,6 +250,10 @@ class EvalConfig(Section):
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
     """memory for backbone features of images that episodes share; kept from one validation to the next"""
+    queries: Literal["image", "pair", "class"] = "image"
+    """what takes turns: images (the class is drawn), pairs of image and class, or classes (the image is drawn)"""
+    square: Annotated[int, Field(ge=0)] = 0
+    """side to which images and masks are squashed before anything else; 0: they keep their sizes"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as in PFENet's code ('lineage', 3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
@@ -452,6 +456,17 @@ def keys_with(*kinds: Kind) -> frozenset[str]:
         else:
             keys[name] = kind
     return frozenset(key for key, kind in keys.items() if kind in kinds)
+
+
+PROTOCOLS = Path(__file__).resolve().parent.parent / "configs/protocol"
+
+
+def protocol_of(values: Mapping[str, Any]) -> str | None:
+    """Return the file of configs/protocol that says what these values of :func:`flatten` say, by name, if one does."""
+    for path in sorted(PROTOCOLS.glob("*.yaml")):
+        if all(values.get(key) == value for key, value in flatten(read_yaml(path))):
+            return path.stem
+    return None
 
 
 NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")

@@ -122,14 +122,14 @@ def load_across(config: Config, hardware: Hardware, path: Path) -> tuple[Trained
             f" test: choose another fold of {data}, or leave out what it has learned with data.left_out='[{every}]'"
         )
     same_fold = (saved.data.fold, saved.data.num_folds) == (config.data.fold, config.data.num_folds)
-    sized = config.data.model_copy(update={"image_size": saved.data.image_size})
+    as_trained = {key: getattr(saved.data, key) for key in ("image_size", "novel_in_train")}
     network = TrainedNetwork(
         build_saved_model(saved, checkpoint, path).to(hardware.device),
         checkpoint.get("threshold", 0.5),
         saved.model_dump(include={"loss", "train", "seed"}),
         data if same_fold else f"{data} fold {saved.data.fold}",
     )
-    return network, config.model_copy(update={"model": saved.model, "data": sized})
+    return network, config.model_copy(update={"model": saved.model, "data": config.data.model_copy(update=as_trained)})
 
 
 def plain(name: str) -> str:

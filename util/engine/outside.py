@@ -96,10 +96,10 @@ def load_function(name: str) -> Function:
 class FolderMethod(PixelMethod):
     """Predictions on disk: a PNG for each episode, named by its number, of 0 and 1 or of 0 and 255."""
 
-    def __init__(self, folder: Path, index: ClassIndex, episodes: Sequence[EpisodeFiles]) -> None:
+    def __init__(self, folder: Path, index: ClassIndex, episodes: Sequence[EpisodeFiles], square: int) -> None:
         super().__init__(folder)
         # equal episodes may occur twice in a file, so they are told apart by identity
-        self.path_of = dict(zip(map(id, episodes), find_predictions(folder, index, episodes), strict=True))
+        self.path_of = dict(zip(map(id, episodes), find_predictions(folder, index, episodes, square), strict=True))
 
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
         """Return the query's key."""
@@ -112,15 +112,16 @@ class FolderMethod(PixelMethod):
         return {"method": [torch.from_numpy(read_prediction(self.path_of[id(e)]) - np.float32(0.5)) for e in episodes]}
 
 
-def find_predictions(folder: Path, index: ClassIndex, episodes: Sequence[EpisodeFiles]) -> list[Path]:
-    """Return the file of each episode; a UserError names the missing, extra and wrong-sized ones."""
+def find_predictions(folder: Path, index: ClassIndex, episodes: Sequence[EpisodeFiles], square: int = 0) -> list[Path]:
+    """Return the file of each episode, squashed or not; a UserError names the missing, extra and wrong-sized ones."""
     files = sorted(path for path in folder.glob("*") if not path.name.startswith("."))
     found = {int(path.stem): path for path in files if path.suffix == ".png" and path.stem.isdecimal()}
     problems = [f"{folder / f'{n}.png'} is missing" for n in range(len(episodes)) if n not in found]
     expected = [found[n] for n in range(len(episodes)) if n in found]
     problems += [f"{path} is no episode's number" for path in files if path not in expected]
     for n, episode in enumerate(episodes):
-        if n in found and (size := image_size(found[n])) != (right := image_size(index.items[episode.query].image)):
+        right = (square, square) if square else image_size(index.items[episode.query].image)
+        if n in found and (size := image_size(found[n])) != right:
             problems.append(f"{found[n]} is {size[1]}x{size[0]} but its query is {right[1]}x{right[0]}")
     if problems:
         raise UserError(f"{first_of(problems)}; --predictions needs 0.png to {len(episodes) - 1}.png, one an episode")

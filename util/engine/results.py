@@ -31,9 +31,10 @@ def table(results: dict[str, Any]) -> str:
         return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
 
     trained_on = f" trained on {results['trained_on']}" if results["trained_on"] else ""
+    protocol = f", protocol {results['protocol']}" if results["protocol"] else ""
     heading = (
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
-        f" {results['method'] or results['backbone']}{trained_on}: {results['episodes']} episodes,"
+        f" {results['method'] or results['backbone']}{trained_on}{protocol}: {results['episodes']} episodes,"
         f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}"
     )
     rows: list[list[str]] = []
