@@ -80,16 +80,16 @@ class FunctionMethod(PixelMethod):
 
 def load_function(name: str) -> Function:
     """Import 'package.module:function', also from the folder in which the command is started."""
-    module, _, attribute = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ModuleNotFoundError, ValueError, AttributeError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(f"{error.name}"):
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
             raise  # something that the module itself imports
-        raise UserError(f"--method {name} cannot be found ({error}); give package.module:function") from error
-    if not callable(function):
-        raise UserError(f"--method {name} is no function; give package.module:function")
+        raise UserError(f"--method {name}: {error}; give package.module:function") from error
+    if not callable(function := getattr(module, attribute, None)):
+        raise UserError(f"--method {name}: {module_name} has no such function; give package.module:function")
     return function
 
 
