@@ -4,9 +4,10 @@
     python predict.py --support s1.jpg s2.jpg --mask m1.png m2.png --query a.jpg b.jpg --out out/ --checkpoint best.pt
     python predict.py --targets targets.yaml --query folder/ --out out/ --checkpoint runs/.../best.pt
 
-A mask holds 0 and 1, 0 and 255, the alpha of an image, or class ids (palette or greyscale) with --class-id. Instead of
-masks, give --box x0,y0,x1,y1 around the object in each support. EXIF orientation is applied to images and masks.
-Folders are searched with their subfolders. For each query, NAME_mask.png (0 and 255) and NAME_overlay.jpg are written.
+A mask is white on black (or 0 and 1), or the alpha of an image, or holds class ids (palette indices or grey) with
+--class-id. Instead of masks, give --box x0,y0,x1,y1 around the object in each support. EXIF orientation is applied to
+images and masks. Folders are searched with their subfolders, hidden files left out. For each query, NAME_mask.png (0
+and 255) and NAME_overlay.jpg are written.
 
 Without a checkpoint this is training-free segmentation: ours and not the paper's network. It uses the features of a
 frozen ImageNet backbone (model/training_free.py) and OpenCV's GrabCut for the edges.
@@ -22,6 +23,7 @@ Then NAME_labels.png is a palette image: 0 background and 1, 2, ... the targets 
 from util.command import run_command
 
 import argparse
+import errno
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -33,7 +35,7 @@ from model.backbones import BACKBONES
 from util.engine.metrics import mask_iou
 from util.errors import UserError, first_of
 from util.files import write_json
-from util.photos.images import read_mask_on, read_upright, target_mask
+from util.photos.images import read_mask_on, read_upright
 from util.photos.inputs import (
     TargetFiles,
     encode_target,
@@ -46,6 +48,8 @@ from util.photos.inputs import (
 from util.photos.outputs import draw, draw_labels, write_outputs
 from util.photos.segmenter import DEFAULT_BACKBONE, Segmenter, load_segmenter
 from util.progress import progress
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other query could be written either
 
 
 def main() -> None:
@@ -67,11 +71,12 @@ def main() -> None:
         for name, path in queries.items():
             try:
                 mask, score = segment_query(segmenter, targets, name, path, ground_truths.get(name), args)
-            except UserError as error:
-                if len(queries) == 1:
+            except (UserError, OSError) as error:  # OSError: the results' names are too long, for example
+                if len(queries) == 1 or getattr(error, "errno", None) in NO_ROOM:
                     raise
                 failed += 1
-                bar.write(f"failed: {error}", sys.stderr)
+                why = error if isinstance(error, UserError) else f"cannot write results of {path}: {error.strerror}"
+                bar.write(f"failed: {why}", sys.stderr)
             else:
                 empty += [] if mask.any() else [name]
                 scores |= {} if score is None else {name: score}
@@ -89,7 +94,7 @@ def segment_query(
 ) -> tuple[np.ndarray, float | None]:
     """Segment one query and write its files; return its mask or labels, and its IoU in percent."""
     image = read_upright(path)
-    ground_truth = None if truth is None else target_mask(read_mask_on(image, truth), args.class_id, str(truth))
+    ground_truth = None if truth is None else read_mask_on(image, truth, args.class_id, may_be_empty=True)
     how: dict[str, Any] = {"threshold": args.threshold, "edges": args.edges}
     if args.targets:
         outputs = draw_labels(segmenter, targets, image.pixels, **how)

@@ -114,6 +114,17 @@ def test_episodes_stay_within_a_folder_and_within_the_split(config: Config) -> N
     assert len({sampler(n).query for n in range(2400)}) == 2400, "every test image is a query once"
 
 
+def test_what_is_seen_decides_and_class_ids_are_refused(tmp_path: Path) -> None:
+    target = np.zeros((20, 20), np.uint8)
+    target[5:15, 5:15] = 1
+    Image.fromarray(255 * target).quantize(2).save(tmp_path / "white_first.png")
+    np.testing.assert_array_equal(read_binary_mask(tmp_path / "white_first.png"), target)
+    target[:3], target[-3:] = 2, 3
+    Image.fromarray(target).save(tmp_path / "ids.png")
+    with pytest.raises(UserError, match=r"ids.png holds 0, 1, 2, 3; a mask of one class is white on black"):
+        read_binary_mask(tmp_path / "ids.png")
+
+
 @pytest.mark.parametrize(
     ("values", "mode", "expected"),
     [
@@ -122,6 +133,7 @@ def test_episodes_stay_within_a_folder_and_within_the_split(config: Config) -> N
         ([0, 255], "RGB", [0, 1]),
         ([0, 1, 255], "L", [0, 1, 255]),
         ([0, 255], "P", [0, 1]),
+        ([0, 38], "L", [0, 1]),
     ],
 )
 def test_a_mask_of_one_class_is_read_whatever_its_white_is(
@@ -137,7 +149,10 @@ def test_a_mask_of_one_class_is_read_whatever_its_white_is(
 def test_own_folders_lead_from_lists_to_a_test_on_novel_classes(tmp_path: Path) -> None:
     root, lists = tmp_path / "mine", tmp_path / "mine_lists"
     write_folders(root, [f"kind_{n}" for n in range(8)], side=64)
+    write_folders(root, [".ipynb_checkpoints"], side=64)
+    (root / "kind_1/1.png").rename(root / "kind_1/1.PNG")
     succeeded(make_lists(root, lists))
+    assert names_in(lists / "classes.txt") == [f"kind_{n}" for n in range(8)]
     given = [
         *overrides(root, lists),
         "data.dataset=Mine",

@@ -30,6 +30,7 @@ from util.engine.build import (
     training_batches,
 )
 from util.errors import UserError
+from util.photos.images import read_upright
 
 ROOT = Path(__file__).resolve().parent.parent
 MEAN_COLOUR = (124, 116, 104)  # 255 * (0.485, 0.456, 0.406) = 123.7, 116.3, 103.5
@@ -111,13 +112,27 @@ def photograph(height: int, width: int) -> np.ndarray:
     return cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def test_palette_and_greyscale_masks_hold_the_same_values(tmp_path: Path) -> None:
+def test_an_image_is_read_as_predict_reads_it_with_transparent_pixels_in_white(tmp_path: Path) -> None:
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    clear = np.arange(16).reshape(4, 4) > 8
+    Image.fromarray(np.dstack([pixels, 255 * ~clear]).astype(np.uint8)).save(tmp_path / "rgba.png")
+    Image.fromarray(pixels[..., 0]).convert("P").save(tmp_path / "palette.png", transparency=0)
+    for name, image, hidden in (("rgba.png", pixels, clear), ("palette.png", pixels[..., :1], pixels[..., 0] == 0)):
+        expected = np.where(hidden[..., None], 255, image + np.zeros(3, np.uint8))
+        np.testing.assert_array_equal(read_image(tmp_path / name), expected)
+        np.testing.assert_array_equal(read_upright(tmp_path / name).pixels, expected)
+
+
+def test_class_ids_are_the_same_however_they_are_stored(tmp_path: Path) -> None:
     palette = Image.fromarray(LABELS)
     palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
     assert palette.mode == "P"
-    for image in (palette, Image.fromarray(LABELS)):
-        image.save(tmp_path / "m.png")
-        mask = read_class_ids(tmp_path / "m.png")
+    grey, deep = Image.fromarray(LABELS), Image.fromarray(LABELS.astype(np.uint16))
+    for image, suffix in itertools.product(
+        (palette, grey, grey.convert("RGB"), grey.convert("LA"), deep), ("png", "tif")
+    ):
+        image.save(tmp_path / f"m.{suffix}")
+        mask = read_class_ids(tmp_path / f"m.{suffix}")
         assert mask.dtype == np.uint8
         np.testing.assert_array_equal(mask, LABELS)
 

@@ -1,5 +1,7 @@
 """predict.py: the real command line on real files, against the segmenter and plain loops over pixels."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from scenes import ROOT, scene, write_checkpoint
 import predict
 from tests import harness
 from tests.harness import Result, beside_progress_bars, process, refused, succeeded
+from util.photos.images import read_mask_on, read_upright
 from util.photos.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
@@ -96,7 +99,8 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
     folder, out = tmp_path / "photos", tmp_path / "photos/results"
     save(folder / "first.png", QUERIES[0])
     save(folder / "deep/er/first.PNG", QUERIES[1])
-    save(folder / ".hidden/x.png", QUERIES[1])
+    for hidden in (".ipynb_checkpoints/first.png", "._first.png", "@eaDir/first.png", "__MACOSX/first.png"):
+        save(folder / hidden, QUERIES[1])
     save(out / "old_overlay.jpg", QUERIES[1])
     (folder / "phone.HEIC").write_text("no image that can be read")
     options = [*supported(world), "--query", world / "q2.png", "photos", "--out", out]
@@ -131,7 +135,6 @@ def test_maps_threshold_edges_and_cutout_are_the_segmenters(
     np.testing.assert_array_equal(load(tmp_path / "q0_cutout.png"), np.dstack([QUERIES[0], mask]))
 
 
-@pytest.mark.filterwarnings("ignore:.*soft border")
 def test_a_mask_with_a_soft_border_is_cut_in_the_middle(world: Path, tmp_path: Path) -> None:
     soft = np.asarray(Image.fromarray(255 * SUPPORTS[0][1].astype(np.uint8)).filter(ImageFilter.BoxBlur(1)))
     masks = {"soft": save(tmp_path / "soft.png", soft), "sharp": save(tmp_path / "sharp.png", soft >= 128)}
@@ -150,6 +153,16 @@ def test_a_rotated_photo_gives_what_the_upright_one_gives(world: Path, tmp_path:
     for n, given in enumerate([rotated("m.png", mask, None), rotated("tagged.png", mask), world / "m0.png"]):
         found = mask_of(tmp_path, tmp_path / str(n), *one_support(world, support, given))
         np.testing.assert_array_equal(found, upright)
+
+
+def test_if_a_turned_image_and_its_mask_have_one_size_the_mask_lies_as_seen_and_a_note_says_so(tmp_path: Path) -> None:
+    image, mask = SUPPORTS[0]
+    turned = read_upright(save(tmp_path / "s.png", np.rot90(image, 2).copy(), 3))
+    for orientation, pixels in ((None, mask), (3, np.rot90(mask, 2).copy())):  # with an EXIF tag of its own no note
+        path = save(tmp_path / "m.png", pixels, orientation)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            np.testing.assert_array_equal(read_mask_on(turned, path, None), mask)
+        assert (f"note: EXIF turns the image of mask {path}" in said.getvalue()) == (orientation is None)
 
 
 def naive_iou(mask: np.ndarray, truth: np.ndarray, target: int, ignored: int | None) -> float:
@@ -224,14 +237,17 @@ def test_a_bad_query_among_others_is_named_and_the_others_are_done(world: Path, 
     whole = (world / "q0.png").read_bytes()
     (folder / "a.png").write_bytes(whole[: len(whole) // 2])
     (folder / "c.jpg").write_text("no image")
+    save(folder / f"{'d' * 236}.png", QUERIES[1])  # the overlay's name has 248 bytes, of 255
+    save(folder / f"{'d' * 244}.png", QUERIES[1])  # 256
     result = process(ROOT / "predict.py", *supported(world), "--query", folder, "--out", out, cwd=tmp_path)
     assert result.code == 2
     lines = beside_progress_bars(result.err)
-    assert len(lines) == 3, lines
+    assert len(lines) == 4, lines
     assert "a.png" in lines[0]
     assert "c.jpg" in lines[1]
-    assert lines[2].startswith("error: 2 of 4 queries failed")
-    assert {path.name for path in out.glob("*_mask.png")} == {"b_mask.png", "e_mask.png"}
+    assert f"{'d' * 244}.png: File name too long" in lines[2]
+    assert lines[3].startswith("error: 3 of 6 queries failed")
+    assert {path.name for path in out.glob("*_overlay.jpg")} == {f"{n}_overlay.jpg" for n in ("b", "d" * 236, "e")}
 
 
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:

