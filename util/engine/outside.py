@@ -13,7 +13,7 @@ from torch import Tensor
 from util.data.class_index import ClassIndex
 from util.data.dataset import target_of
 from util.data.episodes import EpisodeFiles
-from util.data.images import MASK_MODES, image_size, open_mask
+from util.data.images import image_size, read_class_ids
 from util.engine.evaluation import IMAGE, Method
 from util.engine.feature_cache import Key
 from util.errors import UserError, first_of
@@ -130,8 +130,7 @@ def find_predictions(folder: Path, index: ClassIndex, episodes: Sequence[Episode
 
 def read_prediction(path: Path) -> np.ndarray:
     """Read a black and white PNG, (H, W) float32 of 0 and 1."""
-    with open_mask(path) as image:
-        values = np.asarray(image if image.mode in MASK_MODES else image.convert("L")).astype(np.uint8)
+    values = read_class_ids(path)
     found = set(np.unique(values).tolist())
     if not (found <= {0, 1} or found <= {0, 255}):
         raise UserError(f"prediction {path} holds {sorted(found)[:5]}; a mask holds 0 and 1, or 0 and 255")
