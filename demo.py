@@ -10,22 +10,17 @@ from util.command import run_command
 
 import argparse
 from contextlib import suppress
-from pathlib import Path
 
-from model.backbones import BACKBONES
 from util.photos.demo import HOST, Demo, Server
-from util.photos.segmenter import DEFAULT_BACKBONE, load_segmenter
+from util.photos.segmenter import add_segmenter_arguments, load_segmenter
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--checkpoint", type=Path, help="of a trained network; without it, segmentation is training-free")
-    add("--backbone", choices=sorted(BACKBONES), help=f"of training-free segmentation, default {DEFAULT_BACKBONE}")
-    add("--port", type=int, default=7860)
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add_segmenter_arguments(parser)
+    parser.add_argument("--port", type=int, default=7860)
     args = parser.parse_args()
-    demo = Demo(load_segmenter(args.checkpoint, args.backbone, args.device))
+    demo = Demo(load_segmenter(args))
     with Server(demo, args.port) as server, suppress(KeyboardInterrupt):
         print(f"open http://{HOST}:{args.port} (Ctrl-C ends it)", flush=True)
         server.serve_forever()

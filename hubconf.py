@@ -23,10 +23,10 @@ dependencies = ["torch", "torchvision", "numpy", "cv2", "PIL", "yaml", "pydantic
 
 
 def training_free(
-    backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto"
+    backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
 ) -> TrainingFreeSegmenter:
     """Build training-free segmentation, which is ours and not the paper's network and needs no checkpoint."""
-    return NTRESegmenter.training_free(backbone, device, precision)
+    return NTRESegmenter.training_free(backbone, device, precision, weights)
 
 
 def _entry(name: str, title: str) -> Callable[..., NTRESegmenter]:

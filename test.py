@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from model.training_free import on_backbone
+from model.training_free import build_training_free, on_backbone
 from model.weights import sha256_of
 from util.config import Config, add_config_argument, flatten, load_config, parse_arguments, protocol_of
 from util.data.class_index import ClassIndex
@@ -42,7 +42,7 @@ from util.engine.results import over_seeds, table
 from util.errors import UserError
 from util.files import require_writable, write_json
 from util.photos.baselines import TrainingFreeMethod
-from util.photos.segmenter import TrainingFreeSegmenter
+from util.photos.segmenter import TrainingFreeSegmenter, known_backbone
 from util.progress import progress
 
 
@@ -106,6 +106,10 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one set of episodes for each")
     parser.add_argument("--out", type=Path, help="write results here, as JSON")
     parser.add_argument("--baselines", action="store_true", help="also score predictions that need no training")
+    parser.add_argument(
+        "--backbone", type=known_backbone, help="of training-free segmentation (timm:NAME); by default the network's"
+    )
+    parser.add_argument("--weights", default="imagenet", metavar="F", help="weights file of --backbone")
     parser.add_argument("--write-episodes", type=Path, metavar="F", help="write the seed's episodes here first")
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write an image of the first episodes here, as PNG")
@@ -138,6 +142,10 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         and alone,
         "--predictions are of written episodes: give --episodes-from F.jsonl as well": args.predictions
         and not args.episodes_from,
+        "--backbone is of --baselines, and --weights of --backbone; a network's is model.backbone=...": (
+            args.backbone or args.weights != "imagenet"
+        )
+        and not (args.backbone and args.baselines),
         f"--save-panels must be at least 1, got {args.save_panels}": args.save_panels is not None
         and args.save_panels < 1,
         "--baseline-checkpoint is shown in the panels only; give --save-panels N as well": args.baseline_checkpoint
@@ -190,8 +198,11 @@ def choose_methods(
     model = build_model(config)[0].to(hardware.device) if network is None else network.model
     yield "evaluation", NetworkMethod(model, config, hardware, predictors(network, args.baselines))
     if args.baselines:
-        name = config.model.backbone
-        free = on_backbone(name, model.backbone, config.model.weights)
+        name = args.backbone or config.model.backbone
+        if args.backbone is None:
+            free = on_backbone(name, model.backbone, config.model.weights)
+        else:
+            free = build_training_free(name, weights=args.weights)
         yield "training-free", TrainingFreeMethod(TrainingFreeSegmenter(free, name, hardware))
 
 

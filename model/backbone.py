@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.backbones import BACKBONES
+from model.backbones import BACKBONES, TIMM, require_known
 from model.weights import WeightsInfo, load_exactly, read_weights
 
 
@@ -32,6 +32,7 @@ class Backbone(ABC, nn.Module):
 
     Args:
         stages: submodules by name; they give the names in the state dict.
+        carried_channels: channels of ``middle`` after those of the head, which only ``high`` reads.
         stride: pixels between two positions of the feature maps.
         sides: (step, offset); an input side is valid if it is step * n + offset.
     """
@@ -42,6 +43,7 @@ class Backbone(ABC, nn.Module):
         *,
         middle_channels: int,
         high_channels: int,
+        carried_channels: int = 0,
         stride: int,
         sides: tuple[int, int],
     ) -> None:
@@ -49,13 +51,14 @@ class Backbone(ABC, nn.Module):
         for name, stage in stages.items():
             self.add_module(name, stage)
         self.middle_channels, self.high_channels = middle_channels, high_channels
+        self.carried_channels = carried_channels
         self.stride, self.sides = stride, sides
         self.requires_grad_(False)
         self.eval()
 
     @abstractmethod
     def middle(self, images: Tensor) -> Tensor:
-        """Map normalised RGB images (N, 3, H, W) to their middle features (N, middle_channels, h, w)."""
+        """Map normalised RGB images (N, 3, H, W) to (N, middle_channels + carried_channels, h, w)."""
 
     @abstractmethod
     def high(self, middle: Tensor, masks: Tensor | None = None) -> Tensor:
@@ -70,7 +73,11 @@ class Backbone(ABC, nn.Module):
     def features(self, images: Tensor, masks: Tensor | None = None) -> Features:
         """Map images (N, 3, H, W) to their features; ``masks`` (N, H, W) make them the features of supports."""
         middle = self.middle(images)
-        return Features(middle, self.high(middle, masks))
+        return Features(self.for_head(middle), self.high(middle, masks))
+
+    def for_head(self, middle: Tensor) -> Tensor:
+        """Leave out the channels of ``middle`` that the head does not read."""
+        return middle[:, : self.middle_channels]
 
     def train(self, mode: bool = True) -> "Backbone":
         """Stay in eval mode."""
@@ -101,15 +108,18 @@ class Source(NamedTuple):
     """prefixes of entries of that file that the backbone does not use"""
     has_deep_stem: Callable[[dict[str, Tensor]], bool] = lambda state: False
     """whether a weights file belongs to a network with a deep stem"""
+    renamed: Callable[[nn.Module, dict[str, Tensor]], dict[str, Tensor]] = lambda network, state: state
+    """the network and a weights file's state dict -> the state dict with the network's parameter names"""
+    fuses: bool = True
+    """whether each batch norm is registered right after the convolution whose output it takes"""
     last: Callable[[dict[str, Tensor] | None], nn.Module] | None = None
     """weights, or None for random ones -> blocks after ``high`` that only training-free segmentation reads"""
 
 
 def source_of(name: str) -> Source:
-    """Look up a backbone of ``BACKBONES`` by name."""
-    if name not in BACKBONES:
-        raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}")
-    source: Source = import_module(f"model.backbones.{BACKBONES[name].file}").source(name)
+    """Look up a backbone of ``BACKBONES`` by name, or 'timm:NAME'."""
+    file = "timm_models" if require_known(name).startswith(TIMM) else BACKBONES[name].file
+    source: Source = import_module(f"model.backbones.{file}").source(name)
     return source
 
 
@@ -124,7 +134,7 @@ def build_backbone(
     """Build a backbone and load its weights.
 
     Args:
-        name: one of ``BACKBONES``.
+        name: one of ``BACKBONES``, or 'timm:NAME'.
         weights: 'imagenet' (torchvision's file in ``weights_dir``, fetched if absent, or a pip package), 'random', or
             the path of a file. A ResNet file with a deep stem is recognised.
         deep_stem: the stem of a ResNet with random weights (a checkpoint fills them in).
@@ -139,10 +149,10 @@ def build_backbone(
         state, digest = read_weights(path)
         deep_stem = source.has_deep_stem(state)
         network = source.build(deep_stem)
-        load_exactly(network, state, source=str(path), ignore=source.unused)
+        load_exactly(network, source.renamed(network, state), source=str(path), ignore=source.unused)
         info = WeightsInfo(str(path), "deep" if deep_stem else "standard", digest)
     backbone = source.cut(network)
-    if fuse:
+    if fuse and source.fuses:
         fuse_batch_norm(backbone)
     return backbone.to(memory_format=torch.channels_last), info  # type: ignore[call-overload]
 

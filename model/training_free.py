@@ -52,21 +52,29 @@ def join(supports: Sequence[Described]) -> Described:
     return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
 
 
+def negative(examples: Sequence[Described]) -> list[Described]:
+    """Turn examples of something into examples of what the target is not; they join the supports."""
+    return [Described(one.feature, torch.zeros_like(one.target), one.target) for one in examples]
+
+
 def unit(x: Tensor) -> Tensor:
     """Divide features (C, ...) by their lengths; zeros stay."""
     return F.normalize(x, dim=0)
 
 
-def describe_support(feature: Tensor, layers: Tensor) -> Described:
+def describe_support(feature: Tensor, layers: Tensor, stride: int = 8, offset: int = 1) -> Described:
     """Describe the positions of a support.
 
-    A position averages 9 x 9 pixels, with a stride of 8, so that the smallest target is seen.
+    A position averages its pixels, 9 x 9 with a stride of 8 and an offset of 1, so that the smallest target is seen.
 
     Args:
         feature: (C, h, w), of unit length
-        layers: (2, 8h - 7, 8w - 7) in [0, 1], each pixel's shares of target and of neither target nor ignored
+        layers: (2, H, W) in [0, 1], each pixel's shares of target and of neither target nor ignored, of the image whose
+            features these are
+        stride, offset: of the backbone, see :class:`model.backbone.Backbone`
     """
-    seen = F.avg_pool2d(layers, 9, stride=8, padding=4, count_include_pad=False).flatten(1)
+    padding = offset * (stride // 2)
+    seen = F.avg_pool2d(layers, stride + offset, stride, padding, count_include_pad=False).flatten(1)
     return Described(feature.flatten(1), seen[0], seen[1])
 
 
@@ -120,6 +128,36 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     return standardised(score).unflatten(0, size)
 
 
+def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """Compute :func:`target_score` of B episodes.
+
+    Args:
+        query: features (B, C, h, w)
+        supports: features (B, K, C, h, w)
+        target, other: shares of each support position, (B, K, h, w) in [0, 1]
+    Returns:
+        (B, 1, h, w), in float32 also under autocast
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = []
+        for q, s, t, o in zip(query.float(), supports.float(), target.float(), other.float(), strict=True):
+            described = Described(unit(s.transpose(0, 1).flatten(1)), t.flatten(), o.flatten())
+            scores.append(target_score(unit(q), described))
+        return torch.stack(scores).unsqueeze(1)
+
+
+def presence(query: Tensor, supports: Described, score: Tensor) -> float:
+    """Estimate in [0, 1] how sure it is that the target is in the query at all.
+
+    r is the mean feature of the query's highest 5 % by score (h, w): sigmoid(7.7 cos(r, P_t) - 2.8 cos(r, P_o) - 1.8).
+    The weights were fitted to features of EfficientNet-Lite0 (README of this folder); for others only the order counts.
+    """
+    positions = score.flatten().topk(max(1, round(TARGET_SHARE * score.numel()))).indices
+    found = unit(query.flatten(1)[:, positions].mean(1))
+    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    return (7.7 * target @ found - 2.8 * other @ found - 1.8).sigmoid().item()
+
+
 class TrainingFree(nn.Module):
     """A frozen backbone with the features that :func:`target_score` compares."""
 
@@ -132,9 +170,10 @@ class TrainingFree(nn.Module):
 
     @torch.no_grad()
     def describe(self, image: Tensor) -> Tensor:
-        """Map a normalised image (3, H, W), sides 8n + 1, to (C, h, w): stage 4, and the last blocks if there are any.
+        """Map a normalised image (3, H, W), of sides that the backbone takes, to its features (C, h, w).
 
-        Each of the two is of unit length at each position, and so is their concatenation.
+        They are the high features and, if there are any, the last blocks'. Each of the two is of unit length at each
+        position, and so is their concatenation.
         """
         stage4 = self.backbone.features(image[None]).high
         stages = [stage4] if self.last is None else [stage4, self.last(stage4.float())]

@@ -7,6 +7,7 @@ reported, so that a run can be traced to its weights.
 import hashlib
 import re
 import zipfile
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,15 +43,20 @@ def torchvision_file(backbone: str, weights_dir: Path) -> Path:
     from model.torchvision_compat import import_models
 
     url: str = import_models().get_model_weights(backbone).IMAGENET1K_V1.url
-    path = weights_dir / url.rsplit("/", 1)[1]
+    return fetched(url, weights_dir / url.rsplit("/", 1)[1], backbone)
+
+
+def fetched(url: str, path: Path, backbone: str) -> Path:
+    """Return ``path``, after fetching ``url`` to it if it is not there; a hash in its name is checked."""
     if not path.exists():
         try:
-            weights_dir.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(path.name))
         except (URLError, OSError, RuntimeError) as error:
             raise WeightsError(
                 f"no ImageNet weights for {backbone}: {path} does not exist and {url} cannot be fetched ({error});"
-                f" fetch that file on another machine and put it at {path}, or set model.weights to a file you have"
+                f" fetch that file on another machine and put it at {path}, or give a file you have (--weights, or"
+                " model.weights in a config)"
             ) from error
     return path
 
@@ -66,18 +72,17 @@ def pip_file(backbone: str, package: str, version: str) -> Path:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read the state dict of a local file, and its SHA-256, which must begin with the hash in the file's name."""
     if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist; put it there or set model.weights to another file")
-    if path.suffix == ".safetensors":
-        remedy = "torch.save(safetensors.torch.load_file(path), 'new.pth')"
-        raise WeightsError(f"weights file {path} is in the format safetensors; convert it with {remedy}")
-    digest, expected = sha256_of(path), _hash_in_name(path.name)
+        raise WeightsError(f"weights file {path} does not exist; put it there or name another file")
+    if path.suffix == ".safetensors" and find_spec("safetensors") is None:
+        raise WeightsError(f"weights file {path} is in the format safetensors: run 'pip install safetensors'")
+    digest, expected, safe = sha256_of(path), _hash_in_name(path.name), path.suffix == ".safetensors"
     if expected and not digest.startswith(expected):
         raise WeightsError(
             f"weights file {path} is damaged: its SHA-256 begins with {digest[:8]}, its name says {expected};"
             " delete it and fetch it again, or rename it if those digits are no hash"
         )
     try:
-        state: Any = load_data(path)
+        state: Any = import_module("safetensors.torch").load_file(path) if safe else load_data(path)
     except Exception as error:  # torch raises many kinds, from EOFError to UnpicklingError
         raise WeightsError(
             f"weights file {path} cannot be read: it is damaged, or holds more than tensors; fetch it again"
@@ -126,7 +131,7 @@ def load_exactly(network: nn.Module, state: dict[str, Tensor], *, source: str, i
     if problems:
         raise WeightsError(
             f"{source} does not fit {type(network).__name__}: of {len(wanted)} entries {', '.join(problems)};"
-            " it belongs to another architecture or is incomplete; set model.weights to another file, or to imagenet"
+            " it belongs to another architecture or is incomplete; take another file"
         )
     network.load_state_dict(state, strict=False)
 

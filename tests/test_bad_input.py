@@ -21,6 +21,7 @@ import pytest
 import torch
 import yaml
 
+from model import weights
 from model.weights import WeightsError, load_exactly, read_weights, torchvision_file
 from scripts import make_synthetic, prepare_pascal
 from scripts.prepare_coco import read_jobs
@@ -147,7 +148,9 @@ def test_weights_that_do_not_fit_are_refused(content: object, piece: str, tmp_pa
     refused(ended(lambda: load_exactly(torch.nn.Linear(12, 5), read_weights(path)[0], source=str(path))), path, piece)
 
 
-def test_damaged_weights_and_code_are_refused_and_code_is_not_run(tmp_path: Path) -> None:
+def test_damaged_weights_and_code_are_refused_and_code_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, exploded = tmp_path / "w.pth", tmp_path / "exploded"
     torch.save(STATE, path)
     data = path.read_bytes()
@@ -155,7 +158,8 @@ def test_damaged_weights_and_code_are_refused_and_code_is_not_run(tmp_path: Path
         path.write_bytes(damaged)
         refused(ended(lambda: read_weights(path)), path, "fetch it again")
     other = path.rename(tmp_path / "w.safetensors")
-    refused(ended(lambda: read_weights(other)), other, "safetensors.torch.load_file")
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    refused(ended(lambda: read_weights(other)), other, "pip install safetensors")
     for zipped in (True, False):
         torch.save({"state_dict": Trap(exploded)}, path, _use_new_zipfile_serialization=zipped)
         refused(ended(lambda: read_weights(path)), path, "fetch it again")

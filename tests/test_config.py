@@ -300,7 +300,14 @@ ABLATIONS = {
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
     "base_learner": {"model.base_learner": True},
     "printed": {**PRINTED, "model.do_average": "region"},
-    "ours": {**PRINTED, "model.fem_prior": True, "model.do_similarity": True, "model.detach_initial": True},
+    "ours": {
+        **PRINTED,
+        "model.fem_prior": True,
+        "model.do_similarity": True,
+        "model.detach_initial": True,
+        "model.relative_target": True,
+        "model.training_free": True,
+    },
     "authors": {
         "data.blur": 0.5,
         "eval.every": 2,

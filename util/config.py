@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from model.backbones import BACKBONES
+from model.backbones import require_known
 from util.errors import UserError
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -131,7 +131,8 @@ class ModelConfig(Section):
     configs/ablation/printed.yaml is the paper's equations to the letter, ours.yaml our variant.
     """
 
-    backbone: Literal[*BACKBONES] = "resnet50"  # type: ignore
+    backbone: Annotated[str, AfterValidator(require_known)] = "resnet50"
+    """a name of model/backbones/, or 'timm:NAME' for any of timm's (pip install timm)"""
     weights: Annotated[str, RUN] = "imagenet"
     """'imagenet' (fetched by name), a file such as initmodel/resnet50_v2.pth, or 'random'"""
     bgem: bool = True
@@ -148,6 +149,10 @@ class ModelConfig(Section):
     """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = False
     """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
+    relative_target: bool = False
+    """ours: for Y_DO, y_ini is cut at 0.3 of its largest value in the image, so that a small target is left out"""
+    training_free: bool = False
+    """ours: in evaluation, half the training-free score of the middle features is added to FEM's logits"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
@@ -189,6 +194,8 @@ class LossWeights(Section):
     """L_PCL (eq. 10; gamma in eq. 11, its value from the authors' code); needs model.doem"""
     base: NonNegative = 3.0
     """the base learner's cross-entropy; without model.base_learner there is none"""
+    dice: NonNegative = 0.0
+    """beyond the paper: Dice loss of the final prediction, for small targets, which eq. 12 leaves below 0.5"""
 
 
 class LossConfig(LossWeights):

@@ -21,3 +21,12 @@ BACKBONES = {
     "resnet101": Entry("ResNet-101", "resnet"),
     "efficientnet_lite0": Entry("EfficientNet-Lite0", "efficientnet_lite"),
 }
+TIMM = "timm:"
+"""before the name of a network of timm, see timm_models.py"""
+
+
+def require_known(name: str) -> str:
+    """Return a backbone's name; raise ValueError if it is neither in the table nor one of timm's."""
+    if name in BACKBONES or (name.startswith(TIMM) and name != TIMM):
+        return name
+    raise ValueError(f"unknown backbone '{name}'; known are {', '.join(BACKBONES)}, and {TIMM}NAME for any of timm's")

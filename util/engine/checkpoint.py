@@ -28,6 +28,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = No
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; code in it is never run (``weights_only``)."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a run's checkpoint is {path / 'best.pt'}")
     try:
         state = load_data(path)
     except FileNotFoundError:

@@ -83,7 +83,7 @@ class Encoded(NamedTuple):
     """The network's entry of an image."""
 
     middle: Tensor
-    """(1, Cm, h, w)"""
+    """(1, Cm, h, w), with the channels that only ``high`` reads"""
     fitted: Tensor
     """class ids at the network's input size, (1, S, S)"""
     ids: Tensor
@@ -111,7 +111,7 @@ class NetworkMethod(Method):
         backbone = self.model.backbone
         positions = backbone.map_side(self.size) ** 2 * self.hardware.precision.itemsize
         if key[1] == IMAGE:
-            return positions * backbone.middle_channels + 2 * self.size**2
+            return positions * (backbone.middle_channels + backbone.carried_channels) + 2 * self.size**2
         return positions * backbone.high_channels
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
@@ -139,13 +139,13 @@ class NetworkMethod(Method):
     ) -> dict[str, list[Tensor]]:
         """Run the head on episodes of one number of shots as one batch."""
         pairs = [(line, value) for e, value in zip(episodes, values, strict=True) for line in e.supports]
-        shots = (len(episodes), len(pairs) // len(episodes))
+        shots, for_head = (len(episodes), len(pairs) // len(episodes)), self.model.backbone.for_head
         query = Features(
-            torch.cat([held[e.query, IMAGE].middle for e in episodes]),
+            for_head(torch.cat([held[e.query, IMAGE].middle for e in episodes])),
             torch.cat([held[e.query, QUERY] for e in episodes]),
         )
         supports = Features(
-            torch.cat([held[line, IMAGE].middle for line, _ in pairs]).unflatten(0, shots),
+            for_head(torch.cat([held[line, IMAGE].middle for line, _ in pairs])).unflatten(0, shots),
             torch.cat([held[pair] for pair in pairs]).unflatten(0, shots),
         )
         masks = torch.cat([target_of(held[line, IMAGE].fitted, value) for line, value in pairs]).unflatten(0, shots)

