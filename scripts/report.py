@@ -36,7 +36,6 @@ from tabulate import tabulate
 
 from model.backbones import BACKBONES
 from util.config import MACHINE, departures, flatten, keys_with, protocol_of
-from util.engine.metrics import interval, resampled_miou
 from util.errors import UserError
 from util.files import read_json, require_writable, write_text
 
@@ -244,6 +243,8 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
 
 def compare(first: Path, second: Path) -> str:
     """Compare two results files of test.py episode by episode."""
+    from util.engine.metrics import interval, resampled_miou  # imports torch, which the tables do not need
+
     a, b = (counted(path) for path in (first, second))
     if a["episodes_sha256"] != b["episodes_sha256"]:
         named = ("dataset", "fold", "shots", "protocol", "list_sha256", "episodes", "seeds")

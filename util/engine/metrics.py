@@ -79,7 +79,7 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
     )
 
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 """bootstrap samples of an interval"""
 
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from util.data.dataset import target_of
 from util.data.episodes import EpisodeFiles
-from util.engine.evaluation import IMAGE, Method
+from util.engine.evaluation import IMAGE
 from util.engine.feature_cache import Key
+from util.engine.outside import PixelMethod
 from util.photos.edges import sharp_mask
 from util.photos.segmenter import EncodedQuery, TrainingFreeSegmenter
 
@@ -22,20 +23,15 @@ class Entry(NamedTuple):
     ids: Tensor
 
 
-class TrainingFreeMethod(Method):
+class TrainingFreeMethod(PixelMethod):
     """Training-free segmentation without and with edges: 'training_free' and 'training_free_edges'.
 
     Images are resized to the segmenter's own size. Only their features are cached, since a target is described quickly.
     """
 
     def __init__(self, segmenter: TrainingFreeSegmenter) -> None:
+        super().__init__((segmenter.model, segmenter.side, segmenter.hardware.precision))
         self.segmenter = segmenter
-        self.owner = (segmenter.model, segmenter.side, segmenter.hardware.precision)
-        self.read = _read
-
-    def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
-        """Return one key for each image."""
-        return [(line, IMAGE) for line in (episode.query, *episode.supports)]
 
     def nbytes(self, key: Key) -> int:
         """Estimate the bytes of a square image's features, in float32, and of an image and mask of 500 x 500."""
@@ -66,8 +62,3 @@ class TrainingFreeMethod(Method):
             for name, values_of in zip(scores, (probability, sharp), strict=True):
                 scores[name].append(torch.from_numpy(values_of).to(self.segmenter.hardware.device) - 0.5)
         return scores
-
-
-def _read(image: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the image and a writable copy of its mask."""
-    return image, ids.copy()
