@@ -28,7 +28,7 @@ ONLY_IN = {  # a name or module: the files and folders that may import it
     "build_ntrenet": ("util/engine/build.py",),
     "build_backbone": ("model/training_free.py", "util/engine/build.py"),
     "util.photos": ("util/photos/", "predict.py", "demo.py", "hubconf.py", "test.py"),
-    "model.training_free": ("util/photos/", "test.py"),
+    "model.training_free": ("model/ntrenet.py", "util/photos/", "test.py"),
 }
 
 
