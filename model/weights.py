@@ -72,7 +72,9 @@ def pip_file(backbone: str, package: str, version: str) -> Path:
 def read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """Read the state dict of a local file, and its SHA-256, which must begin with the hash in the file's name."""
     if not path.is_file():
-        raise WeightsError(f"weights file {path} does not exist; put it there or name another file")
+        raise WeightsError(
+            f"weights file {path} does not exist; put it there, or set model.weights (--weights) to another"
+        )
     if path.suffix == ".safetensors" and find_spec("safetensors") is None:
         raise WeightsError(f"weights file {path} is in the format safetensors: run 'pip install safetensors'")
     digest, expected, safe = sha256_of(path), _hash_in_name(path.name), path.suffix == ".safetensors"

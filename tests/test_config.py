@@ -203,7 +203,7 @@ WRONG = {
     "train.lr: .nan": ["nan"],
     "train.epochs: '20'": ["integer", "'20'"],
     "data.shots: 0": ["greater than or equal to 1", "0"],
-    "model.backbone: resnet18": ["'resnet50'", "'vgg16_bn'", "'resnet18'"],
+    "model.backbone: resnet18": ["resnet50", "vgg16_bn", "timm:NAME", "'resnet18'"],
 }
 """words of the message about a wrong value"""
 

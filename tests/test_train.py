@@ -118,7 +118,7 @@ def test_tensorboard_holds_every_loss_term_and_the_learning_rate_of_every_step(r
     for name in LOSSES:
         assert [step for step, _ in recorded[f"loss/{name}"]] == list(range(1, steps + 1))
         assert all(math.isfinite(value) for _, value in recorded[f"loss/{name}"])
-    total, final, initial, aux, bg, pcl, _ = ([value for _, value in recorded[f"loss/{name}"]] for name in LOSSES)
+    total, final, initial, aux, bg, pcl, *_ = ([value for _, value in recorded[f"loss/{name}"]] for name in LOSSES)
     assert all(max(values) > 0 for values in (final, initial, aux, bg, pcl))
     weighted = [
         0.6 * i + f + 0.4 * a + b + 0.01 * p for f, i, a, b, p in zip(final, initial, aux, bg, pcl, strict=True)
