@@ -2,11 +2,14 @@
 
 Opens every image and mask of both lists, names the published lists among them, checks that VOC's ignored border is
 there, and counts for every fold the images of each class. The exit code is 1 if training the config's fold would be
-wrong, else 0; warnings do not change it. The class indexes are cached for training.
+wrong, else 0; warnings do not change it. The class indexes are cached for training. Not found are JPEGs with damaged
+bytes that decode without an error: only a checksum tells.
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,8 +22,8 @@ from PIL import ExifTags, Image
 from tabulate import tabulate
 
 from util.config import Config, add_config_argument, load_config, parse_arguments
-from util.data.class_index import ClassIndex, Item, count_pixels, load_class_index, read_list
-from util.data.episodes import find_supports, photos_of
+from util.data.class_index import ClassIndex, Item, count_pixels, load_class_index, read_list, require_root
+from util.data.episodes import find_supports, photos_of, too_few
 from util.data.folds import base_classes, novel_classes
 from util.data.images import read_image
 from util.data.pool import on_all_cores
@@ -28,7 +31,7 @@ from util.data.published import is_benchmark, overlap, published, title_of
 from util.data.readers import reader_of
 from util.errors import UserError, first_of
 
-SHOWN = 20  # problems and warnings on screen
+SHOWN = 20  # problems, warnings, and files with one problem on screen
 FEWEST = 5  # classes of a fold in the table
 
 
@@ -39,7 +42,9 @@ def main() -> None:
     config = load_config(args.config, overrides)
     data, paths = config.data, {"train": Path(config.data.train_list), "val": Path(config.data.val_list)}
 
-    problems = [problem for path in paths.values() for problem in check_files(config, path)]
+    found = [problem for path in paths.values() for problem in check_files(config, path)]
+    # missing lists and a missing data.root have one remedy
+    problems = list({problem.partition("; ")[2]: problem for problem in found}.values())
     warnings: list[str] = []
     if not problems:
         root, num_classes, reader = Path(data.root), len(data.classes), reader_of(data)
@@ -61,11 +66,23 @@ def main() -> None:
 def check_files(config: Config, path: Path) -> list[str]:
     """Open every file of a list and return the problems."""
     try:
+        require_root(Path(config.data.root), path)
         items = read_list(path, Path(config.data.root), reader_of(config.data))
     except UserError as error:
         return [str(error)]
-    checked = on_all_cores(partial(check_item, num_classes=len(config.data.classes)), items, f"checking {path}")
-    return [found for found in checked if isinstance(found, str)]
+    return check_items(items, len(config.data.classes), f"checking {path}")[1]
+
+
+def check_items(items: Sequence[Item], num_classes: int, title: str) -> tuple[list[np.ndarray], list[str]]:
+    """Decode images and masks; return the counts of :func:`count_pixels`, and one problem of each kind."""
+    kinds: dict[str, list[str]] = {}
+    checked = on_all_cores(partial(check_item, num_classes=num_classes), items, title)
+    for item, found in zip(items, checked, strict=True):
+        if isinstance(found, str):
+            kind = re.sub(r"\d", "", found.replace(str(item.image), "").replace(str(item.mask), ""))
+            kinds.setdefault(kind, [found]).append(item.image.name)
+    problems = [first + ("; also " if more else "") + first_of(more, SHOWN, ", ") for first, _, *more in kinds.values()]
+    return [found for found in checked if not isinstance(found, str)], problems
 
 
 def check_item(item: Item, num_classes: int) -> np.ndarray | str:
@@ -131,6 +148,8 @@ def check_folds(config: Config, indexes: dict[str, ClassIndex], problems: list[s
             shown = ", ".join(fewest[:FEWEST]) + (", ..." if len(fewest) > FEWEST else "")
             count = len(np.unique(np.concatenate(list(supports.values()))))
             rows.append([fold, name, count, shown])
+            if name == "val" and fold == config.data.fold and (few := too_few(images)):
+                warnings.append(few)
             if name == "train" and fold == config.data.fold:
                 of_epoch, epochs, steps = config.train.schedule(count)
                 print(f"\nfold {fold}: {steps} training steps, in {epochs} epochs of {of_epoch}")

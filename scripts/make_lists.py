@@ -14,8 +14,8 @@ data/mine/lists/mine.yaml, if there is none yet.
     ... --coco result.json [--images data/mine/images]                             # COCO's JSON of your own classes
 
 write masks of class ids into ROOT/class_ids first. labelmap.txt has a line 'name:r,g,b' for each class, as CVAT writes
-it, or is a CSV of 'name,r,g,b' or 'id,name'; background and void are no classes. The images that a JSON names are
-looked for next to it, or in --images.
+it; background and void are no classes. The images that a JSON names are looked for next to it, or in --images. Classes
+that no mask shows are in data.left_out.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
@@ -34,7 +34,6 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -47,9 +46,10 @@ import yaml
 from tabulate import tabulate
 
 from model import IGNORE
-from scripts.check_data import check_item
+from scripts.check_data import check_items
 from util.data.class_index import Item
-from util.data.images import class_ids_of, encoded_mask, image_size, opened, read_class_ids, seen_target
+from util.data.episodes import too_few
+from util.data.images import encoded_mask, image_size, opened, seen_target
 from util.data.pairs import find_files, find_pairs, pair
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
@@ -57,7 +57,6 @@ from util.files import write_bytes, write_text
 
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"  # the base of the config that is written
 CUSTOM_SIZE, BATCH_SIZE = 321, 8  # its data.image_size and train.batch_size
-EVALUATED = 200  # its eval.episodes
 STEPS = 600  # of a training, however few images there are
 EPISODE = 2  # images of a class that a 1-shot episode needs
 MADE = "class_ids"  # folder below --root for masks that are made here
@@ -71,7 +70,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder of images; without it, ROOT holds a folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks")
     parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
-    parser.add_argument("--colours", type=Path, help="file that names the colours, or the ids, in the masks")
+    parser.add_argument("--colours", type=Path, help="file that names the colours, or grey values, in the masks")
     parser.add_argument("--coco", type=Path, help="COCO's JSON, instead of --masks")
     parser.add_argument("--val", type=float, default=0.2, help="share of the images for val")
     parser.add_argument("--seed", type=int, default=0, help="of the split")
@@ -88,7 +87,7 @@ def main() -> None:
 def name_in_list(path: Path, root: Path) -> str:
     """A path as a list has it: relative to the root, without spaces."""
     try:
-        name = path.absolute().relative_to(root.absolute()).as_posix()
+        name = Path(os.path.normpath(path.absolute())).relative_to(root.absolute()).as_posix()
     except ValueError:
         raise UserError(f"{path} is not below --root {root}; give the folder that holds images and masks") from None
     if " " in name or not name.isprintable():
@@ -97,16 +96,18 @@ def name_in_list(path: Path, root: Path) -> str:
 
 
 def list_pairs(args: argparse.Namespace) -> None:
-    made = args.root / MADE
     names = read_names(args.classes) if args.classes else []
     if args.coco:
-        items, names = make_masks_of_coco(args.coco, args.images or args.coco.parent, args.root, made)
+        items, names = items_of_coco(args.coco, args.images or args.coco.parent)
     else:
-        items = [Item(*pair) for pair in sorted(find_pairs(args.images, args.masks, without=made).items())]
-        if args.colours:
-            items, names = make_masks_of_colours(items, args.masks, args.colours, made)
+        pairs = find_pairs(args.images, args.masks, without=args.root / MADE)
+        items = [Item(*pair) for pair in sorted(pairs.items())]
+    if args.colours:
+        items, names = items_of_colours(items, args.colours)
+    if args.coco or args.colours:
+        items = make_masks(items, names, args.root)
     lines = [f"{name_in_list(item.image, args.root)} {name_in_list(item.mask, args.root)}" for item in items]
-    names, pixels = check_items(items, names, args)
+    names, pixels = count_classes(items, names, args)
     order = [hashlib.sha256(f"{args.seed} {line}".encode()).digest() for line in lines]
     in_val = split(pixels > 0, args.val, sorted(range(len(lines)), key=lambda n: order[n]))
     if in_val.all() or not in_val.any():
@@ -117,12 +118,8 @@ def list_pairs(args: argparse.Namespace) -> None:
     rows = [[name, (~in_val & has).sum(), (in_val & has).sum()] for name, has in zip(names, pixels.T > 0, strict=True)]
     rows.append(["all images", (~in_val).sum(), in_val.sum()])
     print(tabulate(rows, ["class", "train", "val"], "plain", disable_numparse=True))
-    fewest = int((pixels[in_val] > 0).sum(0).min())
-    if (distinct := fewest * (fewest - 1)) < EVALUATED:
-        print(
-            f"\nnote: the {fewest} images of a class in val give {distinct} distinct episodes, and an evaluation draws"
-            f" {EVALUATED}: mIoU is mostly noise; add images, or raise --val"
-        )
+    if few := too_few({str(name): int(val) for name, train, val in rows[:-1] if train}):
+        print(f"\nwarning: {few}, or raise --val")
     print(f"\ntraining: {STEPS} steps of {BATCH_SIZE} episodes, about 15 minutes on one CPU core")
     config = args.out / f"{args.root.resolve().name}.yaml"
     if config.exists():
@@ -133,13 +130,12 @@ def list_pairs(args: argparse.Namespace) -> None:
     print(f"next: python scripts/check_data.py --config {config}")
 
 
-def check_items(items: list[Item], names: list[str], args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
-    """Open all files; return the names of the classes, and the pixels of each in each mask."""
-    checked = on_all_cores(partial(check_item, num_classes=254), items, "checking")
-    problems = [found for found in checked if isinstance(found, str)]
-    pixels = np.array([found for found in checked if not isinstance(found, str)]).reshape(-1, 256)[:, 1:-1]
-    ids = [int(value) for value in np.flatnonzero(pixels.any(0)) + 1]  # those of the values 1 ... 254 that occur
-    gaps = ids != list(range(1, len(ids) + 1))
+def count_classes(items: list[Item], names: list[str], args: argparse.Namespace) -> tuple[list[str], np.ndarray]:
+    """Open all files; return the names of the classes 1, 2, ..., and the pixels of each in each mask."""
+    counts, problems = check_items(items, 254, "checking")
+    pixels = np.array(counts).reshape(-1, 256)[:, 1:-1]
+    ids = (np.flatnonzero(pixels.any(0)) + 1).tolist()
+    gaps = not (args.colours or args.coco) and ids != list(range(1, len(ids) + 1))
     if (problems or gaps or len(ids) < 2) and all(on_all_cores(is_white_on_black, items, "checking")):
         raise UserError(
             f"the masks, such as {items[0].mask}, are white on black: one class, and training needs others to hold"
@@ -147,23 +143,18 @@ def check_items(items: list[Item], names: list[str], args: argparse.Namespace) -
             " the images and masks of each into a folder of its own, and give --root alone"
         )
     if problems:
-        kinds = {re.sub(r"\S*/\S*|\d+", "", problem): problem for problem in reversed(problems)}  # one of each kind
-        raise UserError(f"{first_of([*kinds.values()][::-1])} ({len(problems)} of {len(items)} have such problems)")
-    if args.coco or args.colours:  # the names of all classes, also of those that no mask shows
-        on_all_cores(partial(renumber, ids=ids), items if gaps else [], "renumbering", unit="mask")
-        return [names[value - 1] for value in ids], pixels[:, [value - 1 for value in ids]]
+        raise UserError(first_of(problems))
     if gaps:
-        held = first_of([str(value) for value in ids], 20, ", ")
         raise UserError(
-            f"class ids must run from 1 without gaps, the masks hold [{held}]; renumber them: --colours FILE, with a"
-            " line 'id,name' for each"
+            f"class ids must run from 1 without gaps, the masks hold {first_of([*map(str, ids)], 20, ', ')}; renumber"
+            " them: --colours FILE, with a line 'name:r,g,b' for each (3,3,3 for the grey value 3)"
         )
-    if names and (len(names) != len(ids) or len(set(names)) != len(names)):
+    if args.classes and not args.colours and not ids[-1] == len(names) == len(set(names)):
         raise UserError(
-            f"--classes {args.classes} must hold {len(ids)} different names, one a line and for each class id in the"
-            " masks; a file of ids or colours is for --colours"
+            f"--classes {args.classes} must hold {ids[-1]} different names, one a line, the first for value 1"
         )
-    return names or [f"class_{value}" for value in ids], pixels[:, : len(ids)]
+    names = names or [f"class_{value}" for value in ids]
+    return names, pixels[:, : len(names)]
 
 
 def is_white_on_black(item: Item) -> bool:
@@ -177,68 +168,58 @@ def read_names(path: Path) -> list[str]:
     return [name for name in names if name.strip("_").lower() not in NO_CLASS]
 
 
-def make_masks_of_colours(items: list[Item], folder: Path, path: Path, made: Path) -> tuple[list[Item], list[str]]:
-    """Write masks of class ids for masks whose colours, or ids, a file names; return the new items and the names."""
+def items_of_colours(items: list[Item], path: Path) -> tuple[list[Item], list[str]]:
+    """Return items whose masks are read by the colours that a file names, and the names of the classes."""
     names = list[str]()
     values: dict[tuple[int, ...], int] = {(0, 0, 0): 0}
-    coloured = False
-    for line in read_names(path):
-        words = [word.strip() for word in re.split("[:,;\t]", line) if word.strip()]
-        numbers = tuple(int(word) for word in words if word.isdigit())
-        if 0 < len(numbers) < len(words):
-            name = next(word for word in words if not word.isdigit())
-            value = NO_CLASS.get(name.strip("_").lower())
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
+        if row := re.match(r"([^#,:]+)[,:]\s*(\d+),\s*(\d+),\s*(\d+)", line):
+            name, *colour = row.groups()
+            value = NO_CLASS.get(name.strip("_ ").lower())
             names += [name] * (value is None and name not in names)
-            coloured = len(numbers) >= 3
-            values[numbers[-3:] if coloured else numbers[:1] * 3] = names.index(name) + 1 if value is None else value
-    if not coloured:
-        values.setdefault((IGNORE,) * 3, IGNORE)
-    new = [item._replace(mask=made / item.mask.relative_to(folder).with_suffix(".png")) for item in items]
-    makers = [(to.mask, partial(ids_of, item.mask, values, coloured)) for item, to in zip(items, new, strict=True)]
-    on_all_cores(write_mask, makers, "making masks", unit="mask")
-    return new, names
+            values[tuple(map(int, colour))] = names.index(name) + 1 if value is None else value
+    return [item._replace(read=partial(ids_of, values=values)) for item in items], names
 
 
-def ids_of(path: Path, values: dict[tuple[int, ...], int], coloured: bool) -> np.ndarray:
-    """Class ids (H, W), uint8, of a mask with the value of each colour; an id counts as the grey (id, id, id)."""
+def ids_of(path: Path, values: dict[tuple[int, ...], int]) -> np.ndarray:
+    """Class ids (H, W), uint8, of a mask with the value of each colour."""
     with opened(path, f"mask {path}") as image:
-        grey = None if coloured else class_ids_of(image, f"mask {path}")
-        colours = np.asarray(image.convert("RGB")) if grey is None else np.stack([grey] * 3, 2)
+        colours = np.asarray(image.convert("RGB"))
     ids = np.full(colours.shape[:2], -1)
     for colour, value in values.items():
         ids[(colours == colour).all(2)] = value
     if (ids < 0).any():
-        raise UserError(f"--colours has no line 'name:r,g,b' or 'id,name' for {colours[ids < 0][0].tolist()} in {path}")
+        raise UserError(f"--colours has no line 'name:r,g,b' for {colours[ids < 0][0].tolist()} in {path}")
     return ids.astype(np.uint8)
 
 
-def write_mask(maker: tuple[Path, Callable[[], np.ndarray]]) -> None:
-    target, make = maker
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(target, encoded_mask(make()), force=False)
-
-
-def renumber(item: Item, ids: list[int]) -> None:
-    new = np.arange(256, dtype=np.uint8)
-    new[ids] = range(1, len(ids) + 1)
-    write_bytes(item.mask, encoded_mask(new[read_class_ids(item.mask)]), force=False)
-
-
-def make_masks_of_coco(path: Path, folder: Path, root: Path, made: Path) -> tuple[list[Item], list[str]]:
-    """Write masks of class ids for the annotated images of a COCO JSON; return items, and the names of the classes."""
+def items_of_coco(path: Path, folder: Path) -> tuple[list[Item], list[str]]:
+    """Return items whose masks are painted from a COCO JSON, and the names of its classes."""
     from scripts.prepare_coco import paint, read_instances  # it needs pycocotools
 
-    names, jobs = read_instances(path, "export it again")
-    if len(names) >= IGNORE or not any(outline for job in jobs for *_, outline in job.shapes):
-        raise UserError(f"{path} holds {len(names)} categories (at most 254 are possible), or boxes without outlines")
-    files = [folder / job.name.replace("\\", "/") for job in jobs]
-    files = [file if file.is_file() else folder / file.name for file in files]
-    if missing := [file.name for file in files if not file.is_file()]:
+    names, jobs = read_instances(path)
+    if not any(outline for job in jobs for *_, outline in job.shapes):
+        raise UserError(f"{path} holds no outlines of objects; export masks or polygons, not boxes")
+    images = [folder / job.name.replace("\\", "/") for job in jobs]
+    images = [image if image.is_file() else folder / image.name for image in images]
+    if missing := [image.name for image in images if not image.is_file()]:
         raise UserError(f"{folder} lacks images that {path} names: {first_of(missing, separator=', ')}; give --images")
-    items = [Item(file, (made / name_in_list(file, root)).with_suffix(".png")) for file in files]
-    makers = [(item.mask, partial(paint, job)) for item, job in zip(items, jobs, strict=True)]
-    on_all_cores(write_mask, makers, "making masks", unit="mask")
-    return items, names
+    return [Item(image, path, read=partial(paint, job)) for image, job in zip(images, jobs, strict=True)], names
+
+
+def make_masks(items: list[Item], names: list[str], root: Path) -> list[Item]:
+    """Write a mask of class ids for each item, and return items with it."""
+    if len(names) >= IGNORE:
+        raise UserError(f"there are {len(names)} classes, and a mask can tell 254 apart; leave some out")
+    made = [root / MADE / f"{name_in_list(item.image, root)}.png" for item in items]
+    on_all_cores(write_mask, list(zip(items, made, strict=True)), "making masks", unit="mask")
+    return [Item(item.image, mask) for item, mask in zip(items, made, strict=True)]
+
+
+def write_mask(task: tuple[Item, Path]) -> None:
+    item, path = task
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, encoded_mask(item.read(item.mask)), force=False)
 
 
 def split(present: np.ndarray, share: float, order: list[int]) -> np.ndarray:
@@ -273,12 +254,14 @@ def config_for(root: Path, lists: list[Path], names: list[str], items: list[Item
     sizes = [image_size(item.image) for item in items]
     side, area = (statistics.median(of(size) for size in sizes) for of in (max, math.prod))
     min_area = round(0.005 * area)
-    folds = [part.tolist() for part in np.array_split(np.array(names, object), min(len(names), 4))]
-    usable = int((pixels[:, len(folds[0]) :] >= min_area).any(1).sum())  # the first fold holds back the first classes
+    shown = pixels.any(0)
+    folds = [part.tolist() for part in np.array_split(np.array(names, object)[shown], min(shown.sum(), 4))]
+    usable = int((pixels[:, shown][:, len(folds[0]) :] >= min_area).any(1).sum())  # fold 0 holds back the first classes
     epochs = math.ceil(STEPS / max(1, usable // BATCH_SIZE))
     scale = [round(factor * CUSTOM_SIZE / side, 2) for factor in (0.9, 1.1)]
     paths = {"root": str(root), "train_list": str(lists[0]), "val_list": str(lists[1])}
     data = paths | {"classes": names, "folds": folds, "scale": scale, "min_area": min_area}
+    data |= {} if shown.all() else {"left_out": np.array(names, object)[~shown].tolist()}
     values = {
         "base": os.path.relpath(CUSTOM, lists[0].parent.resolve()),
         "data": {"dataset": root.resolve().name} | data,

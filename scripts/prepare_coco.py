@@ -33,7 +33,7 @@ import yaml
 from pycocotools import mask as coco_mask
 
 from model import IGNORE
-from util.data.images import encoded_mask
+from util.data.images import MAX_PIXELS, encoded_mask
 from util.data.pool import on_all_cores
 from util.errors import UserError, first_of
 from util.files import link_or_copy, write_bytes, write_text
@@ -41,7 +41,7 @@ from util.files import link_or_copy, write_bytes, write_text
 EXPECTED = {"train": 82081, "val": 40137}  # images with at least one annotation, of 82783 and 40504
 CLASSES = Path(__file__).resolve().parent.parent / "configs/base/coco.yaml"
 OUT, LISTS = Path("data/coco"), Path("lists/coco")
-AGAIN = "unpack annotations_trainval2014.zip from https://cocodataset.org/#download again"
+AGAIN = "unpack or export the annotations again"
 IMAGE = re.compile(r"[\w-]+\.jpg")  # names of images become names of masks, which must stay in their folder
 
 
@@ -100,28 +100,42 @@ def prepare_split(split: str, root: Path, out: Path) -> None:
 
 def read_jobs(path: Path) -> list[Job]:
     """The annotated images of one of COCO's annotation files, by name."""
-    _, jobs = read_instances(path, AGAIN, yaml.safe_load(CLASSES.read_text())["data"]["classes"])
+    _, jobs = read_instances(path, yaml.safe_load(CLASSES.read_text())["data"]["classes"])
     if strange := [job.name for job in jobs if not IMAGE.fullmatch(job.name)]:
         raise UserError(f"{path} is damaged, an image is named {strange[0]!r:.50}; {AGAIN}")
     return jobs
 
 
-def read_instances(path: Path, remedy: str, classes: list[str] | None = None) -> tuple[list[str], list[Job]]:
-    """The names of the categories, in the order of their ids, which must be ``classes``; and the annotated images."""
+def read_instances(path: Path, classes: list[str] | None = None) -> tuple[list[str], list[Job]]:
+    """The names of the categories, in the order of their ids, and the annotated images, by name."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"), object_hook=compact)
         categories = sorted(data["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
-        if classes and names != classes:
-            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {remedy}")
+        if names != (classes or names):
+            raise UserError(f"{path}: its categories, by id, are not the classes of {CLASSES}; {AGAIN}")
         ids = {category["id"]: number for number, category in enumerate(categories, 1)}
-        jobs = {image["id"]: Job(image["file_name"], image["height"], image["width"], []) for image in data["images"]}
+        jobs = {}
+        for image in data["images"]:
+            number, height, width = numbers(image, "id", "height", "width")
+            if not 0 < height * width <= MAX_PIXELS:
+                raise ValueError(f"image {number} is {width}x{height}")
+            jobs[number] = Job(image["file_name"], height, width, [])
         for entry in data["annotations"]:
-            value = IGNORE if entry.get("iscrowd") else ids[entry["category_id"]]
-            jobs[entry["image_id"]].shapes.append((entry["id"], value, entry["segmentation"]))
+            number, image, category, crowd = numbers({"iscrowd": 0} | entry, "id", "image_id", "category_id", "iscrowd")
+            value = (ids[category], IGNORE)[crowd]
+            jobs[image].shapes.append((number, value, entry["segmentation"]))
         return names, sorted((job for job in jobs.values() if job.shapes), key=lambda job: job.name)
-    except (ValueError, KeyError, TypeError) as error:  # ValueError: damaged JSON too
-        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {remedy}") from error
+    except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:  # ValueError: damaged JSON too
+        raise UserError(f"{path} is damaged or no instances file ({error!r:.200}); {AGAIN}") from error
+
+
+def numbers(entry: dict[str, Any], *keys: str) -> list[int]:
+    """Return the values of keys, which must be whole numbers from 0 on."""
+    values = [entry[key] for key in keys]
+    if not all(type(value) is int and value >= 0 for value in values):
+        raise ValueError(f"{', '.join(keys)} are {values}")
+    return values
 
 
 def compact(entry: dict[str, Any]) -> dict[str, Any]:
@@ -140,11 +154,14 @@ def make_mask(job: Job, *, path: Path, folder: Path) -> bool:
     return True
 
 
-def paint(job: Job) -> np.ndarray:
-    """Paint the mask (H, W), uint8, of an image, by the overlap rule."""
+def paint(job: Job, path: Path | None = None) -> np.ndarray:
+    """Paint the mask (H, W), uint8, of an image, by the overlap rule; ``path`` is that of the JSON, read before."""
     layers = []
     for annotation, value, segmentation in job.shapes:
-        covered = cover(segmentation, job.height, job.width)
+        try:
+            covered = cover(segmentation, job.height, job.width)
+        except Exception as error:  # pycocotools raises many kinds
+            raise UserError(f"annotation {annotation} of {job.name} is damaged ({error!r:.100}); {AGAIN}") from error
         layers.append((value != IGNORE, -int(covered.sum()), annotation, value, covered))
     mask = np.zeros((job.height, job.width), np.uint8)
     for *_, value, covered in sorted(layers, key=lambda layer: layer[:3]):
@@ -156,12 +173,22 @@ def cover(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Return the pixels (H, W), bool, of polygons or of a run-length code, compressed or not."""
     if isinstance(segmentation, list):
         parts = [np.asarray(part) for part in segmentation if len(part) >= 6]  # pycocotools takes 4 numbers for a box
+        if any(len(part) % 2 or not (abs(part) < 1e6).all() for part in parts):
+            raise ValueError("a polygon must be pairs of finite numbers")
         if not parts:
             return np.zeros((height, width), bool)
-        segmentation = coco_mask.merge(coco_mask.frPyObjects(parts, height, width))
-    elif isinstance(segmentation["counts"], list):
+        return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(parts, height, width))).astype(bool)
+    runs = segmentation["counts"]
+    if segmentation["size"] != [height, width]:
+        raise ValueError(f"a run-length code has the size {segmentation['size']}")
+    if isinstance(runs, list):
+        if any(type(run) is not int or run < 0 for run in runs) or sum(runs) != height * width:
+            raise ValueError("run lengths must be whole numbers whose sum is the image's size")
         segmentation = coco_mask.frPyObjects(segmentation, height, width)
-    return coco_mask.decode(segmentation).astype(bool)
+    mask = coco_mask.decode(segmentation)
+    if isinstance(runs, str) and coco_mask.encode(mask)["counts"] != runs.encode():
+        raise ValueError("a compressed run-length code is damaged")
+    return mask.astype(bool)
 
 
 if __name__ == "__main__":

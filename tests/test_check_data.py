@@ -86,8 +86,22 @@ def test_every_damaged_file_is_named(data: Data) -> None:
     for mask in masks:
         mask.unlink()
     code, out = check(*overrides)
-    assert code == 1 and out.count("PROBLEM") == 2
-    assert all(f"PROBLEM mask {mask} does not exist" in out for mask in masks)
+    assert code == 1 and out.startswith(f"PROBLEM mask {masks[0]} does not exist; check data.root and the list; also")
+    assert out.splitlines()[0].endswith("also val_00007.jpg") and out.count("PROBLEM") == 1
+
+
+@pytest.mark.parametrize("name", ["pascal", "coco"])
+def test_without_data_the_command_that_prepares_them_is_named_once(name: str, tmp_path: Path) -> None:
+    config = f"configs/{name}/resnet50_fold0_1shot.yaml"
+    out = call(check_data, "--config", config, f"data.root={tmp_path / 'none'}").out
+    assert out.count(f"scripts/prepare_{name}.py") == out.count("PROBLEM data.root") == out.count("PROBLEM") == 1
+
+
+def test_few_validation_images_are_a_warning(data: Data) -> None:
+    lines = (data[0] / "lists/val.txt").read_text().splitlines(keepends=True)
+    (data[0] / "lists/val.txt").write_text("".join(lines[:20]))
+    code, out = check(*data[1])
+    assert code == 0 and re.search("WARNING . images of '.*' in the validation list give .* distinct", out)
 
 
 @pytest.fixture
@@ -118,7 +132,7 @@ def test_published_lists_are_recognised_whatever_their_order_and_line_ends(pasca
     lines = (root / "train.txt").read_text().splitlines()
     (root / "train.txt").write_bytes("\r\n".join(f"/{line}" for line in reversed(lines)).encode())
     code, out = check(*overrides)
-    assert code == 0 and "WARNING" not in out
+    assert code == 0 and "WARNING list" not in out
     for split, ignored in (("train", 3), ("val", 12)):
         assert f"{root}/{split}.txt: the tiny {split}; {ignored} of 12 masks hold 255" in out
 

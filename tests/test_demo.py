@@ -147,6 +147,7 @@ def address(checkpoint: Path) -> Iterator[str]:
 def send(target: str, body: object = None, **headers: str) -> str:
     data = None if body is None else json.dumps(body).encode()
     with urllib.request.urlopen(urllib.request.Request(target, data, headers), timeout=60) as answer:
+        assert answer.headers["Content-Security-Policy"] == "frame-ancestors 'none'"
         return answer.read().decode()
 
 

@@ -182,6 +182,24 @@ def test_wrong_annotations_end_in_one_line(coco: Path, run: Run) -> None:
         refused(run(), path.name, reason, prepare_coco.AGAIN)
 
 
+@pytest.mark.parametrize(
+    ("place", "key", "value"),
+    [
+        *(("annotations", "iscrowd", value) for value in ("0", 2, True)),
+        *(("images", "height", value) for value in ("30", 30.0, -30, 10**9)),
+        *(("annotations", "segmentation", value) for value in (None, 3, "text", {}, [[0.0, float("nan")] * 3])),
+        *(("annotations", "counts", value) for value in ([], None, [0.5, 1199.5], [1300, -100], [7, 5], "~")),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(place: str, key: str, value: Any, coco: Path, run: Run) -> None:
+    path = coco / "annotations/instances_train2014.json"
+    data = json.loads(path.read_text())
+    code = {"segmentation": {"size": [HEIGHT, WIDTH], "counts": value}}
+    data[place][0] |= code if key == "counts" else {key: value}
+    path.write_text(json.dumps(data))
+    refused(run(), "is damaged", prepare_coco.AGAIN)
+
+
 def test_missing_and_damaged_files_end_in_one_line(coco: Path, run: Run) -> None:
     image, path = coco / f"val2014/{name('val', 7)}.jpg", coco / "annotations/instances_train2014.json"
     image.unlink()

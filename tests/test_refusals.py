@@ -96,6 +96,10 @@ def _write_text(path: Path) -> None:
     path.write_text("This is not an image.\n")
 
 
+def _paint_red(path: Path) -> None:
+    Image.new("RGB", (9, 9), "red").save(path)
+
+
 def _class_77(path: Path) -> None:
     mask = np.array(Image.open(path))
     mask[:10, :10] = 77
@@ -108,7 +112,7 @@ def _class_77(path: Path) -> None:
         ("val", MASK, Path.unlink, ["mask", "does not exist", "data.root"]),
         ("train", IMAGE, _halve_image, ["image", "mask", MASK, "must be the same size"]),
         ("val", IMAGE, _write_text, ["image", "cannot be read", "replace it or take it off the list"]),
-        ("val", MASK, lambda path: Image.new("RGB", (9, 9)).save(path), ["mask", "mode RGB", "palette or greyscale"]),
+        ("val", MASK, _paint_red, ["mask", "is coloured", "--colours FILE"]),
         ("train", MASK, _class_77, ["mask", "value 77", "data.classes"]),
         ("val", "lists/{}.txt", Path.unlink, ["list", "does not exist", "README"]),
         ("train", "lists/{}.txt", _write_text, ["list", "line 1", "'image mask'"]),

@@ -35,7 +35,7 @@ def _names_of(value: Any) -> Any:
     try:
         return [line.strip() for line in Path(value).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"the file of names {value} cannot be read ({error})") from error
+        raise ValueError(f"the file of names {value} cannot be read ({error}); make_lists.py writes it") from error
 
 
 Names = Annotated[list[str], Field(min_length=1), BeforeValidator(_names_of)]

@@ -110,9 +110,8 @@ def load_class_index(
     list_path: Path, root: Path, num_classes: int, *, make_item: MakeItem = Item, progress: bool = True
 ) -> ClassIndex:
     """Return the index of a list, from its cache or counted with all cores."""
+    require_root(root, list_path)
     items = read_list(list_path, root, make_item)
-    if not root.is_dir():
-        raise UserError(f"data.root {root.absolute()} is no folder; {how_to_prepare(list_path)}")
     list_sha256 = hashlib.sha256("".join(f"{line_of(item, root)}\n" for item in items).encode()).hexdigest()
     key = index_key(items, list_path, list_sha256, num_classes)
     counts = _read_cache(list_path, key, (len(items), num_classes + 2))
@@ -121,6 +120,12 @@ def load_class_index(
         counts = np.stack(on_all_cores(count, items, f"indexing {list_path.name}", progress=progress))
         write_cache(list_path, key, counts)
     return ClassIndex(items, counts[:, :-1], list_path, list_sha256, counts[:, -1])
+
+
+def require_root(root: Path, list_path: Path) -> None:
+    """Refuse a ``data.root`` that does not exist, with the command that prepares the data of this list."""
+    if not root.is_dir():
+        raise UserError(f"data.root {root.absolute()} is no folder; {how_to_prepare(list_path)}")
 
 
 def how_to_prepare(list_path: Path) -> str:

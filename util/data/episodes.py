@@ -11,6 +11,8 @@ from util.data.class_index import ClassIndex, line_of
 from util.errors import UserError
 from util.files import write_text
 
+FEW = 5  # images of a class below which its IoU is mostly noise
+
 
 class EpisodeFiles(NamedTuple):
     """One episode as indices into the list, of lines with different images."""
@@ -32,6 +34,15 @@ def find_supports(
 def photos_of(index: ClassIndex, supports: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
     """Return the different images of the lines of each class; a class with more than K gives K-shot episodes."""
     return {c: np.unique(index.photos[lines]) for c, lines in supports.items()}
+
+
+def too_few(images: Mapping[str, int]) -> str:
+    """Return a warning if the rarest class has too few validation images; ``images`` counts those of each class."""
+    name, count = min(images.items(), key=lambda pair: pair[1])
+    if count >= FEW:
+        return ""
+    distinct = f"{count} images of '{name}' in the validation list give {count * (count - 1)} distinct 1-shot episodes"
+    return f"{distinct}, and its IoU is mostly noise; add images there"
 
 
 class EpisodeSampler:

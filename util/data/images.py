@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image, ImageFile
 
@@ -121,14 +122,13 @@ def white_on_black(values: np.ndarray, *, single: bool = False) -> np.ndarray | 
     if not 0 <= black <= white / 16 or (white < 240 and not single):
         return None
     between = (values > white / 16) & (values < white * 15 / 16)
-    share = between.mean()
-    if not share and not single:
+    soft = between.mean()
+    if not soft and not single:
         between = (values > black) & (values < white)
-    below = between[1:] & (values[1:] == values[:-1])
-    flat = below[:, 1:] & below[:, :-1] & (values[1:, 1:] == values[1:, :-1])  # squares of 2 x 2 equal values
-    thick = flat[1:, 1:] & flat[1:, :-1] & flat[:-1, 1:] & flat[:-1, :-1]
-    things = thick.any() or flat.sum() > between.sum() / 3
-    return None if things or (share > SOFT_BORDER and not single) else values > white / 2
+    square, plain = np.ones((3, 3), np.uint8), values.astype(np.float32)
+    flat = cv2.erode(plain, square) == cv2.dilate(plain, square)
+    things = (between & flat)[1:-1, 1:-1].any()
+    return None if things or (soft > SOFT_BORDER and not single) else values > white / 2
 
 
 def described(image: Image.Image | np.ndarray) -> str:

@@ -9,11 +9,6 @@ from util.data.images import FORMATS, SUFFIXES, image_files
 from util.errors import UserError, first_of
 
 NOT_PNG = [suffix for suffix in SUFFIXES if suffix not in FORMATS["PNG"]]
-EXPORTS = {
-    "label_names.txt": "; labelme_json_to_dataset numbers the classes of each image from 1: use labelme2voc.py",
-    "task-*-tag-*.png": "; Label Studio names these masks by task: export as COCO, and give its JSON as --coco",
-}
-"""what to do about files of other programs that cannot be paired, by their names"""
 
 
 def find_pairs(image_folder: Path, mask_folder: Path, *, without: Path) -> dict[Path, Path]:
@@ -22,8 +17,10 @@ def find_pairs(image_folder: Path, mask_folder: Path, *, without: Path) -> dict[
     pairs = pair(images, masks)
     if not pairs:
         shown = " and ".join(str(next(iter(files.values()), "none")) for files in (images, masks))
-        hint = next((hint for pattern, hint in EXPORTS.items() if any(mask_folder.rglob(pattern))), "")
-        raise UserError(f"no image in {image_folder} has a mask of its name in {mask_folder}, see {shown}{hint}")
+        raise UserError(
+            f"no image in {image_folder} has a mask of its name in {mask_folder}, see {shown}; from a program that"
+            " names masks otherwise export COCO's JSON, and give it to scripts/make_lists.py --coco"
+        )
     paired = {*pairs, *pairs.values()}
     for missing, files in (("mask", {*images.values()}), ("image", {*masks.values()} - {*images.values()})):
         if left := sorted(map(str, files - paired)):
@@ -62,10 +59,6 @@ def pair(images: dict[str, Path], masks: dict[str, Path]) -> dict[Path, Path]:
         # 10 is not the mask of 1, nor cats of cat; 1mask is
         if end and not (name[end:] and (name[end].isdigit() or name[end - 1 : end + 1].isalpha())):
             endings[name[end:]] += 1
-    ranked = sorted(endings, key=lambda ending: (-endings[ending], len(ending)))
-    if len(ranked) > 1 and ranked[0] and endings[ranked[0]] == endings[ranked[1]]:
-        raise UserError(
-            f"as many masks end in {ranked[0]} as in {ranked[1]}; give a folder that holds one kind of mask"
-        )
-    found = {image: masks.get(name + ending, image) for ending in ranked[:1] for name, image in images.items()}
+    ending = min(endings, key=lambda ending: (-endings[ending], len(ending)), default="")
+    found = {image: masks.get(name + ending, image) for name, image in images.items()}
     return {image: mask for image, mask in found.items() if image != mask}

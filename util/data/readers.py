@@ -46,7 +46,7 @@ def read_binary_mask(path: Path) -> np.ndarray:
     Values 0, 1 and 255 are taken as they are. In any other mask :func:`~util.data.images.seen_target` decides.
     """
     with opened(path, f"mask {path}") as image:
-        if image.mode in ("L", "P") and {1, IGNORE} <= set(np.unique(image).tolist()) <= {0, 1, IGNORE}:
+        if image.mode in ("L", "P") and {1, IGNORE} <= set(np.unique(np.asarray(image)).tolist()) <= {0, 1, IGNORE}:
             return np.asarray(image)
         target = seen_target(image, single=True)
         if target is None:

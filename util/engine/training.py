@@ -17,6 +17,7 @@ from model.parallel import processes, rank
 from model.weights import WeightsInfo
 from util.config import Config, config_from_dict, read_yaml
 from util.data.dataset import Episode
+from util.data.episodes import too_few
 from util.data.folds import base_classes, novel_classes
 from util.data.published import title_of
 from util.data.transforms import normalize
@@ -303,6 +304,9 @@ def announce(training: Training, data: Data, steps: int) -> None:
     if any(sampler.left_out.values()):
         left_out = ", ".join(f"{options.classes[c - 1]} {n}" for c, n in sampler.left_out.items())
         print(f"left out for novel classes in them (data.novel_in_train=drop), images of each class: {left_out}")
+    images = {options.classes[c - 1]: len(photos) for c, photos in data.val_sampler.photos_of.items()}
+    if few := too_few(images):
+        print(f"warning: {few}")
     if steps < FEW_STEPS:
         print(
             f"warning: {steps} steps are too few to learn from (the quick start takes 584): set train.steps=600, or do"

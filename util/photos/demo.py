@@ -157,6 +157,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("Content-Security-Policy", "frame-ancestors 'none'")  # no other page may show this one
         self.end_headers()
         self.wfile.write(data)
 
