@@ -6,8 +6,10 @@
 
 A mask is white on black (or 0 and 1), or the alpha of an image, or holds class ids (palette indices or grey) with
 --class-id. Instead of masks, give --box x0,y0,x1,y1 around the object in each support. EXIF orientation is applied to
-images and masks. Folders are searched with their subfolders, hidden files left out. For each query, NAME_mask.png (0
-and 255) and NAME_overlay.jpg are written.
+images and masks. Without a checkpoint, --not shows what the target is not (--not-mask or --not-box says where), in the
+supports themselves or other images. Folders are searched with their subfolders, hidden files left out. For each query,
+NAME_mask.png (0 and 255) and NAME_overlay.jpg are written, and for all, the surest first, results.csv and results.json:
+the presence, in [0, 1], says how sure it is that the target is in the image; below 0.5 it probably is not.
 
 Without a checkpoint this is training-free segmentation: ours and not the paper's network. It uses the features of a
 frozen ImageNet backbone (model/training_free.py) and OpenCV's GrabCut for the edges.
@@ -29,11 +31,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from util.engine.metrics import mask_iou
 from util.errors import UserError, first_of
-from util.files import write_json
+from util.files import write_csv, write_json
 from util.photos.images import read_mask_on, read_upright
 from util.photos.inputs import (
     TargetFiles,
@@ -63,24 +63,25 @@ def main() -> None:
     segmenter = load_segmenter(args)
     print(segmenter.about)
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
+    if args.others:
+        masks = args.not_mask or write_masks_of_boxes(args.others, args.not_box, args.out, "not_box")
+        others = TargetFiles(supports=args.others, masks=masks, class_id=args.not_class_id)
+        targets[""] += encode_target(segmenter, others, negative=True)
     if args.targets:
         write_json(args.out / "labels.json", {str(n): name for n, name in enumerate(["background", *targets])})
-    scores, empty, failed = dict[str, float](), list[str](), 0
+    rows, failed = list[dict[str, Any]](), 0
     with progress(total=len(queries), unit="image") as bar:
         for name, path in queries.items():
             try:
-                mask, score = segment_query(segmenter, targets, name, path, ground_truths.get(name), args)
+                rows += segment_query(segmenter, targets, name, path, ground_truths.get(name), args)
             except (UserError, OSError) as error:  # OSError: the results' names are too long, for example
                 if len(queries) == 1 or getattr(error, "errno", None) in NO_ROOM:
                     raise
                 failed += 1
                 why = error if isinstance(error, UserError) else f"cannot write results of {path}: {error.strerror}"
                 bar.write(f"failed: {why}", sys.stderr)
-            else:
-                empty += [] if mask.any() else [name]
-                scores |= {} if score is None else {name: score}
             bar.update()
-    sum_up(scores, empty, failed, len(queries), args)
+    sum_up(rows, failed, len(queries), args)
 
 
 def segment_query(
@@ -90,25 +91,40 @@ def segment_query(
     path: Path,
     truth: Path | None,
     args: argparse.Namespace,
-) -> tuple[np.ndarray, float | None]:
-    """Segment one query and write its files; return its mask or labels, and its IoU in percent."""
+) -> list[dict[str, Any]]:
+    """Segment one query and write its files; return a row of the results for each target."""
     image = read_upright(path)
     ground_truth = None if truth is None else read_mask_on(image, truth, args.class_id, may_be_empty=True)
-    how: dict[str, Any] = {"threshold": args.threshold, "edges": args.edges}
+    query = segmenter.encode_query(image.pixels)
+    found = {
+        target: segmenter.segment_encoded(encoded, query, threshold=args.threshold, edges=args.edges)
+        for target, encoded in targets.items()
+    }
     if args.targets:
-        outputs = draw_labels(segmenter, targets, image.pixels, **how)
+        write_outputs(args.out, name, draw_labels(found, image.pixels))
     else:
-        outputs = draw(segmenter, targets[""], image.pixels, **how, maps=args.maps, cutout=args.cutout)
-    write_outputs(args.out, name, outputs)
-    mask = np.asarray(outputs["labels.png" if args.targets else "mask.png"])
-    return mask, None if ground_truth is None else 100 * mask_iou(mask > 0, ground_truth)
+        write_outputs(args.out, name, draw(found[""], image.pixels, maps=args.maps, cutout=args.cutout))
+    rows = []
+    for target, one in found.items():
+        row = {"query": name, **({"target": target} if target else {}), "presence": round(one.presence, 4)}
+        row |= {"share": round(float(one.mask.mean()), 6)}
+        rows.append(row if ground_truth is None else row | {"iou": 100 * mask_iou(one.mask, ground_truth)})
+    return rows
 
 
-def sum_up(scores: dict[str, float], empty: list[str], failed: int, count: int, args: argparse.Namespace) -> None:
-    if scores:
-        mean = fmean(scores.values())
-        write_json(args.out / "iou.json", {"unit": "percent", "mean": mean, "queries": scores})
-        print(f"mean IoU of {len(scores)} queries: {mean:.1f}")
+def sum_up(rows: list[dict[str, Any]], failed: int, count: int, args: argparse.Namespace) -> None:
+    """Write results.json and results.csv, the surest first, and say what was found."""
+    empty = [row["query"] for row in rows if not row["share"]]
+    absent = [f"{row.get('target', 'it')} in {row['query']}" for row in rows if row["presence"] < 0.5]
+    if rows:
+        rows.sort(key=lambda row: -row["presence"])
+        ious = [row["iou"] for row in rows if "iou" in row]
+        write_json(args.out / "results.json", {"mean_iou": fmean(ious) if ious else None, "queries": rows})
+        write_csv(args.out / "results.csv", rows)
+        if ious:
+            print(f"mean IoU of {len(ious)} queries: {fmean(ious):.1f}")
+    if absent:
+        print(f"probably not there, {len(absent)} of {len(rows)}: {first_of(absent, 3, ', ')} (results.csv has all)")
     if empty:
         print(
             f"nothing found in {len(empty)} of {count} images ({first_of(empty, 3, ', ')}); try a lower --threshold,"
@@ -128,6 +144,11 @@ def parse_arguments() -> argparse.Namespace:
     target("--mask", type=Path, nargs="+", help="where the target is, one for each support")
     target("--box", type=parse_box, nargs="+", metavar="BOX", help="x0,y0,x1,y1 around the target, instead of --mask")
     target("--targets", type=Path, metavar="YAML", help="several targets, instead of --support and --mask")
+    add("--not", type=Path, nargs="+", metavar="IMAGE", dest="others", help="images that show what the target is not")
+    other = parser.add_mutually_exclusive_group().add_argument
+    other("--not-mask", type=Path, nargs="+", metavar="MASK", help="where that is, one for each")
+    other("--not-box", type=parse_box, nargs="+", metavar="BOX", help="the same as boxes")
+    add("--not-class-id", type=int, help="its value in masks of class ids")
     add("--class-id", type=int, help="value of the target in masks of class ids; 255 is ignored")
     add("--query", type=Path, nargs="+", required=True, help="images, and folders of images")
     add("--out", type=Path, required=True, help="folder for the results; files of the same names are replaced")
@@ -136,11 +157,14 @@ def parse_arguments() -> argparse.Namespace:
     add("--edges", action=argparse.BooleanOptionalAction, help=edges)
     add("--maps", action="store_true", help="also NAME_{probability,prior,bg,distractor}.png, grey")
     add("--cutout", action="store_true", help="also NAME_cutout.png, transparent but for the target")
-    add("--ground-truth", type=Path, help="mask, or folder of masks named like the queries: IoU in iou.json")
+    add("--ground-truth", type=Path, help="mask, or folder of masks named like the queries: IoU in the results")
     args = parser.parse_args()
     args.edges = args.checkpoint is None if args.edges is None else args.edges
-    if args.targets and (args.support or args.class_id or args.maps or args.cutout or args.ground_truth):
-        raise UserError("--targets cannot be combined with --support, --class-id, --maps, --cutout or --ground-truth")
+    alone = (args.support, args.class_id, args.others, args.maps, args.cutout, args.ground_truth)
+    if args.targets and any(alone):
+        raise UserError("--targets excludes --support, --class-id, --not, --maps, --cutout and --ground-truth")
+    if (args.others is None) != (args.not_mask is None and args.not_box is None):
+        raise UserError("--not goes with --not-mask or --not-box")
     if not args.targets and not args.support:
         raise UserError("--mask and --box need --support")
     if args.threshold is not None and not 0 < args.threshold < 1:

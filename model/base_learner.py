@@ -5,9 +5,12 @@ learns to mark their objects, also next to a novel target. Positions that resemb
 as distracting objects (DOEM and FEM take B). The features by which it tells base classes apart
 also tell novel ones apart, better than the backbone's: at the end its opinion joins FEM's prediction (A and B).
 
-    B(x) = sum_c p_c(x) (1 - s_c)            p: probabilities of the base classes, s: their means over the target
-    A(x) = cos(h(x), h_s)                    h: the features before the classifier, h_s: their mean over the target
-    y    = FEM's logits + 12 (A - 0.65) - 2 B
+    B(x) = sum_c p_c(x) (1 - s_c)                 p: probabilities of the base classes, s: their means over the target
+    A(x) = cos(h(x), h_s) - cos(h(x), h_q) / 2    h: the features before the classifier, h_s: their mean over the
+    y    = FEM's logits + 12 (A - 0.325) - 2 B    supports' target, h_q: over the whole query
+
+How alike all positions are differs from set to set and from picture to picture; h_q takes half of that out of A.
+Positions of A above 0.325 are like the target, so they are no distracting objects of DOEM whatever B is.
 """
 
 from typing import NamedTuple
@@ -17,6 +20,9 @@ from torch import Tensor, nn
 
 from model.ops import similarity_map
 from model.parallel import Dropout2d
+
+LIKE_THE_TARGET = 0.325
+"""A above this speaks for the target, below against it"""
 
 
 class BaseOutput(NamedTuple):
@@ -34,7 +40,12 @@ class BaseMaps(NamedTuple):
     elsewhere: Tensor
     """B, (B, 1, h, w) in [0, 1]"""
     agreement: Tensor
-    """A, (B, 1, h, w) in [-1, 1]"""
+    """A, (B, 1, h, w) in [-1.5, 1.5]"""
+
+    @property
+    def distracting(self) -> Tensor:
+        """Return B where the position is not like the target, else 0: (B, 1, h, w) in [0, 1]."""
+        return self.elsewhere * (self.agreement <= LIKE_THE_TARGET)
 
 
 class BaseLearner(nn.Module):
@@ -85,15 +96,16 @@ def base_elsewhere(query: Tensor, target: Tensor) -> Tensor:
 
 
 def base_agreement(query: Tensor, target: Tensor) -> Tensor:
-    """Compute A, how much each query position looks like the target to the base learner.
+    """Compute A, how much more each query position looks like the target to the base learner than like the query.
 
     Args:
         query: h, (B, E, h, w)
         target: h_s, (B, E), the mean over all shots
     Returns:
-        (B, 1, h, w) in [-1, 1]
+        (B, 1, h, w) in [-1.5, 1.5]
     """
-    return similarity_map(query, target[:, :, None, None])
+    of_target = similarity_map(query, target[:, :, None, None])
+    return of_target - similarity_map(query, query.mean((-2, -1), keepdim=True)) / 2
 
 
 def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
@@ -102,4 +114,4 @@ def join_base(logits: Tensor, maps: BaseMaps) -> Tensor:
     If FEM were trained on the sum, it would rely on the base learner and generalise worse, so the sum is used at
     inference only.
     """
-    return logits + 12 * (maps.agreement - 0.65) - 2 * maps.elsewhere
+    return logits + 12 * (maps.agreement - LIKE_THE_TARGET) - 2 * maps.elsewhere

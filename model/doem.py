@@ -21,7 +21,13 @@ def distracting_object_mask(background: Tensor, target: Tensor) -> Tensor:
 
 
 def mine_distracting_objects(
-    query_feature: Tensor, bg_logits: Tensor, initial_logits: Tensor, average: Average, known: Tensor | None = None
+    query_feature: Tensor,
+    bg_logits: Tensor,
+    initial_logits: Tensor,
+    average: Average,
+    known: Tensor | None = None,
+    *,
+    relative: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Find the query's distracting objects: their mask, and a prototype of them.
 
@@ -39,10 +45,16 @@ def mine_distracting_objects(
         bg_logits, initial_logits: of y_BG and y_ini, (B, 1, h, w)
         known: probability of other distracting objects (model/base_learner.py), (B, 1, h, w); positions above 0.5 join
             Y_DO
+        relative: ours: y_ini is binarised at 0.3 of its largest value in the image. On a small target it hardly ever
+            exceeds 0.5, and Y_DO would cover the target.
     Returns:
         Y_DO (B, 1, h, w) and P_DO (B, C, 1, 1)
     """
-    mask = distracting_object_mask(bg_logits > 0, initial_logits > 0)
+    target = initial_logits > 0
+    if relative:
+        initial = initial_logits.sigmoid()
+        target = initial > 0.3 * initial.amax((-2, -1), keepdim=True)
+    mask = distracting_object_mask(bg_logits > 0, target)
     if known is not None:
         mask = torch.maximum(mask, (known > 0.5).to(mask.dtype))
     prototype = masked_average_pool(query_feature, mask)

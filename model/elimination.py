@@ -31,16 +31,24 @@ class Elimination(nn.Module):
 
     Args:
         deep, detach_initial: see :class:`model.matching.FeatureMatching`.
-        do_average: see :func:`model.doem.mine_distracting_objects`.
+        do_average, relative_target: see :func:`model.doem.mine_distracting_objects`.
     """
 
     def __init__(
-        self, *, channels: int, prototype_channels: int, deep: bool, do_average: Average, detach_initial: bool
+        self,
+        *,
+        channels: int,
+        prototype_channels: int,
+        deep: bool,
+        do_average: Average,
+        relative_target: bool,
+        detach_initial: bool,
     ) -> None:
         super().__init__()
         self.bgem = BGEM(channels=channels, prototype_channels=prototype_channels)
         self.matching = FeatureMatching(channels=channels, detach_initial=detach_initial, deep=deep)
         self.do_average: Average = do_average
+        self.relative_target = relative_target
 
     def forward(
         self,
@@ -57,5 +65,7 @@ class Elimination(nn.Module):
         """
         feature = self.bgem(query_feature, bg_prototype)
         activated, initial = self.matching(feature, support_prototype, prior)
-        mined = mine_distracting_objects(query_feature, bg_logits, initial, self.do_average, known)
+        mined = mine_distracting_objects(
+            query_feature, bg_logits, initial, self.do_average, known, relative=self.relative_target
+        )
         return Eliminated(activated, initial, *mined)

@@ -38,6 +38,21 @@ def target_loss(logits: Tensor, masks: Tensor) -> Tensor:
     return mean_over_batch(loss.where(valid, 0).sum(), valid.sum())
 
 
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """Compute the Dice loss of one prediction, which weighs every image alike, however small its target.
+
+        1 - (2 sum y M + 1) / (sum y + sum M + 1), over the pixels of an image that are not 255; mean over the images
+
+    Args:
+        logits: (B, 1, *, *), resized to the mask
+        masks: (B, H, W)
+    """
+    logits = resize(logits.float(), (masks.shape[-2], masks.shape[-1])).squeeze(1)
+    y, target = logits.sigmoid() * (masks != IGNORE), (masks == 1).float()
+    overlap, both = (y * target).sum((1, 2)), y.sum((1, 2)) + target.sum((1, 2))
+    return mean_over_batch((1 - (2 * overlap + 1) / (both + 1)).sum(), len(masks))
+
+
 def mean_target_loss(predictions: Sequence[Tensor], masks: Tensor) -> Tensor | None:
     """Average :func:`target_loss` over several predictions; None if there are none."""
     return torch.stack([target_loss(logits, masks) for logits in predictions]).mean() if predictions else None
@@ -185,6 +200,10 @@ class NTRELoss(nn.Module):
         """Compare y with the query's mask."""
         return target_loss(output.fem.logits, labels.query_masks)
 
+    def dice(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
+        """Compare y with the query's mask by their overlap; an option beyond the paper."""
+        return dice_loss(output.fem.logits, labels.query_masks) if self.weights["dice"] else None
+
     def initial(self, output: NTRENetOutput, labels: Labels) -> Tensor | None:
         """Compare y_ini with the query's mask; the mean over the scales at which it is predicted."""
         return mean_target_loss([e.initial_logits for e in output.eliminated], labels.query_masks)
@@ -239,6 +258,7 @@ class NTRELoss(nn.Module):
         "bg": background,
         "pcl": contrast,
         "base": base,
+        "dice": dice,
     }
     """The terms of the total loss; a method returns None if the network makes no prediction for it. Weights are in
     util/config.py under the same names."""

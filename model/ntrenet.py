@@ -30,6 +30,7 @@ from model.matching import FeatureMatching
 from model.ops import foreground, masked_average_pool, pool, resize
 from model.parallel import Dropout2d, log_mean
 from model.prior import prior_mask
+from model.training_free import episode_scores
 
 EliminationKind = Literal["single", "authors"]
 Initialisation = Literal["he", "torch"]
@@ -39,7 +40,7 @@ class NTRENetOutput(NamedTuple):
     """Predictions of one forward pass, as logits: y = sigmoid(logits)."""
 
     logits: Tensor
-    """y^q at the size of the masks, (B, 1, H, W); with a base learner, joined with its maps"""
+    """y^q at the size of the masks, (B, 1, H, W), joined with the training-free score or the base learner's maps"""
     fem: FEMOutput
     """y^q before it is upsampled and joined; in training mode also FEM's prediction at each scale"""
     prior: Tensor
@@ -65,7 +66,8 @@ class NTRENet(nn.Module):
 
     Without ``bgmm`` it is PFENet, FEM(X^q, P^s, C_p); with ``bgem`` and no ``eliminations`` the BGEM-only row of
     Table 3, FEM(X_BG, P^s, C_p). With ``eliminations`` FEM takes X_act, P_DO and, with ``fem_prior``, C_p, minus S_DO
-    with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own elimination (the authors' code).
+    with ``do_similarity``. With ``per_scale`` each of FEM's scales has its own elimination (the authors' code). With
+    ``training_free`` half the score of model/training_free.py is added to FEM's logits, except in training mode.
     """
 
     middle_scale: Tensor
@@ -84,6 +86,7 @@ class NTRENet(nn.Module):
         per_scale: bool = False,
         fem_prior: bool = False,
         do_similarity: bool = False,
+        training_free: bool = False,
         base_learner: BaseLearner | None = None,
     ) -> None:
         super().__init__()
@@ -94,6 +97,7 @@ class NTRENet(nn.Module):
         self.bgem = bgem
         self.eliminations = nn.ModuleList(eliminations)
         self.per_scale, self.fem_prior, self.do_similarity = per_scale, fem_prior, do_similarity
+        self.training_free = training_free
         self.base_learner = base_learner
         self.fem = fem
         self.register_buffer("middle_scale", torch.ones(()))
@@ -134,7 +138,13 @@ class NTRENet(nn.Module):
         bg = None if self.bgmm is None else self.bgmm(x_q)
         eliminated = self._eliminate(x_q, bg, p_s, prior, base)
         fem = self._enrich(x_q, p_s, prior, eliminated, base)
-        logits = fem.logits if base is None else join_base(fem.logits, base)
+        logits = fem.logits
+        if self.training_free and not self.training:
+            other = foreground((support_masks.flatten(0, 1) == 0).long(), (middle.shape[-2], middle.shape[-1]))
+            shares = (share.squeeze(1).unflatten(0, shots) for share in (target, other))
+            logits = logits + episode_scores(query.middle, supports.middle, *shares) / 2
+        if base is not None:
+            logits = join_base(logits, base)
         output = NTRENetOutput(
             logits=resize(logits, (support_masks.shape[-2], support_masks.shape[-1])),
             fem=fem,
@@ -191,7 +201,7 @@ class NTRENet(nn.Module):
                 resize(bg, size),
                 p_s,
                 resize(prior, size),
-                None if base is None else resize(base.elsewhere, size),
+                None if base is None else resize(base.distracting, size),
             )
             for eliminate, size in zip(self.eliminations, sizes, strict=True)
         )
@@ -230,6 +240,8 @@ def build_ntrenet(
     fem_prior: bool,
     do_similarity: bool,
     detach_initial: bool,
+    relative_target: bool,
+    training_free: bool,
     base_classes: int,
     channels: int,
     prototype_channels: int,
@@ -242,9 +254,10 @@ def build_ntrenet(
         bgem: mine and eliminate the background; off is PFENet.
         doem: match, mine and eliminate distracting objects; needs ``bgem``, whose background map it takes.
         elimination: "authors", at each of FEM's scales with a deeper BGMM and FM, or "single", once (figure 3).
-        do_average, do_similarity: see :mod:`model.doem`.
+        do_average, do_similarity, relative_target: see :mod:`model.doem`.
         fem_prior: FEM takes C_p in addition to P_DO.
         detach_initial: see :class:`model.matching.FeatureMatching`.
+        training_free: see :class:`NTRENet`.
         base_classes: number of classes of the base learner; 0 for none.
         channels, prototype_channels: C, and D of P_BG (the paper's Fig. 6)
         fem_scales: see :class:`model.fem.FEM`.
@@ -265,11 +278,19 @@ def build_ntrenet(
         bgmm=(DeepBGMM if deep else BGMM)(**sizes) if bgem else None,
         bgem=BGEM(**sizes) if bgem and not doem else None,
         eliminations=[
-            Elimination(**sizes, deep=deep, do_average=do_average, detach_initial=detach_initial) for _ in range(count)
+            Elimination(
+                **sizes,
+                deep=deep,
+                do_average=do_average,
+                relative_target=relative_target,
+                detach_initial=detach_initial,
+            )
+            for _ in range(count)
         ],
         per_scale=per_scale,
         fem_prior=fem_prior,
         do_similarity=do_similarity,
+        training_free=training_free,
         base_learner=learner,
     )
     if initialisation == "he":

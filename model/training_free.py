@@ -52,6 +52,11 @@ def join(supports: Sequence[Described]) -> Described:
     return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
 
 
+def negative(examples: Sequence[Described]) -> list[Described]:
+    """Turn examples of something into examples of what the target is not; they join the supports."""
+    return [Described(one.feature, torch.zeros_like(one.target), one.target) for one in examples]
+
+
 def unit(x: Tensor) -> Tensor:
     """Divide features (C, ...) by their lengths; zeros stay."""
     return F.normalize(x, dim=0)
@@ -121,6 +126,36 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     for _ in range(PASSES):
         score = self_support(query, score, target, other)
     return standardised(score).unflatten(0, size)
+
+
+def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tensor) -> Tensor:
+    """Compute :func:`target_score` of B episodes.
+
+    Args:
+        query: features (B, C, h, w)
+        supports: features (B, K, C, h, w)
+        target, other: shares of each support position, (B, K, h, w) in [0, 1]
+    Returns:
+        (B, 1, h, w), in float32 also under autocast
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        scores = []
+        for q, s, t, o in zip(query.float(), supports.float(), target.float(), other.float(), strict=True):
+            described = Described(unit(s.transpose(0, 1).flatten(1)), t.flatten(), o.flatten())
+            scores.append(target_score(unit(q), described))
+        return torch.stack(scores).unsqueeze(1)
+
+
+def presence(query: Tensor, supports: Described, score: Tensor) -> float:
+    """Estimate in [0, 1] how sure it is that the target is in the query at all.
+
+    r is the mean feature of the query's highest 5 % by score (h, w): sigmoid(7.7 cos(r, P_t) - 2.8 cos(r, P_o) - 1.8).
+    The weights were fitted to features of EfficientNet-Lite0 (README of this folder); for others only the order counts.
+    """
+    positions = score.flatten().topk(max(1, round(TARGET_SHARE * score.numel()))).indices
+    found = unit(query.flatten(1)[:, positions].mean(1))
+    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    return (7.7 * target @ found - 2.8 * other @ found - 1.8).sigmoid().item()
 
 
 class TrainingFree(nn.Module):

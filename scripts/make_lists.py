@@ -25,6 +25,10 @@ on. A mask is black and white, the class in white. Written to OUT are classes.tx
 
 24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of test_classes.txt and
 val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a config are printed.
+
+    python scripts/make_lists.py --layout deepglobe --root data/deepglobe --out lists/deepglobe
+
+writes val.txt of a data set that is only tested, as it is published: deepglobe, isic or lung (lists/README.md).
 """
 
 import argparse
@@ -58,6 +62,14 @@ from util.files import write_bytes, write_text
 CUSTOM = Path(__file__).resolve().parent.parent / "configs/custom.yaml"  # the base of the config that is written
 CUSTOM_SIZE, BATCH_SIZE = 321, 8  # its data.image_size and train.batch_size
 STEPS = 600  # of a training, however few images there are
+LAYOUTS = {  # images of a published layout, and the path of an image's mask from that of the image
+    "deepglobe": ("*/test/origin/*.jpg", "../groundtruth/{}.png"),
+    "isic": (
+        "ISIC2018_Task1-2_Training_Input/*/*.jpg",
+        "../../ISIC2018_Task1_Training_GroundTruth/{}_segmentation.png",
+    ),
+    "lung": ("CXR_png/*.png", "../masks/{}_mask.png"),
+}
 EPISODE = 2  # images of a class that a 1-shot episode needs
 MADE = "class_ids"  # folder below --root for masks that are made here
 NO_CLASS = {"background": 0, "ignore": IGNORE, "void": IGNORE}  # mask values of names that are no class's
@@ -67,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="data.root of the config; it holds all files")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.txt and val.txt")
+    parser.add_argument("--layout", choices=LAYOUTS, help="of a data set that is only tested, as it is published")
     parser.add_argument("--images", type=Path, help="folder of images; without it, ROOT holds a folder for each class")
     parser.add_argument("--masks", type=Path, help="folder of masks")
     parser.add_argument("--classes", type=Path, help="file of class names, one a line, the first for mask value 1")
@@ -78,7 +91,9 @@ def main() -> None:
     if (args.images is None) != (args.masks is None) and not args.coco:
         raise UserError("--images and --masks go together; without both, --root holds a folder for each class")
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.images is None and not args.coco:
+    if args.layout is not None:
+        list_published(args.layout, args.root, args.out)
+    elif args.images is None and not args.coco:
         list_folders(args.root, args.out, args.seed)
     else:
         list_pairs(args)
@@ -288,6 +303,18 @@ def list_folders(root: Path, out: Path, seed: int) -> None:
         f"  classes: {paths['classes']}\n  base_classes: {paths['train_classes']}\n"
         f"  folds: [{paths['val_classes']}, {paths['test_classes']}]"
     )
+
+
+def list_published(layout: str, root: Path, out: Path) -> None:
+    pattern, mask_name = LAYOUTS[layout]
+    pairs = [
+        (image, Path(os.path.normpath(image.parent / mask_name.format(image.stem)))) for image in root.glob(pattern)
+    ]
+    lines = [f"{name_in_list(i, root)} {name_in_list(m, root)}" for i, m in sorted(pairs) if m.exists()]
+    if not lines:
+        raise UserError(f"{root} holds no images {pattern} with masks as {layout} is published; see lists/README.md")
+    write_text(out / "val.txt", "".join(f"{line}\n" for line in lines))
+    print(f"{out / 'val.txt'}: {len(lines)} images, {len(pairs) - len(lines)} without a mask left out")
 
 
 def find_lines(root: Path) -> dict[str, list[str]]:

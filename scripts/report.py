@@ -6,6 +6,10 @@ be given instead of the folders.
 
 The tables' rows and the paper's figures are in scripts/paper.yaml. A cell is a network (its row) and a fold, and
 averages all training and evaluation seeds. A run that is no row of paper.yaml gets a row of its own in Table 3.
+
+    python scripts/report.py --compare A.json B.json
+
+tells how much better B is than A on one fold, if both were evaluated on the same episodes, with a 95 % interval.
 """
 
 import sys
@@ -25,12 +29,14 @@ from itertools import chain
 from statistics import fmean, stdev
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import yaml
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, PositiveInt
 from tabulate import tabulate
 
 from model.backbones import BACKBONES
-from util.config import MACHINE, departures, flatten, keys_with
+from util.config import MACHINE, departures, flatten, keys_with, protocol_of
+from util.engine.metrics import interval, resampled_miou
 from util.errors import UserError
 from util.files import read_json, require_writable, write_text
 
@@ -64,6 +70,9 @@ class Run(BaseModel):
     fold: NonNegativeInt
     folds: PositiveInt
     seed: int  # of the training
+    protocol: str | None = None  # a file of configs/protocol
+    trained_on: str | None = None  # another data set
+    method: str | None = None  # a function or a folder of predictions, if no network of ours was evaluated
     episodes: PositiveInt
     miou: Percents
     fb_iou: Percents
@@ -87,10 +96,16 @@ Settings = dict[str, dict[str, list[Run]]]  # runs by setting (the title of thei
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("places", type=Path, nargs="+", help="folders, results files of test.py, or .jsonl files")
+    parser.add_argument("places", type=Path, nargs="*", help="folders, results files of test.py, or .jsonl files")
     parser.add_argument("--out", type=Path, metavar="F.md", help="write the report here")
     parser.add_argument("--lines", type=Path, metavar="F.jsonl", help="write the runs here, a line of JSON each")
+    parser.add_argument("--compare", type=Path, nargs=2, metavar="F.json", help="the paired difference of two results")
     args = parser.parse_args()
+    if bool(args.places) == bool(args.compare):
+        parser.error("give folders or files, or --compare A.json B.json")
+    if args.compare:
+        print(compare(*args.compare))
+        return
     for path, suffix in ((args.out, ".md"), (args.lines, ".jsonl")):
         if path is not None:
             require_writable(path, suffix)
@@ -175,6 +190,7 @@ def read_run(path: Path) -> Run:
         "train_list": (train_list or "unknown")[:12],
         "training_hours": finished["seconds"] / 3600 if finished else None,
         "training_mib": finished.get("peak_memory_mib"),
+        "protocol": protocol_of(dict(flatten(config))),
         "remarks": [] if finished else ["training unfinished" if training else "no training record"],
         "config": {key: value for key, value in flatten(config) if key not in left_out},
     }
@@ -195,9 +211,9 @@ def ablations(paper: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, list[Run]]:
     """Group runs by setting and row; of runs with equal setting, row, fold and seed the newest counts.
 
-    A setting is a data set, a backbone, shots, and the network's channels if they are not the default. A run whose
-    departures from the default network define no row of paper.yaml has a row that is named by them. Replaced runs are
-    returned too.
+    A setting is a data set, a backbone, shots, the network's channels if they are not the default, and the protocol. A
+    run whose departures from the default network define no row of paper.yaml has a row that is named by them. Methods
+    that are not ours, and tests on another data set, have settings of their own. Replaced runs are returned too.
     """
     rows = {key: row for table in ablations(paper).values() for key, row in table["rows"].items()}
     switches = {key: {name: value for name, value in row.items() if "." in name} for key, row in rows.items()}
@@ -207,9 +223,13 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
         changed = departures(run.config)
         channels = changed.pop("model.channels", None)
         backbone = BACKBONES[run.backbone].title if run.backbone in BACKBONES else run.backbone
-        setting = f"{run.dataset}, {backbone}, {run.shots}-shot" + (f", model.channels={channels}" if channels else "")
+        dataset = f"{run.dataset} trained on {run.trained_on}" if run.trained_on else run.dataset
+        setting = f"{dataset}, {backbone}, {run.shots}-shot" + (f", model.channels={channels}" if channels else "")
         own_name = "+ " + ", ".join(f"{key}={json.dumps(value)}" for key, value in changed.items())
         row = next((key for key, switched in switches.items() if switched == changed), own_name)
+        if run.method is not None:
+            setting, row = f"{run.dataset}, other methods, {run.shots}-shot", run.method
+        setting += f", protocol {run.protocol}" if run.protocol else ""
         cell = (setting, row, run.fold, run.seed)
         replaced += [cells[cell]] if cell in cells else []
         cells[cell] = run
@@ -217,6 +237,43 @@ def arrange(runs: Iterable[Run], paper: Mapping[str, Any]) -> tuple[Settings, li
     for cell in sorted(cells):
         settings[cell[0]][cell[1]].append(cells[cell])
     return settings, replaced
+
+
+# ---------------------------------------------------------------- two runs
+
+
+def compare(first: Path, second: Path) -> str:
+    """Compare two results files of test.py episode by episode."""
+    a, b = (counted(path) for path in (first, second))
+    if a["episodes_sha256"] != b["episodes_sha256"]:
+        named = ("dataset", "fold", "shots", "protocol", "list_sha256", "episodes", "seeds")
+        why = [f"{name} is {a[name]} in one and {b[name]} in the other" for name in named if a[name] != b[name]]
+        raise UserError(f"{first} and {second} are of different episodes: {(why or ['other images were drawn'])[0]}")
+    if (a["counts"][..., 2:].sum(-1) != b["counts"][..., 2:].sum(-1)).any():
+        raise UserError(f"{first} and {second} are of the same episodes, but of other masks or mask sizes")
+    samples = [100 * resampled_miou(one["counts"], one["episode_classes"], len(one["per_class"])) for one in (a, b)]
+    means = [one["miou"]["mean"] for one in (a, b)]
+    lines = [
+        [str(first), f"{means[0]:.1f}", "{:.1f} to {:.1f}".format(*interval(samples[0]))],
+        [str(second), f"{means[1]:.1f}", "{:.1f} to {:.1f}".format(*interval(samples[1]))],
+        ["difference", f"{means[1] - means[0]:+.1f}", "{:+.1f} to {:+.1f}".format(*interval(samples[1] - samples[0]))],
+    ]
+    count = len(a["episode_classes"].ravel())
+    title = f"{a['dataset']}, fold {a['fold']} of {a['folds']} alone, {a['shots']}-shot, {count} episodes"
+    return f"{title}\n" + tabulate(lines, ["", "mIoU", "95 % interval"], "plain", disable_numparse=True)
+
+
+def counted(path: Path) -> dict[str, Any]:
+    """Read a results file of test.py, with its counts (S, N, 4) and classes (S, N) of S seeds as arrays."""
+    results = read_json(path)
+    if "miou" not in results or "counts" not in results:
+        raise UserError(f"{path} holds no counts of episodes; make it with test.py --out, of a checkpoint or a method")
+    rows = [row.split() for row in results["counts"]["method" if results["method"] else "network"]]
+    seeds = len(results["miou"]["per_seed"])
+    return results | {
+        "counts": np.array(rows, int).reshape(seeds, -1, 4),
+        "episode_classes": np.reshape(results["episode_classes"], (seeds, -1)),
+    }
 
 
 # ---------------------------------------------------------------- cells
@@ -334,7 +391,7 @@ def next_to_others(table: Mapping[str, Any], shots: int, settings: Settings) -> 
     """Return Table 1 or 2 of the paper, for the backbones that were run, with the rows in ``HERE``."""
     lines: list[list[str]] = []
     for row in table["rows"]:
-        runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot", {})
+        runs = settings.get(f"{table['dataset']}, {row['backbone']}, {shots}-shot, protocol pfenet", {})
         if not any(key in runs for labels in HERE.values() for key in labels):
             continue
         paper = row[f"{shots}-shot"]

@@ -134,7 +134,10 @@ def elimination(part: nn.Module, x_q: Tensor, p_bg: Tensor, bg: Tensor, p_s: Ten
     if part.matching.refine is not None:
         x_act = part.matching.refine(x_act) + x_act
     initial = part.matching.initial(x_act.detach() if part.matching.detach_initial else x_act)
-    do_mask = (~((bg > 0) | (initial > 0))).float()
+    target = initial > 0
+    if part.relative_target:
+        target = torch.stack([one > 0.3 * one.max() for one in initial.sigmoid()])
+    do_mask = (~((bg > 0) | target)).float()
     p_do = (x_q * do_mask).mean((2, 3), keepdim=True)
     if part.do_average == "region":
         p_do = masked_average_pool(x_q, do_mask)

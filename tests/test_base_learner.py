@@ -44,23 +44,29 @@ def test_base_elsewhere_is_a_sum_over_the_classes_that_the_target_is_not() -> No
         assert got[b, 0, i, j].item() == pytest.approx(expected, rel=1e-5)
 
 
+def cosine(x: list[float], y: list[float]) -> float:
+    return sum(a * b for a, b in zip(x, y, strict=True)) / math.hypot(*x) / math.hypot(*y)
+
+
 def test_its_maps_join_the_logits_by_similarity_to_the_target_and_to_other_classes() -> None:
     query, target = torch.randn(2, 5, 3, 2), torch.randn(2, 5)
     logits, elsewhere = torch.randn(2, 1, 3, 2), torch.rand(2, 1, 3, 2)
     got = join_base(logits, BaseMaps(elsewhere, base_agreement(query, target)))
     for b, i, j in np.ndindex(2, 3, 2):
         h, h_s = query[b, :, i, j].tolist(), target[b].tolist()
-        cosine = sum(x * y for x, y in zip(h, h_s, strict=True)) / math.hypot(*h) / math.hypot(*h_s)
-        expected = logits[b, 0, i, j].item() + 12 * (cosine - 0.65) - 2 * elsewhere[b, 0, i, j].item()
+        h_q = [sum(query[b, c].flatten().tolist()) / 6 for c in range(5)]
+        agreement = cosine(h, h_s) - cosine(h, h_q) / 2
+        expected = logits[b, 0, i, j].item() + 12 * (agreement - 0.325) - 2 * elsewhere[b, 0, i, j].item()
         assert got[b, 0, i, j].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_known_distracting_objects_join_the_mask() -> None:
-    feature, everywhere = torch.randn(1, 2, 1, 3), torch.full((1, 1, 1, 3), 5.0)
-    known = torch.tensor([[[[0.4, 0.6, 0.9]]]])
+    feature, everywhere = torch.randn(1, 2, 1, 4), torch.full((1, 1, 1, 4), 5.0)
+    elsewhere, agreement = torch.tensor([[0.4, 0.6, 0.9, 0.9]]), torch.tensor([[0.0, 0.3, 0.3, 0.4]])
+    known = BaseMaps(elsewhere[:, None, None], agreement[:, None, None]).distracting  # the last is like the target
     mask, prototype = mine_distracting_objects(feature, everywhere, everywhere, "region", known)
-    assert mask.flatten().tolist() == [0, 1, 1]
-    assert torch.allclose(prototype.flatten(), feature[0, :, 0, 1:].mean(1))
+    assert mask.flatten().tolist() == [0, 1, 1, 0]
+    assert torch.allclose(prototype.flatten(), feature[0, :, 0, 1:3].mean(1))
 
 
 @torch.no_grad()
@@ -84,7 +90,8 @@ def test_the_network_uses_the_maps_of_query_and_supports(lite0: Backbone, elimin
 
     once = out.eliminated[0]  # at the feature's own size in both forms
     plain = distracting_object_mask(out.query_bg_logits > 0, once.initial_logits > 0)
-    assert torch.equal(once.do_mask, torch.maximum(plain, (elsewhere > 0.5).float()))
+    known = (elsewhere > 0.5) & (base.agreement <= 0.325)
+    assert torch.equal(once.do_mask, torch.maximum(plain, known.float()))
     assert not torch.equal(once.do_mask, plain)
     if elimination == "single":  # FEM takes B instead of C_p
         maps = elsewhere - distracting_similarity(out.query_feature, once.do_prototype)

@@ -245,7 +245,7 @@ def test_contradictions_unknown_and_duplicate_keys_are_refused(text: str, expect
 def test_wrong_overrides_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c.yaml", MINIMAL)
     for override, expected in {
-        "data.classes=[a, b, c, a]": "data: classes must be 2 to 254 different names",
+        "data.classes=[a, b, c, a]": "data: classes must be 1 to 254 different names",
         "data.classes=[a, b, c]": "data: 3 classes do not make 4 equal folds; list them",
         "train.lr=[": "train.lr: cannot read the value '['",
         "lr=1": "unknown key 'lr'; did you mean 'train.lr'?",
@@ -300,7 +300,14 @@ ABLATIONS = {
     "negatives_non_target": {"loss.pcl_negatives": "non_target"},
     "base_learner": {"model.base_learner": True},
     "printed": {**PRINTED, "model.do_average": "region"},
-    "ours": {**PRINTED, "model.fem_prior": True, "model.do_similarity": True, "model.detach_initial": True},
+    "ours": {
+        **PRINTED,
+        "model.fem_prior": True,
+        "model.do_similarity": True,
+        "model.detach_initial": True,
+        "model.relative_target": True,
+        "model.training_free": True,
+    },
     "authors": {
         "data.blur": 0.5,
         "eval.every": 2,

@@ -96,10 +96,10 @@ def test_a_threshold_is_chosen_on_200_episodes_of_base_classes_alone(
 
     monkeypatch.setattr(diagnosis, "evaluate", evaluate)
     model, hardware = build_model(settings, "random")[0], find_hardware("cpu", "fp32")
-    assert diagnosis.calibrated_threshold(model, index, config=settings, hardware=hardware) == best
+    assert diagnosis.calibrated_threshold(model, index, config=settings, hardware=hardware)[0] == best
     assert len(seen) == 200 and set(seen) <= set(range(6, 21)) and len(set(seen)) > 5
     rare = settings.model_copy(update={"data": settings.data.model_copy(update={"min_area": 10**9})})
-    assert diagnosis.calibrated_threshold(model, index, config=rare, hardware=hardware) == 0.5
+    assert diagnosis.calibrated_threshold(model, index, config=rare, hardware=hardware) == (0.5, None)
 
 
 def test_diagnose_shows_both_kinds_of_classes_in_a_fresh_process(config: Path, short: Path, tmp_path: Path) -> None:

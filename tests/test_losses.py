@@ -14,6 +14,7 @@ from model.elimination import Eliminated
 from model.fem import FEMOutput
 from model.losses import (
     background_mining_loss,
+    dice_loss,
     drawn,
     negative_prototypes,
     prototypical_contrastive_loss,
@@ -73,6 +74,16 @@ def naive_target_loss(logits, masks):
     return total / count
 
 
+def naive_dice_loss(logits, masks):
+    """(B, 1, *, *), (B, H, W) -> mean over the images of 1 - the overlap of pixels that are not 255."""
+    total = 0.0
+    for plane, mask in zip(array(logits)[:, 0], masks.numpy(), strict=True):
+        resized = naive_resize(plane, mask.shape)
+        pairs = [(probability(resized[i]), float(mask[i] == 1)) for i in np.ndindex(*mask.shape) if mask[i] != 255]
+        total += 1 - (2 * sum(y * m for y, m in pairs) + 1) / (sum(y + m for y, m in pairs) + 1)
+    return total / len(masks)
+
+
 def naive_background_mining_loss(logits, masks, alpha):
     """Eq. 3, (N, 1, *, *), (N, H, W) -> mean over the images."""
     losses = []
@@ -114,12 +125,17 @@ def test_losses_over_pixels_equal_loops(size):
     masks[1][masks[1] == 1] = 0  # an image without target
     masks[2, 1:] = 255  # target_loss is a mean over all pixels, not over images: let their numbers differ
     assert target_loss(logits, masks).item() == pytest.approx(naive_target_loss(logits, masks), rel=1e-5)
+    assert dice_loss(logits, masks).item() == pytest.approx(naive_dice_loss(logits, masks), rel=1e-5)
     for alpha in (0.0, 0.5):
         expected = naive_background_mining_loss(logits, masks, alpha)
         assert background_mining_loss(logits, masks, alpha).item() == pytest.approx(expected, rel=1e-5)
 
 
-PIXEL_LOSSES = {"target": target_loss, "background": lambda logits, masks: background_mining_loss(logits, masks, 0.5)}
+PIXEL_LOSSES = {
+    "target": target_loss,
+    "dice": dice_loss,
+    "background": lambda logits, masks: background_mining_loss(logits, masks, 0.5),
+}
 
 
 @pytest.mark.parametrize("loss", PIXEL_LOSSES.values(), ids=PIXEL_LOSSES)
@@ -263,7 +279,7 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
     class_ids, bank = torch.tensor([2, 4, 2]), make_bank()
     old = torch.randn(3, 4)
     bank.store(old, torch.tensor([2, 3, 4]))
-    weights = {"final": 2.0, "initial": 2.0, "fem_aux": 1.2, "bg": 3.0, "pcl": 0.7}
+    weights = {"final": 2.0, "initial": 2.0, "fem_aux": 1.2, "bg": 3.0, "pcl": 0.7, "dice": 0.5}
     loss = networks.loss(bank, weights=weights, alpha=0.3, pcl_negatives=kind, **PRINTED)
     terms = loss(output, query_masks, support_masks, class_ids)
 
@@ -287,7 +303,8 @@ def test_loss_terms_and_their_weighted_sum_equal_the_loops(kind):
     assert terms["fem_aux"].item() == pytest.approx(sum(scales) / 2, rel=1e-5)
     assert terms["bg"].item() == pytest.approx(bg, rel=1e-5)
     assert terms["pcl"].item() == pytest.approx(pcl, rel=1e-5)
-    total = 2.0 * (initial + final + 0.6 * sum(scales) / 2) + 3.0 * bg + 0.7 * pcl
+    assert terms["dice"].item() == pytest.approx(naive_dice_loss(output.fem.logits, query_masks), rel=1e-5)
+    total = 2.0 * (initial + final + 0.6 * sum(scales) / 2) + 3.0 * bg + 0.7 * pcl + 0.5 * terms["dice"].item()
     assert terms["total"].item() == pytest.approx(total, rel=1e-5)
     for class_id, prototypes in banks.items():  # also the query's and the supports' prototypes
         assert np.allclose(bank_content(bank, class_id), sorted(map(tuple, prototypes)), atol=1e-5)

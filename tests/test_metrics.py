@@ -1,13 +1,15 @@
 """Counts and scores against scikit-learn and against numbers worked out by hand."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap
 from sklearn.metrics import jaccard_score, precision_score
 
-from util.engine.metrics import Scores, confusion, iou, mask_iou, scores
+from util.engine.metrics import Scores, confusion, interval, iou, mask_iou, resampled_miou, scores
 from util.engine.results import over_seeds
 
 CLASSES = {3: "cat", 7: "dog", 4: "cow"}
@@ -106,6 +108,40 @@ def test_no_episode_at_all_gives_finite_scores_and_a_class_without_an_episode_co
     assert (one.per_class, one.miou) == ({"cat": 0.0, "dog": 0.75}, 0.375)
     with pytest.raises(ValueError, match="classes \\[5\\]"):
         scored([episode(1, 1, 1, 1, class_id=5)])
+
+
+def of_samples(counts: np.ndarray, ids: np.ndarray, statistic: Any) -> tuple[float, float]:
+    """The interval of scipy's bootstrap, which draws the episodes of each class for itself."""
+    groups = [np.flatnonzero(ids == c) for c in np.unique(ids)]
+    found = bootstrap(groups, statistic, n_resamples=2000, vectorized=False, method="percentile", rng=1)
+    return found.confidence_interval
+
+
+def test_intervals_and_those_of_paired_differences_are_scipys() -> None:
+    one, other = count(episodes(0, 120)), count(episodes(1, 120))
+    ids = np.array([class_id for _, _, class_id in episodes(0, 120)])
+    other = (3 * one + other) // 4  # a method that finds the same episodes hard
+
+    def miou(counts: np.ndarray, *groups: np.ndarray) -> float:
+        sums = [counts[group].sum(0) for group in groups]
+        return float(np.mean([tp / (tp + fp + fn) for _, fp, fn, tp in sums]))
+
+    samples = [resampled_miou(counts[None], ids[None], 3) for counts in (one, other)]
+    expected = of_samples(one, ids, lambda *groups: miou(one, *groups))
+    assert interval(samples[0]) == pytest.approx(list(expected), abs=0.003) and expected[1] - expected[0] > 0.02
+    expected = of_samples(one, ids, lambda *groups: miou(other, *groups) - miou(one, *groups))
+    assert interval(samples[1] - samples[0]) == pytest.approx(list(expected), abs=0.003)
+    alone = np.subtract(*interval(samples[1])[::-1])
+    assert expected[1] - expected[0] < 0.6 * alone, "pairs are sharper"
+
+
+def test_seeds_are_drawn_apart_and_a_class_without_an_episode_counts_as_0() -> None:
+    one = count(episodes(0, 60))
+    ids = np.array([class_id for _, _, class_id in episodes(0, 60)])
+    single, twice = (resampled_miou(np.stack([one] * n), np.stack([ids] * n), 3) for n in (1, 2))
+    assert twice.mean() == pytest.approx(single.mean(), abs=0.005)
+    assert twice.std() == pytest.approx(single.std() / math.sqrt(2), rel=0.1)
+    assert resampled_miou(one[None], ids[None], 6) == pytest.approx(single / 2)
 
 
 def test_counts_do_not_overflow_over_a_whole_evaluation() -> None:

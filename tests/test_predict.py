@@ -1,6 +1,7 @@
 """predict.py: the real command line on real files, against the segmenter and plain loops over pixels."""
 
 import contextlib
+import csv
 import io
 import json
 import shutil
@@ -108,7 +109,7 @@ def test_predict_writes_mask_and_overlay_of_files_and_folders(
     assert "note: cannot read phone.HEIC; convert" in result.out
     names = {"q2": QUERIES[2], "first": QUERIES[0], "deep/er/first": QUERIES[1]}
     expected = {f"{name}_{ending}" for name in names for ending in ("mask.png", "overlay.jpg")}
-    assert files_in(out) == {*expected, "old_overlay.jpg"}
+    assert files_in(out) == {*expected, "old_overlay.jpg", "results.csv", "results.json"}
     for name, image in names.items():
         mask, overlay = load(out / f"{name}_mask.png"), load(out / f"{name}_overlay.jpg")
         found = segmenter.segment(*zip(*SUPPORTS, strict=True), image).mask
@@ -182,13 +183,18 @@ def test_iou_is_that_of_a_loop_over_pixels(world: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = [world / f"q{n}.png" for n in range(3)]
     succeeded(call(*supported(world), "--query", *given, "--out", out, "--ground-truth", tmp_path / "truth"))
-    report = json.loads((out / "iou.json").read_text())
+    report = json.loads((out / "results.json").read_text())
     expected = {
         name: naive_iou(load(out / f"{name}_mask.png"), mask, True, None) for name, mask in ground_truths.items()
     }
-    assert report["queries"] == pytest.approx(expected)
-    assert report["mean"] == pytest.approx(sum(expected.values()) / 3)
-    assert 1 < report["mean"] < 99
+    rows = report["queries"]
+    assert {row["query"]: row["iou"] for row in rows} == pytest.approx(expected)
+    assert report["mean_iou"] == pytest.approx(sum(expected.values()) / 3)
+    assert 1 < report["mean_iou"] < 99
+    presences = [row["presence"] for row in rows]
+    assert presences == sorted(presences, reverse=True) and 0 <= presences[-1] <= presences[0] <= 1
+    with (out / "results.csv").open() as file:
+        assert [row["query"] for row in csv.DictReader(file)] == [row["query"] for row in rows]
 
 
 def test_a_ground_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) -> None:
@@ -196,9 +202,9 @@ def test_a_ground_truth_of_class_ids_ignores_255(world: Path, tmp_path: Path) ->
     truth[20:30] = 255
     given = ["--class-id", 3, "--ground-truth", save(tmp_path / "any.png", truth)]
     mask = mask_of(world, tmp_path / "out", *one_support(world, world / "s0.png", world / "ids0.png", *given))
-    report = json.loads((tmp_path / "out/iou.json").read_text())
-    assert report["mean"] == pytest.approx(naive_iou(mask, truth, 3, 255))
-    assert report["mean"] != pytest.approx(naive_iou(mask, truth, 3, None))
+    report = json.loads((tmp_path / "out/results.json").read_text())
+    assert report["mean_iou"] == pytest.approx(naive_iou(mask, truth, 3, 255))
+    assert report["mean_iou"] != pytest.approx(naive_iou(mask, truth, 3, None))
 
 
 TARGETS = """\
@@ -261,7 +267,12 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
         ([*given, "--query", world / "q0.png", same_name], ["q0.png", "q0.jpg", "rename"]),
         (["--mask", world / "m0.png"], ["need --support"]),
         (["--targets", targets], ["ids0.png", "3, 7", "class_id"]),
+        (["--targets", tmp_path / "no.yaml"], ["--targets", "does not exist"]),
+        ([*given, "--not", same_name], ["--not goes with --not-mask or --not-box"]),
+        (["--checkpoint", tmp_path, *given[2:]], ["is a folder", "best.pt"]),
+        ([*unmasked[:-2], world, "--mask", world / "m0.png"], ["is a folder"]),
         ([*unmasked, "--box", "10,10,12", "1,1,9,9"], ["--box must be x0,y0,x1,y1", "10,10,12"]),
+        ([*unmasked, "--box", "9,1,1,9", "1,1,9,9"], ["--box 9,1,1,9 is empty"]),
         ([*unmasked, "--box", "1,1,9,9", "1,1,9,999"], ["does not lie in", "66 x 40"]),
         ([*given, "--threshold", 1.5], ["--threshold", "1.5"]),
         ([*given, "--ground-truth", truth], ["lacks 1 of 1", "q0"]),
@@ -277,7 +288,8 @@ def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world:
     assert "not the paper's network" in result.out and "efficientnet_lite0" in result.out
     free = NTRESegmenter.training_free(device="cpu")
     endings = ("mask.png", "overlay.jpg", "probability.png")
-    assert files_in(tmp_path / "out") == {f"q{n}_{ending}" for n in (0, 1) for ending in endings}
+    written = {f"q{n}_{ending}" for n in (0, 1) for ending in endings}
+    assert files_in(tmp_path / "out") == {*written, "results.csv", "results.json"}
     for n in (0, 1):
         found = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[n], edges=True)
         np.testing.assert_array_equal(load(tmp_path / f"out/q{n}_mask.png") > 0, found.mask)
@@ -285,6 +297,19 @@ def test_without_a_checkpoint_the_masks_are_training_free_ones_with_edges(world:
     succeeded(call(*options, "--out", tmp_path / "plain", "--no-edges"))
     plain = free.segment(*zip(*SUPPORTS, strict=True), QUERIES[0])
     np.testing.assert_array_equal(load(tmp_path / "plain/q0_mask.png") > 0, plain.mask)
+
+
+def test_what_it_is_not_is_found_less(world: Path, tmp_path: Path) -> None:
+    """What was found in a query is said to be something else."""
+    options = [*supported(world)[2:], "--query", world / "q0.png", "--no-edges"]
+    found = mask_of(world, tmp_path / "a", *options[:-3], "--no-edges")
+    other = ["--not", world / "q0.png", "--not-mask", tmp_path / "a/q0_mask.png"]
+    succeeded(call(*options, "--out", tmp_path / "b", *other))
+    assert (load(tmp_path / "b/q0_mask.png")[found > 0] > 0).mean() < 0.95
+    rows = [json.loads((tmp_path / f"{run}/results.json").read_text())["queries"][0] for run in "ab"]
+    assert rows[1]["presence"] < rows[0]["presence"]
+    trained = [*supported(world), "--query", world / "q0.png", "--out", tmp_path / "c", *other]
+    refused(call(*trained), "use no checkpoint")
 
 
 def test_if_nothing_is_found_the_end_says_what_to_try(world: Path, tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ import yaml
 
 from scripts import report
 from scripts.report import Run
+from tests.harness import call, refused
 from util.config import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
 TABLE3, TABLE4 = PAPER["table3"]["rows"], PAPER["table4"]["rows"]
 ROWS = {key: row for table in report.ablations(PAPER).values() for key, row in table["rows"].items()}
-SETTING = "Toy-5i, ResNet-50, 1-shot"
+SETTING = "Toy-5i, ResNet-50, 1-shot, protocol pfenet"
 
 
 def config(row: str = "full", **changes: Any) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def results(row: str = "full", fold: int = 0, seed: int = 0, miou: Any = (50.0,)
     return {
         **{"dataset": "Toy-5i", "fold": fold, "folds": 4, "shots": 1, "backbone": "resnet50", "episodes": 1000},
         **{"seeds": list(range(len(miou))), "train_seed": seed, "config": config(row), "list_sha256": "a" * 64},
-        "dtype": "float32",
+        "dtype": "float32", "protocol": None,
         "environment": {"device": "abacus", "git_revision": "1" * 40, "git_clean": True},
     } | scores | keys  # fmt: skip
 
@@ -125,6 +126,20 @@ def test_a_run_that_paper_yaml_does_not_list_is_a_row_of_table_3_by_its_departur
     assert row_of(text, "+ PCL (NTRENet)")[4] == "50.0"
     for label in changes:
         assert row_of(text, label)[4:6] == ["60.0", "+10.0"]  # the margin is to NTRENet
+
+
+def test_a_method_that_is_not_ours_is_no_row_of_our_networks(run: Any) -> None:
+    settings, _ = report.arrange([run("full"), run("full", method="mine:segment", modified="2027")], PAPER)
+    found = {setting: list(rows) for setting, rows in settings.items()}
+    assert found == {SETTING: ["full"], "Toy-5i, other methods, 1-shot, protocol pfenet": ["mine:segment"]}
+
+
+def test_figures_of_other_protocols_and_of_networks_of_other_data_share_no_table(run: Any) -> None:
+    runs = [run("full"), run("full", config=config(data={"novel_in_train": "drop"})), run("full", trained_on="B")]
+    runs.append(run("full", config=config(data={"min_area": 1})))
+    settings, replaced = report.arrange(runs, PAPER)
+    by_protocol = [SETTING, SETTING.replace("pfenet", "bam"), SETTING.removesuffix(", protocol pfenet")]
+    assert replaced == [] and set(settings) == {*by_protocol, SETTING.replace("5i,", "5i trained on B,")}
 
 
 def test_of_two_runs_of_one_cell_and_seed_the_newest_counts_not_the_best(run: Any) -> None:
@@ -253,6 +268,41 @@ def test_the_stored_results_are_read_and_give_the_published_table() -> None:
     ]
     means = [row_of(synthetic, label)[4] for label in labels]
     assert f"| embedded set, 4 folds | {' | '.join(means)} |" in (ROOT / "README.md").read_text()
+
+
+def of_episodes(path: Path, right: list[int], **keys: Any) -> Path:
+    """Results on 40 episodes of two classes: so many of the target's 100 pixels are found, and nothing else."""
+    rows = [f"900 0 {100 - hit} {hit}" for hit in right]
+    names = ["a", "b"] * 20
+    miou = float(np.mean([np.mean([hit for hit, of in zip(right, names, strict=True) if of == name]) for name in "ab"]))
+    about = {"method": "mine:f", "episode_classes": names, "episodes_sha256": "1", "per_class": {"a": 0, "b": 0}}
+    counts = {"counts": {"method": rows}, "miou": {"mean": miou, "per_seed": [miou]}}
+    return write(path.parent, results() | about | counts | keys, path.name)
+
+
+def test_two_results_are_compared_in_pairs_or_it_says_why_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    right = rng.integers(20, 80, 40)
+    better = right + rng.integers(0, 5, 40)
+    a = of_episodes(tmp_path / "a.json", right.tolist())
+    b = of_episodes(tmp_path / "b.json", better.tolist())
+    done = command("--compare", a, b)
+    title, _, one, other, difference = done.stdout.splitlines()
+    assert title == "Toy-5i, fold 0 of 4 alone, 1-shot, 40 episodes"
+    gain = (better - right).mean()
+    assert [row.split()[1] for row in (one, other)] == [f"{right.mean():.1f}", f"{better.mean():.1f}"]
+    _, mean, low, _, high = difference.split()
+    assert (mean, float(low) < gain < float(high)) == (f"{gain:+.1f}", True)
+    error = (better - right).std() / 40**0.5
+    assert float(high) - float(low) == pytest.approx(2 * 1.96 * error, rel=0.3)  # 15 if they were not paired
+
+    for words, keys in {
+        "fold is 0 in one and 1": {"episodes_sha256": "2", "fold": 1},
+        "other images were drawn": {"episodes_sha256": "2"},
+        "of other masks": {"counts": {"method": ["1 0 1 1"] * 40}},
+    }.items():
+        refused(call(report, "--compare", a, of_episodes(tmp_path / "c.json", better.tolist(), **keys)), words)
+    refused(call(report, "--compare", a, write(tmp_path, results(), "old.json")), "old.json holds no counts")
 
 
 def test_a_folder_without_results_says_what_to_run(tmp_path: Path) -> None:

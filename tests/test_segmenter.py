@@ -99,9 +99,12 @@ def test_an_encoded_target_and_query_give_what_segment_gives(segmenter: NTRESegm
 def test_every_map_has_the_querys_own_size(segmenter: NTRESegmenter, size: tuple[int, int]) -> None:
     result = segmenter.segment(*SUPPORTS[0], np.full((*size, 3), 90, np.uint8))
     assert result.mask.dtype == np.bool_
-    for values in result:
+    assert 0 <= result.presence <= 1
+    maps = [values for values in result if isinstance(values, np.ndarray)]
+    assert len(maps) == 5
+    for values in maps:
         assert values.shape == size
-    for values in result[1:]:
+    for values in maps[1:]:
         assert values.dtype == np.float32
         assert 0 <= values.min() <= values.max() <= 1
 

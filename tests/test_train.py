@@ -40,7 +40,7 @@ from util.engine.build import build_index, build_train_sampler
 
 BATCH, EPOCHS, LR, WARMUP, MIN_AREA = 2, 2, 0.03, 4, 256
 """of the tests' config"""
-LOSSES = ("total", "final", "initial", "fem_aux", "bg", "pcl", "base")
+LOSSES = ("total", "final", "initial", "fem_aux", "bg", "pcl", "base", "dice")
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,12 @@ from PIL import Image
 from scenes import ROOT, iou, scene
 from torch import Tensor
 
+from model.backbone import build_backbone
+from model.ops import foreground, resize
 from model.training_free import Described, describe_support, join, target_score
+from tests import networks
 from tests.harness import call, succeeded, test_command
+from tests.pfenet import episode
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
 from util.photos.baselines import TrainingFreeMethod
@@ -78,6 +82,27 @@ def test_the_score_is_that_of_a_loop_over_positions(seed: int, shots: int) -> No
     supports = [described(10 * seed + n, positions=24 + n) for n in range(shots)]
     score = target_score(query(seed), join(supports))
     np.testing.assert_allclose(score.numpy(), naive(query(seed), supports), atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_score_of_middle_features_joins_a_networks_prediction_in_evaluation() -> None:
+    torch.manual_seed(0)
+    backbone = build_backbone("efficientnet_lite0", weights="random")[0]
+    model = networks.network(backbone, channels=8, prototype_channels=8, fem_scales=(1, 0.5), training_free=True).eval()
+    inputs, supports, masks = episode(2, 2)
+    out = model(inputs, supports, masks)
+    scores = []
+    for b in range(2):
+        shown = []
+        for k in range(2):
+            target, other = (foreground((masks[b, k] == v).long()[None], (9, 9)).flatten() for v in (1, 0))
+            feature = F.normalize(backbone.middle(supports[b, k][None])[0].flatten(1), dim=0)
+            shown.append(Described(feature, target, other))
+        scores.append(naive(F.normalize(backbone.middle(inputs[b][None])[0], dim=0), shown))
+    expected = resize(out.fem.logits + torch.tensor(np.stack(scores))[:, None].float() / 2, (65, 65))
+    torch.testing.assert_close(out.logits, expected, atol=1e-3, rtol=1e-3)
+    trained = networks.trained_without_dropout(model)(inputs, supports, masks)
+    torch.testing.assert_close(trained.logits, resize(trained.fem.logits, (65, 65)))
 
 
 @pytest.mark.parametrize("case", ["no_target", "no_other", "same_everywhere", "faint_target"])

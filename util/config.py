@@ -71,14 +71,14 @@ class DataConfig(Section):
     val_list: Annotated[str, MACHINE]
     """file of 'image mask' lines; the novel classes are evaluated on it"""
     reader: str = "class_ids"
-    """how masks are read: 'class_ids' or 'class_folders', see util/data/readers.py"""
+    """how masks are read: 'class_ids', 'class_folders', 'deepglobe' or 'one_class', see util/data/readers.py"""
     classes: Annotated[Names, TASK]
     """names of the classes, or a file of them; their mask values are 1, 2, ... in this order (0 background, 255
     ignored), at most 254 if masks hold class ids"""
     fold_scheme: Annotated[Literal["contiguous", "interleaved"], TASK] = "contiguous"
     """novel classes of fold i of 4: neighbours (PASCAL-5i), or every fourth (COCO-20i)"""
     folds: Annotated[list[Names] | None, TASK] = None
-    """class names of each fold, or a file of them for each, instead of a scheme"""
+    """class names of each fold, or a file of them for each, instead of a scheme; all in one is only tested"""
     base_classes: Annotated[Names | None, TASK] = None
     """class names that every fold trains on, or a file of them, if classes are split into training, validation and test
     (FSS-1000); the folds are then the splits to evaluate on. By default a fold trains on all classes but its own"""
@@ -89,7 +89,7 @@ class DataConfig(Section):
     """supports of an episode"""
     min_area: Count = 2048
     """pixels of a class that make an image a possible support for it, and part of the class's fold"""
-    novel_in_train: Literal["keep", "drop"] = "keep"
+    novel_in_train: Annotated[Literal["keep", "drop"], TASK] = "keep"
     """training images that also show novel classes: keep them, with those pixels as background, or drop them"""
     image_size: Annotated[int, Field(ge=16), TASK] = 473
     """side of the network's square input; the backbone says which sides it takes (the CNNs: 8n + 1)"""
@@ -105,14 +105,14 @@ class DataConfig(Section):
         if self.scale[0] > self.scale[1]:
             raise ValueError("scale must be [from, to] with from <= to")
         most = 254 if self.reader == "class_ids" else 10**6
-        if len(set(self.classes)) != len(self.classes) or not 2 <= len(self.classes) <= most:
-            raise ValueError(f"classes must be 2 to {most} different names")
+        if len(set(self.classes)) != len(self.classes) or not 1 <= len(self.classes) <= most:
+            raise ValueError(f"classes must be 1 to {most} different names")
         named = [("left_out", self.left_out), ("base_classes", self.base_classes or [])]
         for key, names in [*(("folds", fold) for fold in self.folds or []), *named]:
             if foreign := [name for name in names if name not in self.classes]:
                 raise ValueError(f"{key} names '{foreign[0]}', which is not among classes")
-        if any(len(set(fold)) < len(fold) or len(fold) == len(self.classes) for fold in self.folds or []):
-            raise ValueError("a fold must not hold all classes, nor one of them twice")
+        if any(len(set(fold)) < len(fold) for fold in self.folds or []):
+            raise ValueError("a fold must not hold a class twice")
         if self.folds is None and len(self.classes) % 4:
             raise ValueError(f"{len(self.classes)} classes do not make 4 equal folds; list them under data.folds")
         if self.fold >= self.num_folds:
@@ -149,6 +149,10 @@ class ModelConfig(Section):
     """ours: S_DO, the cosine similarity of each position with P_DO, is subtracted from that C_p; needs fem_prior"""
     detach_initial: bool = False
     """ours: y_ini's loss does not shape X_act, which would learn base classes and not help FEM on novel ones"""
+    relative_target: bool = False
+    """ours: for Y_DO, y_ini is cut at 0.3 of its largest value in the image, so that a small target is left out"""
+    training_free: bool = False
+    """ours: in evaluation, half the training-free score of the middle features is added to FEM's logits"""
     base_learner: bool = False
     """beyond the paper: learn to tell base classes apart, and with it novel ones (model/base_learner.py); needs doem"""
     channels: Count = 256
@@ -190,6 +194,8 @@ class LossWeights(Section):
     """L_PCL (eq. 10; gamma in eq. 11, its value from the authors' code); needs model.doem"""
     base: NonNegative = 3.0
     """the base learner's cross-entropy; without model.base_learner there is none"""
+    dice: NonNegative = 0.0
+    """beyond the paper: Dice loss of the final prediction, for small targets, which eq. 12 leaves below 0.5"""
 
 
 class LossConfig(LossWeights):
@@ -251,6 +257,10 @@ class EvalConfig(Section):
     """images encoded, and episodes segmented, at a time"""
     cache_gib: Annotated[Positive, MACHINE] = 4.0
     """memory for backbone features of images that episodes share; kept from one validation to the next"""
+    queries: Literal["image", "pair", "class"] = "image"
+    """what takes turns: images (the class is drawn), pairs of image and class, or classes (the image is drawn)"""
+    square: Annotated[int, Field(ge=0)] = 0
+    """side to which images and masks are squashed before anything else; 0: they keep their sizes"""
     geometry: Literal["lineage", "exact"] = "exact"
     """how logits return to the original size: as in PFENet's code ('lineage', 3 px off at 500x375), or exactly"""
     every: Annotated[Count, MACHINE] = 1
@@ -453,6 +463,17 @@ def keys_with(*kinds: Kind) -> frozenset[str]:
         else:
             keys[name] = kind
     return frozenset(key for key, kind in keys.items() if kind in kinds)
+
+
+PROTOCOLS = Path(__file__).resolve().parent.parent / "configs/protocol"
+
+
+def protocol_of(values: Mapping[str, Any]) -> str | None:
+    """Return the file of configs/protocol that says what these values of :func:`flatten` say, by name, if one does."""
+    for path in sorted(PROTOCOLS.glob("*.yaml")):
+        if all(values.get(key) == value for key, value in flatten(read_yaml(path))):
+            return path.stem
+    return None
 
 
 NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")

@@ -53,7 +53,8 @@ class EpisodeSampler:
     class is drawn from all of ``classes`` present in it, whatever their area (as in PFENet's code); the K supports
     are drawn from the images in which that class qualifies, without repetition and never the query's. An image with
     several lines is a query with each of its masks, and a support with one of those that qualify. Images that show a
-    class of ``avoid`` are left out altogether (``data.novel_in_train: drop``).
+    class of ``avoid`` are left out altogether (``data.novel_in_train: drop``). ``queries`` is ``eval.queries``: with
+    'pair' the turns are of lines and classes that qualify in them, with 'class' of classes, whose query is drawn.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class EpisodeSampler:
         seed: int,
         class_names: list[str],
         avoid: tuple[int, ...] = (),
+        queries: str = "image",
     ) -> None:
         self.index, self.classes, self.shots, self.seed = index, classes, shots, seed
         self.supports_of = find_supports(index, classes, min_area, avoid)
@@ -78,22 +80,27 @@ class EpisodeSampler:
                     f" {index.list_path}, but {shots}-shot episodes need {shots + 1}: lower data.shots or"
                     " data.min_area, add images, or name the class in data.left_out"
                 )
-        self.queries = np.unique(np.concatenate(list(self.supports_of.values())))
-        self._pass, self._order = -1, self.queries
+        pairs = [(line, c) for c in classes for line in self.supports_of[c]]
+        turns = {"image": [(line, -1) for line in sorted({line for line, _ in pairs})], "pair": pairs}
+        self.turns = np.array(turns.get(queries, [(-1, c) for c in classes]))  # line and class; -1 is drawn
+        self._pass, self._order = -1, self.turns
 
     def __len__(self) -> int:
-        return len(self.queries)
+        return len(self.turns)
 
     def __call__(self, number: int) -> EpisodeFiles:
         """Return episode number ``number``."""
         passes, position = divmod(number, len(self))
         if passes != self._pass:
             order = np.random.default_rng([self.seed, 0, passes]).permutation(len(self))
-            self._pass, self._order = passes, self.queries[order]
-        query = int(self._order[position])
+            self._pass, self._order = passes, self.turns[order]
+        query, class_id = self._order[position].tolist()
         rng = np.random.default_rng([self.seed, 1, number])
-        present = [c for c in self.classes if self.index.pixels[query, c]]
-        class_id = present[rng.integers(len(present))]
+        if query < 0:
+            query = int(rng.choice(self.supports_of[class_id]))
+        if class_id < 0:
+            present = [c for c in self.classes if self.index.pixels[query, c]]
+            class_id = present[rng.integers(len(present))]
         lines, photos = self.supports_of[class_id], self.photos_of[class_id]
         chosen = rng.choice(photos[photos != self.index.photos[query]], self.shots, replace=False)
         supports = [rng.choice(lines[self.index.photos[lines] == photo]) for photo in chosen]
@@ -151,17 +158,25 @@ def read_episodes(
     return episodes
 
 
-def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
-    """Write episodes 0 ... count - 1 as JSON lines: query, supports (each 'image mask'), class, the list's SHA-256."""
-    lines = [line_of(item, root) for item in sampler.index.items]
+def episode_lines(
+    episodes: Sequence[EpisodeFiles], index: ClassIndex, *, root: Path, class_names: list[str]
+) -> list[str]:
+    """Return episodes as lines of JSON: query, supports (each 'image mask'), class, the list's SHA-256."""
+    lines = [line_of(item, root) for item in index.items]
     rows = []
-    for episode in map(sampler, range(count)):
+    for episode in episodes:
         record = {
             "query": lines[episode.query],
             "supports": [lines[line] for line in episode.supports],
             "class_id": episode.class_id,
             "class": class_names[episode.class_id - 1],
-            "list_sha256": sampler.index.list_sha256,
+            "list_sha256": index.list_sha256,
         }
         rows.append(json.dumps(record) + "\n")
-    write_text(path, "".join(rows))
+    return rows
+
+
+def write_episodes(path: Path, sampler: EpisodeSampler, count: int, *, root: Path, class_names: list[str]) -> None:
+    """Write episodes 0 ... count - 1 of a sampler, for :func:`read_episodes`."""
+    episodes = [sampler(number) for number in range(count)]
+    write_text(path, "".join(episode_lines(episodes, sampler.index, root=root, class_names=class_names)))

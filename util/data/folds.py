@@ -34,5 +34,8 @@ def _kept(data: DataConfig, names: list[str]) -> tuple[int, ...]:
     """Return the ids of classes by name, ascending, without those in ``data.left_out``."""
     wanted = set(names).difference(data.left_out)
     if not wanted:
-        raise UserError(f"data.left_out names all classes of fold {data.fold}, or all others; choose another data.fold")
+        raise UserError(
+            f"data.left_out names all classes of fold {data.fold}, or no class is left to train on; choose another"
+            " data.fold, or test a checkpoint of other data: test.py --across"
+        )
     return tuple(number for number, name in enumerate(data.classes, 1) if name in wanted)

@@ -137,7 +137,8 @@ def described(image: Image.Image | np.ndarray) -> str:
     if isinstance(image, np.ndarray) or values.ndim == 2:
         return f"holds {first_of([f'{value:g}' for value in np.unique(values)], 6, ', ')}"
     colours = sorted(colour for _, colour in image.convert("RGB").getcolors(1000) or [])
-    return f"is coloured: {first_of([str(colour) for colour in colours], 4, ', ') or 'more than 1000 colours'}"
+    shown = first_of([str(colour) for colour in colours], 4, ", ")
+    return f"is coloured: {shown or 'more than 1000 colours, like an image and not its mask'}"
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -164,6 +165,8 @@ def opened(
         raise
     except FileNotFoundError:
         raise UserError(f"{name} does not exist{missing}") from None
+    except IsADirectoryError:
+        raise UserError(f"{name} is a folder; give an image file") from None
     except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserError(f"{name} cannot be read ({error}); {damaged}") from error
 

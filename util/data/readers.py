@@ -29,7 +29,25 @@ def class_folders(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
     return Item(image, mask, ids[name], read_binary_mask)
 
 
-READERS = {"class_ids": class_ids, "class_folders": class_folders}
+def deepglobe(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
+    """Make an item of Deepglobe as prepared by PATNet's authors: N/test/origin/x.jpg is of class number N."""
+    folder = image.parents[2].name
+    if not folder.isdecimal() or not 1 <= int(folder) <= len(ids):
+        raise UserError(f"{image} is in folder '{folder}', which is not 1 to {len(ids)}, the number of a class")
+    return Item(image, mask, int(folder), read_binary_mask)
+
+
+def one_class(image: Path, mask: Path, ids: Mapping[str, int]) -> Item:
+    """Make an item of the first class, with a black and white mask: chest X-rays and other data of one class."""
+    return Item(image, mask, 1, read_binary_mask)
+
+
+READERS = {
+    "class_ids": class_ids,
+    "class_folders": class_folders,
+    "deepglobe": deepglobe,
+    "one_class": one_class,
+}
 
 
 def reader_of(data: DataConfig) -> MakeItem:

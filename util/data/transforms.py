@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from model import IGNORE
@@ -94,6 +95,14 @@ def fit(image: np.ndarray, mask: np.ndarray, size: int) -> tuple[np.ndarray, np.
     fitted = np.full((size, size), IGNORE, np.uint8)
     fitted[:height, :width] = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST)
     return fitted_image, fitted
+
+
+def squash(image: np.ndarray, mask: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Resize to (side, side), as Pillow's antialiased bilinear does; 0 leaves both as they are."""
+    if not side:
+        return image, mask
+    squashed = np.array(Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR))
+    return squashed, cv2.resize(mask, (side, side), interpolation=cv2.INTER_NEAREST)
 
 
 def to_original(logits: Tensor, height: int, width: int, geometry: str) -> Tensor:

@@ -24,7 +24,7 @@ from util.data.folds import base_classes, novel_classes
 from util.data.loading import load
 from util.data.published import is_benchmark, overlap
 from util.data.readers import reader_of
-from util.data.transforms import augment, fit, normalize
+from util.data.transforms import augment, fit, normalize, squash
 from util.engine.distributed import first_process_first
 from util.engine.feature_cache import FeatureCache
 from util.errors import UserError
@@ -202,8 +202,15 @@ def build_eval_sampler(
 ) -> EpisodeSampler:
     """Build the sampler of evaluation episodes of the fold's novel classes, or of the ``classes`` given."""
     data = config.data
-    chosen, area = classes or novel_classes(data), data.min_area
-    return EpisodeSampler(index, classes=chosen, shots=data.shots, min_area=area, seed=seed, class_names=data.classes)
+    return EpisodeSampler(
+        index,
+        classes=classes or novel_classes(data),
+        shots=data.shots,
+        min_area=data.min_area,
+        seed=seed,
+        class_names=data.classes,
+        queries=config.eval.queries,
+    )
 
 
 def training_batches(config: Config, sampler: EpisodeSampler, *, start: int, stop: int) -> Generator[Episode]:
@@ -227,7 +234,7 @@ def build_eval_loader(config: Config, sampler: Episodes, numbers: Sequence[int])
     """Load whole episodes by number, as an evaluation sees them."""
     size = config.eval.batch_size
     batches = (numbers[start : start + size] for start in range(0, len(numbers), size))
-    dataset = EpisodeDataset(sampler, transform=partial(_fit, size=config.data.image_size))
+    dataset = EpisodeDataset(sampler, transform=partial(_fit, size=config.data.image_size, square=config.eval.square))
     return _load(config, dataset, batches, size)
 
 
@@ -238,9 +245,9 @@ def _augment(
 
 
 def _fit(
-    image: np.ndarray, ids: np.ndarray, target: int, rng: np.random.Generator, size: int
+    image: np.ndarray, ids: np.ndarray, target: int, rng: np.random.Generator, size: int, square: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    return fit(image, ids, size)
+    return fit(*squash(image, ids, square), size)
 
 
 def _load(config: Config, dataset: EpisodeDataset, batches: Any, episodes: int) -> Generator[Episode]:

@@ -9,6 +9,7 @@ import torch
 from model.ntrenet import NTRENet
 from model.weights import load_data, strange_entry
 from util.config import MACHINE, TASK, Config, config_from_dict, flatten, keys_with
+from util.data.folds import base_classes, novel_classes
 from util.engine.build import Hardware, build_saved_model
 from util.errors import UserError
 from util.files import write_atomically
@@ -27,6 +28,8 @@ def save_checkpoint(path: Path, state: dict[str, Any], *, keep: Path | None = No
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint; code in it is never run (``weights_only``)."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; a run's checkpoint is {path / 'best.pt'}")
     try:
         state = load_data(path)
     except FileNotFoundError:
@@ -78,6 +81,8 @@ class TrainedNetwork(NamedTuple):
     """chosen on base classes; 0.5 if none was"""
     trained: dict[str, Any]
     """the sections of its config that an evaluation does not use, and its seed if it is recorded"""
+    trained_on: str | None = None
+    """the data set, if it is tested on another, and the fold, if that is another"""
 
 
 def load_network(config: Config, hardware: Hardware, path: Path, *, ablation: bool = False) -> TrainedNetwork:
@@ -97,3 +102,38 @@ def load_network(config: Config, hardware: Hardware, path: Path, *, ablation: bo
         print(f"note: checkpoint {path} does not record its fold; it is tested on fold {config.data.fold}")
     recorded = saved.model_dump(include={"loss", "train"} if "seed" in unknown else {"loss", "train", "seed"})
     return TrainedNetwork(model, checkpoint.get("threshold", 0.5), recorded)
+
+
+def load_across(config: Config, hardware: Hardware, path: Path) -> tuple[TrainedNetwork, Config]:
+    """Build the network of a checkpoint that was trained on other data; no novel class may be one that it has learned.
+
+    Returns:
+        the network, and ``config`` with the checkpoint's network and input size
+    """
+    checkpoint = load_checkpoint(path)
+    saved = saved_config(checkpoint, path)
+    if "data.classes" in checkpoint.get("unknown", ()):
+        raise UserError(f"checkpoint {path} does not record the classes that it was trained on; leave out --across")
+    learned = {plain(saved.data.classes[c - 1]) for c in base_classes(saved.data)}
+    names = [config.data.classes[c - 1] for c in novel_classes(config.data)]
+    data = saved.data.dataset
+    if leaked := [name for name in names if plain(name) in learned]:
+        every = ", ".join([*config.data.left_out, *leaked])
+        raise UserError(
+            f"checkpoint {path} was trained on '{leaked[0]}' ({data}, fold {saved.data.fold}), which is novel in this"
+            f" test: choose another fold of {data}, or leave out what it has learned with data.left_out='[{every}]'"
+        )
+    same_fold = (saved.data.fold, saved.data.num_folds) == (config.data.fold, config.data.num_folds)
+    as_trained = {key: getattr(saved.data, key) for key in ("image_size", "novel_in_train")}
+    network = TrainedNetwork(
+        build_saved_model(saved, checkpoint, path).to(hardware.device),
+        checkpoint.get("threshold", 0.5),
+        saved.model_dump(include={"loss", "train", "seed"}),
+        data if same_fold else f"{data} fold {saved.data.fold}",
+    )
+    return network, config.model_copy(update={"model": saved.model, "data": config.data.model_copy(update=as_trained)})
+
+
+def plain(name: str) -> str:
+    """Return a class's name as it is compared: 'Dining_table' is 'dining table'."""
+    return name.casefold().replace("_", " ").replace("-", " ").strip()

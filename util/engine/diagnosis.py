@@ -23,7 +23,7 @@ from util.engine.metrics import scores
 from util.progress import progress
 
 REGIONS = ("target", "other objects", "background")
-THRESHOLDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
+THRESHOLDS = (0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01)
 """of the probability"""
 EPISODES = 200
 """of base classes, by which a threshold is chosen, whatever ``eval.episodes`` is: few choose it by chance"""
@@ -88,15 +88,15 @@ def area_under_curve(counts: np.ndarray, region: int) -> float:
 
 def calibrated_threshold(
     model: NTRENet, index: ClassIndex, *, config: Config, hardware: Hardware, stop: Interruption | None = None
-) -> float:
+) -> tuple[float, float | None]:
     """Return the one of ``THRESHOLDS`` with the highest mIoU on held-out episodes of base classes, never of novel ones.
 
-    Networks under-segment classes that they were not trained on: 0.5 leaves most of their pixels out. It is 0.5 also
-    if no base class has enough images in the validation list.
+    Networks under-segment classes that they were not trained on: 0.5 leaves most of their pixels out. The second value
+    is that mIoU in [0, 1]. They are 0.5 and None if no base class has enough images in the validation list.
     """
     classes = held_out(base_classes(config.data), index, config)
     if not classes:
-        return 0.5
+        return 0.5, None
     sampler = build_eval_sampler(config, index, seed=0, classes=classes)
     episodes = [sampler(number) for number in range(EPISODES)]
     method = NetworkMethod(model, config, hardware)
@@ -104,7 +104,9 @@ def calibrated_threshold(
         found = evaluate(method, index, episodes, config=config, bar=bar, stop=stop, measure=histogram, alone=True)
     class_ids = np.array([episode.class_id for episode in episodes])
     names = {c: config.data.classes[c - 1] for c in np.unique(class_ids).tolist()}
-    return best_threshold(miou_by_threshold(found["network"], class_ids, names))
+    miou = miou_by_threshold(found["network"], class_ids, names)
+    threshold = best_threshold(miou)
+    return threshold, miou[threshold]
 
 
 def held_out(classes: Sequence[int], index: ClassIndex, config: Config) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from util.data.class_index import ClassIndex
 from util.data.dataset import read_image_and_ids, target_of
 from util.data.episodes import EpisodeFiles
 from util.data.loading import load
-from util.data.transforms import fit, normalize, to_original
+from util.data.transforms import fit, normalize, squash, to_original
 from util.engine.build import Hardware
 from util.engine.feature_cache import FeatureCache, Key, Step
 from util.engine.interruption import Interruption
@@ -186,6 +186,8 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Measure a method's predictions on episodes, each at its query's original size; several processes share them.
 
+    With ``eval.square`` every image and mask is squashed when it is read, and that is its original size.
+
     Args:
         cache: from an evaluation before this one, of the same list.
         stop: looked at between two batches; raises Stopped.
@@ -232,21 +234,23 @@ class ImageDataset(Dataset[dict[int, Any]]):
     """Item n holds the samples of the images that step n of a plan is missing, by line."""
 
     def __init__(
-        self, read: Callable[[np.ndarray, np.ndarray], Any], index: ClassIndex, steps: Sequence[list[int]]
+        self, read: Callable[[np.ndarray, np.ndarray], Any], index: ClassIndex, steps: Sequence[list[int]], square: int
     ) -> None:
-        self.read, self.index, self.steps = read, index, steps
+        self.read, self.index, self.steps, self.square = read, index, steps, square
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __getitem__(self, index: int) -> dict[int, Any]:
-        return {line: self.read(*read_image_and_ids(self.index, line)) for line in self.steps[index]}
+        return {
+            line: self.read(*squash(*read_image_and_ids(self.index, line), self.square)) for line in self.steps[index]
+        }
 
 
 def load_images(method: Method, index: ClassIndex, steps: Sequence[Step], config: Config) -> Generator[dict[int, Any]]:
     """Yield the samples of every step that misses images, in order."""
     missing = [[line for line, part in step.missing if part == IMAGE] for step in steps]
-    dataset = ImageDataset(method.read, index, [lines for lines in missing if lines])
+    dataset = ImageDataset(method.read, index, [lines for lines in missing if lines], config.eval.square)
     workers = config.workers if len(dataset) else 0
     # dict collates as it is: numpy arrays are sent by value, so nothing is kept in shared memory
     return load(dataset, workers, batch_size=None, collate_fn=dict)

@@ -79,5 +79,34 @@ def scores(counts: np.ndarray, class_ids: np.ndarray, classes: dict[int, str]) -
     )
 
 
+RESAMPLES = 2000
+"""bootstrap samples of an interval"""
+
+
+def resampled_miou(counts: np.ndarray, class_ids: np.ndarray, classes: int) -> np.ndarray:
+    """Compute the mIoU of bootstrap samples, (RESAMPLES,): each seed's episodes are drawn within each class.
+
+    Methods that were counted on the same episodes are drawn alike, so that their differences are paired.
+
+    Args:
+        counts: (S, N, 4) of S seeds, of :func:`confusion`
+        class_ids: (S, N), ids or names
+        classes: number of classes that are scored; one without an episode counts as 0, as in :func:`scores`
+    """
+    rng = np.random.default_rng(0)
+    total = np.zeros(RESAMPLES)
+    for rows, ids in zip(counts, class_ids, strict=True):
+        for class_id in np.unique(ids):
+            own = rows[ids == class_id].astype(float)  # exact: sums are far below 2**53
+            times = rng.multinomial(len(own), np.full(len(own), 1 / len(own)), size=RESAMPLES)
+            total += iou(times @ own)
+    return total / (len(counts) * classes)
+
+
+def interval(samples: np.ndarray) -> list[float]:
+    """Return the middle 95 % of bootstrap samples, [from, to]."""
+    return np.percentile(samples, [2.5, 97.5]).tolist()
+
+
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return part / np.maximum(whole, 1)

@@ -30,9 +30,11 @@ def table(results: dict[str, Any]) -> str:
     def cell(score: dict[str, Any]) -> str:
         return f"{score['mean']:.1f}" + (f" ± {score['std']:.1f}" if len(results["seeds"]) > 1 else "")
 
+    trained_on = f" trained on {results['trained_on']}" if results["trained_on"] else ""
+    protocol = f", protocol {results['protocol']}" if results["protocol"] else ""
     heading = (
         f"{results['dataset']} fold {results['fold']} of {results['folds']}, {results['shots']}-shot,"
-        f" {results['backbone']}: {results['episodes']} episodes,"
+        f" {results['method'] or results['backbone']}{trained_on}{protocol}: {results['episodes']} episodes,"
         f" {results['episodes_from'] or 'seeds ' + ', '.join(map(str, results['seeds']))}"
     )
     rows: list[list[str]] = []
@@ -40,6 +42,8 @@ def table(results: dict[str, Any]) -> str:
         if len(results["per_class"]) <= 40:  # FSS-1000 has more
             rows += [[name, f"{iou:.1f}"] for name, iou in results["per_class"].items()]
         rows += [[title, cell(results[name])] for name, title in SCORE_TITLES.items()]
+        low, high = results["miou"]["interval"]
+        rows.append(["95 % interval", f"{low:.1f} to {high:.1f}", "of mIoU, if other images of each class were drawn"])
         rows.append(["", "(of this fold alone, not means of folds)"])
     if other := results.get("calibrated"):
         why = f"mIoU at {other['threshold']:g}, the threshold chosen on base classes; the rows above are at 0.5"

@@ -71,8 +71,8 @@ def finish_best(training: Training, data: Data, log: TrainingLog, stop: Interrup
     if "threshold" not in checkpoint:
         with torch.random.fork_rng(devices=[]):  # if this is stopped, last.pt is the same as without it
             model = build_saved_model(config, checkpoint, path).to(training.hardware.device)
-        threshold = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
-        save_checkpoint(path, checkpoint | {"threshold": threshold})
+        threshold, miou = calibrated_threshold(model, data.val, config=config, hardware=training.hardware, stop=stop)
+        save_checkpoint(path, checkpoint | {"threshold": threshold, "base_miou": miou})
         stop.check(alone=True)
         print(f"threshold {threshold:g} is best on held-out episodes of base classes; predict.py uses it")
     log.finish(training.step, seconds, training.hardware.device)  # last: scripts/train_fold.sh skips a finished run

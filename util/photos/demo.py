@@ -79,6 +79,7 @@ class Demo:
             "overlay": _url(overlay(pixels, mask, TARGET), "JPEG"),
             "mask": _url(255 * full.astype(np.uint8)),
             "share": float(mask.mean()),
+            "presence": result.presence,
             "maps": {name: _url(drawn, "JPEG") for name, drawn in maps.items()},
         }
 

