@@ -1,5 +1,6 @@
 """Segment your own images from a few supports, with a checkpoint or without one.
 
+    python predict.py --example --out out/                    # draws an example into out/ first: it needs no images
     python predict.py --support cat.jpg --mask cat.png --query photos/ --out out/
     python predict.py --support s1.jpg s2.jpg --mask m1.png m2.png --query a.jpg b.jpg --out out/ --checkpoint best.pt
     python predict.py --targets targets.yaml --query folder/ --out out/ --checkpoint runs/.../best.pt
@@ -34,6 +35,7 @@ from typing import Any
 from util.engine.metrics import mask_iou
 from util.errors import UserError, first_of
 from util.files import write_csv, write_json
+from util.photos.example import write_example
 from util.photos.images import read_mask_on, read_upright
 from util.photos.inputs import (
     TargetFiles,
@@ -53,7 +55,12 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # no other query could be w
 
 def main() -> None:
     args = parse_arguments()
-    queries = find_images(args.query, args.out)
+    if args.example:
+        support, mask, args.query = write_example(args.out)
+        args.support, args.mask = [support], [mask]
+        shown = " ".join(map(str, args.query))
+        print(f"this is --support {support} --mask {mask} --query {shown} --out {args.out}")
+    queries = find_images(args.query, None if args.example else args.out)
     ground_truths = find_ground_truths(args.ground_truth, queries) if args.ground_truth else {}
     if args.targets:
         files = read_targets(args.targets)
@@ -150,7 +157,8 @@ def parse_arguments() -> argparse.Namespace:
     other("--not-box", type=parse_box, nargs="+", metavar="BOX", help="the same as boxes")
     add("--not-class-id", type=int, help="its value in masks of class ids")
     add("--class-id", type=int, help="value of the target in masks of class ids; 255 is ignored")
-    add("--query", type=Path, nargs="+", required=True, help="images, and folders of images")
+    target("--example", action="store_true", help="draw a support, its mask and two queries into --out, and take them")
+    add("--query", type=Path, nargs="+", help="images, and folders of images")
     add("--out", type=Path, required=True, help="folder for the results; files of the same names are replaced")
     add("--threshold", type=float, help="of the probability; by default the segmenter's own")
     edges = "draw borders along the image's edges (GrabCut); by default only without a checkpoint"
@@ -165,8 +173,10 @@ def parse_arguments() -> argparse.Namespace:
         raise UserError("--targets excludes --support, --class-id, --not, --maps, --cutout and --ground-truth")
     if (args.others is None) != (args.not_mask is None and args.not_box is None):
         raise UserError("--not goes with --not-mask or --not-box")
-    if not args.targets and not args.support:
+    if not args.targets and not args.support and not args.example:
         raise UserError("--mask and --box need --support")
+    if bool(args.query) == args.example or (args.example and args.support):
+        raise UserError("--query says which images to search; --example brings its own, and its own support")
     if args.threshold is not None and not 0 < args.threshold < 1:
         raise UserError(f"--threshold must lie between 0 and 1, got {args.threshold:g}")
     return args

@@ -10,6 +10,7 @@ import shutil
 import socket
 import urllib.error
 import urllib.request
+import zipfile
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
@@ -23,8 +24,10 @@ from scenes import iou, scene, write_checkpoint
 
 from tests.harness import finished, start
 from util.data import synthetic
+from util.data.folds import novel_classes
 from util.errors import UserError
-from util.photos.demo import EXAMPLE_SEED, EXAMPLE_ZOOM, LONGEST, Demo, Server, example
+from util.photos.demo import LONGEST, Demo, Server
+from util.photos.example import SEED, SHOWN, draw_example
 from util.photos.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
@@ -109,6 +112,40 @@ def test_a_box_becomes_the_mask_of_the_object_in_it(demo: Demo) -> None:
     assert iou(boxed, disc) > 0.93
 
 
+def test_a_click_finds_the_object_and_a_mask_file_is_read(demo: Demo) -> None:
+    image, disc = scene(1, 240, 320)
+    y, x = np.argwhere(disc).mean(0).tolist()
+    free = Demo(NTRESegmenter.training_free(device="cpu", precision="fp32"))
+    clicked = pixels_of(free.mask({"support": url(image), "click": [x, y]})["mask"])[..., 3] > 0
+    assert iou(clicked, disc) > 0.8
+    read = pixels_of(demo.mask({"support": url(image), "file": url(255 * disc.astype(np.uint8))})["mask"])
+    np.testing.assert_array_equal(read[..., 3] > 0, disc)
+    for wrong, words in (({"file": url(image)}, "like an image"), ({"box": [1, 2, None]}, "a box is x0,y0,x1,y1")):
+        with pytest.raises(UserError, match=words):
+            demo.mask({"support": url(image), **wrong})
+
+
+def test_blue_paint_is_what_the_target_is_not() -> None:
+    free, (support, disc), (image, _) = NTRESegmenter.training_free(device="cpu"), scene(1), scene(4)
+    other = np.zeros_like(disc)
+    other[:9] = ~disc[:9]
+    paint = np.zeros((*disc.shape, 4), np.uint8)
+    paint[disc], paint[other] = (230, 60, 60, 255), (70, 120, 235, 255)
+    answer = Demo(free).segment(asked((support, disc), url(image), mask=url(paint)))
+    target = free.encode(support, disc) + free.encode_negative(support, other)
+    np.testing.assert_array_equal(pixels_of(answer["mask"]) == 255, free.segment_encoded(target, image).mask)
+
+
+def test_all_results_come_in_a_zip(demo: Demo) -> None:
+    answer = demo.segment(asked(scene(1), url(scene(4)[0]), threshold=0.4))
+    cutout = pixels_of(answer["cutout"])
+    np.testing.assert_array_equal(cutout[..., 3], pixels_of(answer["mask"]))
+    packed = demo.archive({"files": {"a_mask.png": answer["mask"], "a_cutout.png": answer["cutout"]}})["archive"]
+    with zipfile.ZipFile(BytesIO(base64.b64decode(packed.partition(",")[2]))) as archive:
+        assert archive.namelist() == ["a_mask.png", "a_cutout.png"]
+        np.testing.assert_array_equal(np.asarray(Image.open(archive.open("a_cutout.png"))), cutout)
+
+
 def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
     image, disc = scene(1)
     with pytest.raises(UserError, match=r"^paint the object first"):
@@ -120,15 +157,14 @@ def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
 
 @pytest.mark.parametrize("fold", [0, 3])
 def test_the_example_shows_a_class_that_the_network_was_not_trained_on(segmenter: NTRESegmenter, fold: int) -> None:
-    support, mask, *photos = example(segmenter.config.data.model_copy(update={"fold": fold}))
-    novel = 5 * fold + 1
-    held = [set(synthetic.classes_of(EXAMPLE_SEED, "val", n)) for n in range(32)]
-    first, *others = [n for n in range(32) if novel in held[n]][:3]
-    sizes = [synthetic.make_image(EXAMPLE_SEED, "val", n)[1].shape for n in others]
-    assert [photo.shape[:2] for photo in photos] == [(EXAMPLE_ZOOM * h, EXAMPLE_ZOOM * w) for h, w in sizes]
-    labels = synthetic.make_image(EXAMPLE_SEED, "val", first)[1]
-    assert support.shape[:2] == mask.shape
-    assert iou(mask > 0, np.kron(labels == novel, np.ones((EXAMPLE_ZOOM, EXAMPLE_ZOOM), bool))) > 0.9
+    data = segmenter.config.data.model_copy(update={"fold": fold})
+    support, mask, queries = draw_example(data)
+    (class_id,) = set(SHOWN) & set(novel_classes(data))
+    numbers = SHOWN[class_id]
+    assert all(class_id in synthetic.classes_of(SEED, "val", n) for n in numbers)
+    images, labels = zip(*(synthetic.make_image(SEED, "val", n, synthetic.EXAMPLE) for n in numbers), strict=True)
+    assert all(np.array_equal(a, b) for a, b in zip((support, *queries), images, strict=True))
+    assert (mask == (labels[0] == class_id)).all() and min(mask.shape) == 448
 
 
 @pytest.fixture(scope="module")
@@ -207,4 +243,14 @@ def test_the_page_works_in_a_browser_without_any_other_host(address: str, tmp_pa
         with page.expect_download() as download:
             page.click("#results a")
         assert np.asarray(Image.open(download.value.path())).shape == (300, 400)
+        page.fill("#box", "60,60,200,200")  # by keyboard alone
+        page.keyboard.press("Tab")
+        page.wait_for_function("!document.querySelector('#results figure')")
+        page.wait_for_function("document.querySelector('#status').textContent.startsWith('Mark')")
+        page.focus("#segment")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#results figure")
+        with page.expect_download() as download:
+            page.click("#all")
+        assert zipfile.ZipFile(download.value.path()).namelist() == ["photo_mask.png", "photo_cutout.png"]
     assert hosts <= {"127.0.0.1", None, ""}

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
-from scenes import ROOT, scene, write_checkpoint
+from scenes import ROOT, iou, scene, write_checkpoint
 
 import predict
 from tests import harness
 from tests.harness import Result, beside_progress_bars, process, refused, succeeded
+from util.data import synthetic
+from util.photos.example import SEED, SHOWN
 from util.photos.images import read_mask_on, read_upright
 from util.photos.segmenter import NTRESegmenter
 
@@ -266,7 +268,7 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path) -> None:
     mistakes: list[tuple[list[object], list[str]]] = [
         ([*given, "--query", world / "q0.png", same_name], ["q0.png", "q0.jpg", "rename"]),
         (["--mask", world / "m0.png"], ["need --support"]),
-        (["--targets", targets], ["ids0.png", "3, 7", "class_id"]),
+        (["--targets", targets], ["ids0.png", "3, 7", "--class-id 3 or --class-id 7"]),
         (["--targets", tmp_path / "no.yaml"], ["--targets", "does not exist"]),
         ([*given, "--not", same_name], ["--not goes with --not-mask or --not-box"]),
         (["--checkpoint", tmp_path, *given[2:]], ["is a folder", "best.pt"]),
@@ -310,6 +312,18 @@ def test_what_it_is_not_is_found_less(world: Path, tmp_path: Path) -> None:
     assert rows[1]["presence"] < rows[0]["presence"]
     trained = [*supported(world), "--query", world / "q0.png", "--out", tmp_path / "c", *other]
     refused(call(*trained), "use no checkpoint")
+
+
+def test_the_example_runs_as_typed_and_is_a_success(tmp_path: Path) -> None:
+    result = succeeded(process(ROOT / "predict.py", "--example", "--out", "out", cwd=tmp_path))
+    assert (
+        "this is --support out/example_support.jpg --mask out/example_mask.png --query out/example_query1" in result.out
+    )
+    for number in (1, 2):
+        labels = synthetic.make_image(SEED, "val", SHOWN[16][number], synthetic.EXAMPLE)[1]
+        found = load(tmp_path / f"out/example_query{number}_mask.png") > 0
+        assert iou(found[labels != 255], (labels == 16)[labels != 255]) > 0.8
+    refused(call("--example", "--query", "q.png", "--out", tmp_path), "--example brings its own")
 
 
 def test_if_nothing_is_found_the_end_says_what_to_try(world: Path, tmp_path: Path) -> None:

@@ -42,9 +42,11 @@ class Kind(NamedTuple):
     diameter: tuple[float, float, float]  # of an object, in shorter sides: at least, at most, less per object
     finest: float  # lower bound of the factor by which small objects have a finer texture
     attached: float  # probability that an object touches or overlaps the one before it
+    coarsest: float = 1.2  # upper bound of that factor
 
 
 LARGE = Kind((2, 2, 2, 2, 3, 3, 3, 3), (112, 129), (144, 161), (0.42, 0.72, 0.05), finest=0.85, attached=0)
+EXAMPLE = LARGE._replace(shorter=(448, 449), longer=(592, 593), coarsest=4.0)  # to be looked at
 SMALL = Kind((5, 7, 8), (128, 145), (168, 187), (0.17, 0.3, 0), finest=0.6, attached=0.5)
 
 
@@ -260,7 +262,7 @@ def background(rng: np.random.Generator, height: int, width: int) -> Array:
     return image + (ground - image) * np.clip(y - edge, 0, 1)[..., None]
 
 
-def render_object(rng: np.random.Generator, class_id: int, diameter: float, finest: float) -> tuple[Array, Array]:
+def render_object(rng: np.random.Generator, class_id: int, diameter: float, kind: Kind) -> tuple[Array, Array]:
     """Draw an object with the area of a disc of `diameter` pixels: colour (h, w, 3) and coverage (h, w), 0..1."""
     outline, texture = OUTLINES[class_id - 1], CLASSES[class_id - 1][2]
     turn, aspect = rng.uniform(-0.6, 0.6), rng.uniform(0.9, 1.1)
@@ -277,7 +279,7 @@ def render_object(rng: np.random.Generator, class_id: int, diameter: float, fine
     alpha = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
     pixels = np.stack(np.meshgrid(np.arange(width) + corner[0], np.arange(height) + corner[1]), axis=-1)
-    period = rng.uniform(10, 13) * np.clip(diameter / 70, finest, 1.2)
+    period = rng.uniform(10, 13) * np.clip(diameter / 70, kind.finest, kind.coarsest)
     surface = cv2.perspectiveTransform(pixels, np.linalg.inv(view)) * diameter / period
     surface = surface + rng.uniform(-0.3, 0.3, 2)
     field = texture(surface[..., 0], surface[..., 1], rng.random((2, 8, 8)) - 0.5)
@@ -345,10 +347,10 @@ def make_image(seed: int, split: str, index: int, kind: Kind = LARGE) -> tuple[A
     for number, class_id in enumerate(classes, start=1):
         diameter = min(height, width) * rng.uniform(least, most - less * len(classes))
         attached = kind.attached > 0 and number > 1 and rng.uniform() < kind.attached
-        colour, alpha = render_object(rng, class_id, diameter, kind.finest)
+        colour, alpha = render_object(rng, class_id, diameter, kind)
         while (window := place(rng, alpha, owner, areas, attached)) is None:
             diameter *= 0.93
-            colour, alpha = render_object(rng, class_id, diameter, kind.finest)
+            colour, alpha = render_object(rng, class_id, diameter, kind)
         areas.append(int((alpha > 0.5).sum()))
         owner[window][alpha > 0.5] = number
         move = np.column_stack([np.eye(2), shadow_shift + np.array([window[1].start, window[0].start])])

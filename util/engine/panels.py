@@ -28,11 +28,17 @@ Tile = tuple[str, np.ndarray]
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
-    """Tint the pixels of a boolean mask (H, W) in an RGB image (H, W, 3) and draw their outline."""
+    """Tint the pixels of a boolean mask (H, W) in an RGB image (H, W, 3) and draw their outline, with white inside it.
+
+    The white line shows it also on things of the same colour.
+    """
     tints = (0.45 * np.arange(256)[:, None] + 0.55 * np.array(colour)).astype(np.uint8)
     tinted = np.where(mask[..., None], cv2.LUT(image, tints[None]), image)
     contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    return cv2.drawContours(tinted, contours, -1, colour, 1)
+    thickness = 1 + max(mask.shape) // 400
+    inside = cv2.drawContours(np.zeros(mask.shape, np.uint8), contours, -1, 1, 2 * thickness + 1)
+    tinted[(inside > 0) & mask] = 255
+    return cv2.drawContours(tinted, contours, -1, colour, thickness)
 
 
 def heat(values: np.ndarray) -> np.ndarray:

@@ -13,25 +13,23 @@ from io import BytesIO
 from pathlib import Path
 from threading import Lock
 from typing import Any
+from zipfile import ZipFile
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from util.config import DataConfig
-from util.data import synthetic
-from util.data.folds import base_classes
 from util.data.images import encoded
 from util.engine.panels import DISTRACTOR, TARGET, heat, overlay
 from util.errors import UserError
 from util.photos.edges import mask_in_box, sharp_mask
-from util.photos.images import read_upright
+from util.photos.example import draw_example
+from util.photos.images import read_upright, require_same_size, target_mask
 from util.photos.segmenter import NTRESegmenter, Segmentation, Segmenter
 
 HOST = "127.0.0.1"
 LONGEST = 1024
 """longer side, in pixels, to which images are shrunk; the network sees fewer"""
-EXAMPLE_SEED, EXAMPLE_ZOOM = 2, 4  # scripts/make_synthetic.py has another seed; drawings are about 150 pixels wide
 
 
 class Demo:
@@ -40,29 +38,56 @@ class Demo:
     def __init__(self, segmenter: Segmenter) -> None:
         self.segmenter = segmenter
         self.find = lru_cache(16)(self._find)
-        self.encode = lru_cache(1)(lambda support, mask: segmenter.encode(*_support(support, mask)))
+        self.encode = lru_cache(1)(self._encode)
         page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
         page = page.replace("{{about}}", html.escape(segmenter.about))
         page = page.replace("{{threshold}}", f"{segmenter.threshold:g}").replace("{{longest}}", str(LONGEST))
-        self.page = page.replace("{{checked}}", "" if isinstance(segmenter, NTRESegmenter) else "checked")
+        network = isinstance(segmenter, NTRESegmenter)
+        self.page = page.replace("{{checked}}", "" if network else "checked")
+        self.page = self.page.replace("{{negative}}", "hidden" if network else "")
 
     def example(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return a drawn support, its mask and two images to search, of a class that was not trained on."""
         data = self.segmenter.config.data if isinstance(self.segmenter, NTRESegmenter) else None
-        support, mask, *photos = example(data)
-        named = [{"name": f"example_{n}", "image": _url(photo, "JPEG")} for n, photo in enumerate(photos, 1)]
-        return {"support": _url(support, "JPEG"), "mask": _tinted(mask > 0), "photos": named}
+        support, mask, queries = draw_example(data)
+        named = [{"name": f"example_{n}", "image": _url(photo, "JPEG")} for n, photo in enumerate(queries, 1)]
+        return {"support": _url(support, "JPEG"), "mask": _tinted(mask), "photos": named}
 
     def mask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Find the object in a box (x0, y0, x1, y1)."""
-        pixels, _ = _read(_bytes(request["support"]), "the support")
+        """Find the object in a box (x0, y0, x1, y1) or at a click (x, y), or read the mask in a file."""
+        pixels, size = _read(_bytes(request["support"]), "the support")
+        if "click" in request:
+            return {"mask": _tinted(self._object_at(pixels, *map(int, request["click"])))}
+        if "file" in request:
+            with Image.open(BytesIO(_bytes(request["file"]))) as file:
+                labels = target_mask(file, None, "the mask")
+            require_same_size(labels, np.empty((*size, 3)), "the mask")
+            return {"mask": _tinted(cv2.resize(labels, pixels.shape[1::-1], interpolation=cv2.INTER_NEAREST) == 1)}
+        if len(request["box"]) != 4 or None in request["box"]:
+            raise UserError("a box is x0,y0,x1,y1 in pixels, such as 40,30,220,310")
         (x0, x1), (y0, y1) = (sorted(map(int, request["box"][n::2])) for n in (0, 1))
         height, width = pixels.shape[:2]
         x0, y0 = min(max(x0, 0), width - 1), min(max(y0, 0), height - 1)
         return {"mask": _tinted(mask_in_box(pixels, (x0, y0, max(x1, x0 + 1), max(y1, y0 + 1))))}
 
+    def _object_at(self, pixels: np.ndarray, x: int, y: int) -> np.ndarray:
+        """Find the object at a point: the part, connected with it, that resembles a disc around it, boolean (H, W)."""
+        disc = np.zeros(pixels.shape[:2], np.uint8)
+        cv2.circle(disc, (x, y), max(2, max(disc.shape) // 40), 1, cv2.FILLED)
+        found = self.segmenter.segment(pixels, disc, pixels, edges=True).mask | (disc > 0)
+        _, parts = cv2.connectedComponents(found.astype(np.uint8))
+        return parts == parts[min(max(y, 0), len(disc) - 1), min(max(x, 0), disc.shape[1] - 1)]
+
+    def archive(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Pack files, data URLs by name, into a zip."""
+        buffer = BytesIO()
+        with ZipFile(buffer, "w") as archive:
+            for name, url in request["files"].items():
+                archive.writestr(name, _bytes(url))
+        return {"archive": f"data:application/zip;base64,{base64.b64encode(buffer.getvalue()).decode()}"}
+
     def segment(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Segment one photo: the photo with the target tinted, its mask at the file's size, and the maps."""
+        """Segment one photo: the photo with the target tinted, its mask at the file's size, cut-out, and maps."""
         images = [_bytes(request[key]) for key in ("support", "mask", "photo")]
         pixels, (height, width), result = self.find(*images, request["name"])
         threshold = float(request["threshold"])
@@ -78,10 +103,17 @@ class Demo:
         return {
             "overlay": _url(overlay(pixels, mask, TARGET), "JPEG"),
             "mask": _url(255 * full.astype(np.uint8)),
+            "cutout": _url(np.dstack([pixels, 255 * mask.astype(np.uint8)])),
             "share": float(mask.mean()),
             "presence": result.presence,
             "maps": {name: _url(drawn, "JPEG") for name, drawn in maps.items()},
         }
+
+    def _encode(self, support: bytes, mask: bytes) -> list[Any]:
+        """Encode the target, painted red, and what it is not, painted blue."""
+        pixels, target, other = _support(support, mask)
+        encoded = self.segmenter.encode(pixels, target)
+        return encoded + (self.segmenter.encode_negative(pixels, other) if other.any() else [])
 
     def _find(
         self, support: bytes, mask: bytes, photo: bytes, name: str
@@ -89,19 +121,6 @@ class Demo:
         """Return the photo, shrunk, its size (H, W) before that, and the result in it."""
         pixels, size = _read(photo, name)
         return pixels, size, self.segmenter.segment_encoded(self.encode(support, mask), pixels)
-
-
-def example(data: DataConfig | None) -> list[np.ndarray]:
-    """Draw a support, its mask (0 and 1), and two images, of the first class that a network was not trained on."""
-    trained = set() if data is None else {data.classes[number - 1] for number in base_classes(data)}
-    class_id = next((n for n, name in enumerate(synthetic.CLASS_NAMES, 1) if name not in trained), 1)
-    indices = [n for n in range(32) if class_id in synthetic.classes_of(EXAMPLE_SEED, "val", n)][:3]
-    (support, labels), *others = (synthetic.make_image(EXAMPLE_SEED, "val", n) for n in indices)
-    images = [support, 255 * (labels == class_id).astype(np.uint8), *(image for image, _ in others)]
-    support, mask, *photos = (
-        cv2.resize(image, None, fx=EXAMPLE_ZOOM, fy=EXAMPLE_ZOOM, interpolation=cv2.INTER_CUBIC) for image in images
-    )
-    return [support, (mask > 127).astype(np.uint8), *photos]
 
 
 class Server(ThreadingHTTPServer):
@@ -132,7 +151,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         """Answer a request of the page with JSON; a user's mistake with its message."""
         demo = self.server.demo
-        answers = {"/example": demo.example, "/mask": demo.mask, "/segment": demo.segment}
+        answers = {"/example": demo.example, "/mask": demo.mask, "/segment": demo.segment, "/archive": demo.archive}
         if not self._is_own() or self.path not in answers:
             self.send_error(403)
             return
@@ -173,14 +192,15 @@ def _read(data: bytes, name: str) -> tuple[np.ndarray, tuple[int, int]]:
     return shrunk, (height, width)
 
 
-def _support(support: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray]:
-    """Read a support and the paint on it (the alpha of a PNG), boolean."""
+def _support(support: bytes, mask: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read a support, its target and what it is not, boolean: the opaque pixels of a PNG, more red or more blue."""
     pixels, _ = _read(support, "the support")
     with Image.open(BytesIO(mask), formats=["PNG"]) as painted:
-        alpha = np.asarray(painted.convert("RGBA").getchannel("A").resize(pixels.shape[1::-1], Image.Resampling.BOX))
-    if not (alpha >= 128).any():
+        paint = np.asarray(painted.convert("RGBA").resize(pixels.shape[1::-1], Image.Resampling.BOX))
+    target, other = ((paint[..., 3] >= 128) & (blue == (paint[..., 2] > paint[..., 0])) for blue in (False, True))
+    if not target.any():
         raise UserError("paint the object first, or draw a box around it")
-    return pixels, alpha >= 128
+    return pixels, target, other
 
 
 def _tinted(mask: np.ndarray) -> str:

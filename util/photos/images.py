@@ -90,9 +90,11 @@ def target_mask(
     else:
         target = seen_target(mask) if isinstance(mask, Image.Image) else white_on_black(mask)
         if target is None:
+            ids = np.unique(mask) if isinstance(mask, np.ndarray) or mask.mode in ("L", "P") else np.array([], int)
+            offered = [f"--class-id {value}" for value in ids.tolist() if 0 < value < IGNORE][:3]
             raise UserError(
                 f"{name} {described(mask)}; a mask of one object is white on black, or an image's alpha; in a mask of"
-                " class ids --class-id says which of the values is the target (in Python class_id)"
+                f" class ids --class-id (class_id in Python) says which is the target: {' or '.join(offered) or 'none'}"
             )
         labels = target.astype(np.uint8)
     if not (may_be_empty or (labels == 1).any()):
