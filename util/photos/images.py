@@ -90,7 +90,11 @@ def target_mask(
     else:
         target = seen_target(mask) if isinstance(mask, Image.Image) else white_on_black(mask)
         if target is None:
-            ids = np.unique(mask) if isinstance(mask, np.ndarray) or mask.mode in ("L", "P") else np.array([], int)
+            ids = (
+                np.unique(np.asarray(mask))
+                if isinstance(mask, np.ndarray) or mask.mode in ("L", "P")
+                else np.array([], int)
+            )
             offered = [f"--class-id {value}" for value in ids.tolist() if 0 < value < IGNORE][:3]
             raise UserError(
                 f"{name} {described(mask)}; a mask of one object is white on black, or an image's alpha; in a mask of"
