@@ -165,8 +165,11 @@ def collect(places: Iterable[Path]) -> tuple[list[Run], list[str], list[str]]:
 
 def read_run(path: Path) -> Run:
     """Read a results file of test.py, and run.json and diagnosis.json in the same folder if they exist."""
-    results, training = json.loads(path.read_text(encoding="utf-8")), read_json(path.with_name("run.json"))
-    novel = read_json(path.with_name("diagnosis.json")).get("novel")
+    results = json.loads(path.read_text(encoding="utf-8"))
+    # another method is not of the training whose folder it is in
+    names = () if results.get("method") else ("run.json", "diagnosis.json")
+    training, diagnosis = [read_json(path.with_name(name)) for name in names] or ({}, {})
+    novel = diagnosis.get("novel")
     auc = novel and novel["auc"]["other objects"]
     config, finished = results["config"], training.get("finished") or {}
     scores = {name: results[name]["per_seed"] for name in ("miou", "fb_iou", "precision")}

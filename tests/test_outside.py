@@ -19,6 +19,12 @@ def bright(supports, masks, query):
     assert all(image.shape[:2] == mask.shape for image, mask in zip(supports, masks))
     return np.exp(-np.abs(query - np.mean(colours, 0)).mean(-1) / 40)
 
+def careless(supports, masks, query):
+    found = bright(supports, masks, query)
+    for image in (query, *supports):
+        image[:] = 0
+    return found
+
 def flat(supports, masks, query):
     return np.zeros(3)
 """
@@ -65,6 +71,11 @@ def test_a_function_and_its_masks_on_disk_score_as_by_hand(config: Path, tiny: P
     assert [row[3] for row in rows] == [(mask & truth).sum() for mask, truth in zip(masks, truths, strict=True)]
     assert results["episode_classes"] == [e["class"] for e in episodes]
     assert results["episodes_sha256"] == sha256(written)
+
+    for workers in (0, 1):  # what it writes into its images changes no other episode
+        careless = ["--method", "weak:careless", "--episodes", 12, f"workers={workers}"]
+        succeeded(process(ROOT / "test.py", *command, *careless, cwd=tmp_path))
+        assert json.loads((tmp_path / "r.json").read_text())["counts"] == results["counts"]
 
     folder = tmp_path / "masks"
     folder.mkdir()

@@ -128,7 +128,12 @@ def test_a_run_that_paper_yaml_does_not_list_is_a_row_of_table_3_by_its_departur
         assert row_of(text, label)[4:6] == ["60.0", "+10.0"]  # the margin is to NTRENet
 
 
-def test_a_method_that_is_not_ours_is_no_row_of_our_networks(run: Any) -> None:
+def test_a_method_that_is_not_ours_is_no_row_of_our_networks(run: Any, tmp_path: Path) -> None:
+    write(tmp_path, {"novel": {"auc": {"other objects": 99.0}, "miou": {"0.5": 98.0}}}, "diagnosis.json")
+    write(tmp_path, {"finished": {"seconds": 3600}}, "run.json")
+    other = run("full", method="mine:segment")  # in the folder of a training
+    assert (other.auc, other.best, other.training_hours) == (None, None, None)
+    assert run("full").auc == [99.0]
     settings, _ = report.arrange([run("full"), run("full", method="mine:segment", modified="2027")], PAPER)
     found = {setting: list(rows) for setting, rows in settings.items()}
     assert found == {SETTING: ["full"], "Toy-5i, other methods, 1-shot, protocol pfenet": ["mine:segment"]}

@@ -66,8 +66,9 @@ class FunctionMethod(PixelMethod):
         for episode, value in zip(episodes, values, strict=True):
             query, *supports = (held[line, IMAGE] for line in (episode.query, *episode.supports))
             masks = [target_of(support.ids, value).numpy() for support in supports]
-            with torch.inference_mode(False):  # a function may train on its supports
-                result = self.function([support.image for support in supports], masks, query.image)
+            images = [one.image.copy() for one in (query, *supports)]  # a function may write into its arguments
+            with torch.inference_mode(False):  # and train on its supports
+                result = self.function(images[1:], masks, images[0])
             found = np.asarray(result, np.float32)
             if found.shape != query.ids.shape or not ((found >= 0) & (found <= 1)).all():
                 raise UserError(
