@@ -71,7 +71,7 @@ def main() -> None:
     print(segmenter.about)
     targets = {name: encode_target(segmenter, target) for name, target in files.items()}
     if args.others:
-        masks = args.not_mask or write_masks_of_boxes(args.others, args.not_box, args.out, "not_box")
+        masks = args.not_mask or write_masks_of_boxes(args.others, args.not_box, args.out, "--not-box")
         others = TargetFiles(supports=args.others, masks=masks, class_id=args.not_class_id)
         targets[""] += encode_target(segmenter, others, negative=True)
     if args.targets:

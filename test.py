@@ -127,35 +127,29 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
 
 def refuse_contradictions(args: argparse.Namespace) -> None:
     """Refuse options that make no sense, or not together."""
+    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
+        raise UserError(f"--seeds must be different whole numbers from 0 on, got {args.seeds}")
+    if args.episodes_from and (args.write_episodes or args.episodes or len(args.seeds) > 1):
+        raise UserError("--episodes-from sets the episodes: leave out --write-episodes, --episodes and --seeds")
+    if args.write_episodes and len(args.seeds) > 1:
+        raise UserError("--write-episodes writes the episodes of one seed; give one")
     evaluated = [given for given in (args.checkpoint, args.method, args.predictions) if given is not None]
-    several, alone = len(args.seeds) > 1, args.checkpoint is None
-    wrong = {
-        f"--seeds must be different whole numbers from 0 on, got {args.seeds}": min(args.seeds) < 0
-        or len(set(args.seeds)) < len(args.seeds),
-        "--episodes-from sets the episodes: leave out --write-episodes, --episodes and --seeds": args.episodes_from
-        and (args.write_episodes or args.episodes or several),
-        "--write-episodes writes the episodes of one seed; give one": args.write_episodes and several,
-        "nothing to evaluate: give --checkpoint, --method, --predictions or --baselines": not evaluated
-        and not args.baselines,
-        "give one of --checkpoint, --method and --predictions; report.py --compare compares two": len(evaluated) > 1,
-        "--across tests a network on other data than it was trained on: give --checkpoint as well": args.across
-        and alone,
-        "--predictions are of written episodes: give --episodes-from F.jsonl as well": args.predictions
-        and not args.episodes_from,
-        "--backbone is of --baselines, and --weights of --backbone; a network's is model.backbone=...": (
-            args.backbone or args.weights != "imagenet"
-        )
-        and not (args.backbone and args.baselines),
-        f"--save-panels must be at least 1, got {args.save_panels}": args.save_panels is not None
-        and args.save_panels < 1,
-        "--baseline-checkpoint is shown in the panels only; give --save-panels N as well": args.baseline_checkpoint
-        and args.save_panels is None,
-        "--panel and --save-panels show a network: give --checkpoint as well": alone
-        and (args.panel or args.save_panels),
-    }
-    for message, holds in wrong.items():
-        if holds:
-            raise UserError(message)
+    if not evaluated and not args.baselines:
+        raise UserError("nothing to evaluate: give --checkpoint, --method, --predictions or --baselines")
+    if len(evaluated) > 1:
+        raise UserError("give one of --checkpoint, --method and --predictions; report.py --compare compares two")
+    if args.across and args.checkpoint is None:
+        raise UserError("--across tests a network on other data than it was trained on: give --checkpoint as well")
+    if args.predictions and not args.episodes_from:
+        raise UserError("--predictions are of written episodes: give --episodes-from F.jsonl as well")
+    if (args.backbone or args.weights != "imagenet") and not (args.backbone and args.baselines):
+        raise UserError("--backbone is of --baselines, and --weights of --backbone; a network's is model.backbone=...")
+    if args.save_panels is not None and args.save_panels < 1:
+        raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
+    if args.baseline_checkpoint and args.save_panels is None:
+        raise UserError("--baseline-checkpoint is shown in the panels only; give --save-panels N as well")
+    if args.checkpoint is None and (args.panel or args.save_panels):
+        raise UserError("--panel and --save-panels show a network: give --checkpoint as well")
 
 
 def choose_episodes(args: argparse.Namespace, config: Config, index: ClassIndex) -> list[list[EpisodeFiles]]:

@@ -9,7 +9,7 @@ also tell novel ones apart, better than the backbone's: at the end its opinion j
     A(x) = cos(h(x), h_s) - cos(h(x), h_q) / 2    h: the features before the classifier, h_s: their mean over the
     y    = FEM's logits + 12 (A - 0.325) - 2 B    supports' target, h_q: over the whole query
 
-How alike all positions are differs from set to set and from picture to picture; h_q takes half of that out of A.
+How alike all positions are differs from set to set and from image to image; h_q takes half of that out of A.
 Positions of A above 0.325 are like the target, so they are no distracting objects of DOEM whatever B is.
 """
 

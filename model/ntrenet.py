@@ -7,7 +7,8 @@
     X_BG, P^s, C_p --FM--> X_act, y_ini     (eq. 5-6)                      matching.py
     y_BG, y_ini --DOEM--> Y_DO, P_DO        (eq. 7-8)                      doem.py; BGEM, FM and DOEM: elimination.py
     X_act, P_DO --FEM--> y                  (eq. 9)                        fem.py
-    an option beyond the paper: a base learner finds base classes          base_learner.py
+    options beyond the paper: a base learner finds base classes            base_learner.py
+    the training-free score joins y in evaluation                          training_free.py
 
 Shapes: B batch, K shots (read from the tensor), C = 256 reduced channels, D prototype channels,
 (H, W) image, (h, w) features.
@@ -40,7 +41,7 @@ class NTRENetOutput(NamedTuple):
     """Predictions of one forward pass, as logits: y = sigmoid(logits)."""
 
     logits: Tensor
-    """y^q at the size of the masks, (B, 1, H, W), joined with the training-free score or the base learner's maps"""
+    """y^q at the size of the masks, (B, 1, H, W), joined with training-free score and base learner if they are on"""
     fem: FEMOutput
     """y^q before it is upsampled and joined; in training mode also FEM's prediction at each scale"""
     prior: Tensor

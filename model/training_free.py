@@ -62,6 +62,11 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x, dim=0)
 
 
+def prototypes(supports: Described) -> tuple[Tensor, Tensor]:
+    """Return P_t and P_o, each (C,)."""
+    return unit(supports.feature @ supports.target), unit(supports.feature @ supports.other)
+
+
 def describe_support(feature: Tensor, layers: Tensor, stride: int = 8, offset: int = 1) -> Described:
     """Describe the positions of a support.
 
@@ -118,7 +123,7 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
         (h, w), of standard deviation 1 (0 if all positions of the query are the same)
     """
     size, query = query.shape[-2:], query.flatten(1)
-    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    target, other = prototypes(supports)
     d1, d2 = (target - other) @ query, neighbour_difference(query, supports)
     if not supports.other.any():
         d1, d2 = d1 - d1.mean(), d2 - d2.mean()
@@ -154,7 +159,7 @@ def presence(query: Tensor, supports: Described, score: Tensor) -> float:
     """
     positions = score.flatten().topk(max(1, round(TARGET_SHARE * score.numel()))).indices
     found = unit(query.flatten(1)[:, positions].mean(1))
-    target, other = (unit(supports.feature @ share) for share in (supports.target, supports.other))
+    target, other = prototypes(supports)
     return (7.7 * target @ found - 2.8 * other @ found - 1.8).sigmoid().item()
 
 

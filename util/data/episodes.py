@@ -80,9 +80,13 @@ class EpisodeSampler:
                     f" {index.list_path}, but {shots}-shot episodes need {shots + 1}: lower data.shots or"
                     " data.min_area, add images, or name the class in data.left_out"
                 )
-        pairs = [(line, c) for c in classes for line in self.supports_of[c]]
-        turns = {"image": [(line, -1) for line in sorted({line for line, _ in pairs})], "pair": pairs}
-        self.turns = np.array(turns.get(queries, [(-1, c) for c in classes]))  # line and class; -1 is drawn
+        if queries == "image":
+            turns = [(line, -1) for line in np.unique(np.concatenate(list(self.supports_of.values())))]
+        elif queries == "pair":
+            turns = [(line, c) for c in classes for line in self.supports_of[c]]
+        else:
+            turns = [(-1, c) for c in classes]
+        self.turns = np.array(turns)  # line and class; -1 is drawn
         self._pass, self._order = -1, self.turns
 
     def __len__(self) -> int:

@@ -119,7 +119,8 @@ def find_predictions(folder: Path, index: ClassIndex, episodes: Sequence[Episode
     found = {int(path.stem): path for path in files if path.suffix == ".png" and path.stem.isdecimal()}
     problems = [f"{folder / f'{n}.png'} is missing" for n in range(len(episodes)) if n not in found]
     expected = [found[n] for n in range(len(episodes)) if n in found]
-    problems += [f"{path} is no episode's number" for path in files if path not in expected]
+    extra = set(files).difference(expected)
+    problems += [f"{path} is no episode's number" for path in sorted(extra)]
     for n, episode in enumerate(episodes):
         right = (square, square) if square else image_size(index.items[episode.query].image)
         if n in found and (size := image_size(found[n])) != right:

@@ -90,12 +90,9 @@ def target_mask(
     else:
         target = seen_target(mask) if isinstance(mask, Image.Image) else white_on_black(mask)
         if target is None:
-            ids = (
-                np.unique(np.asarray(mask))
-                if isinstance(mask, np.ndarray) or mask.mode in ("L", "P")
-                else np.array([], int)
-            )
-            offered = [f"--class-id {value}" for value in ids.tolist() if 0 < value < IGNORE][:3]
+            grey = isinstance(mask, np.ndarray) or mask.mode in ("L", "P")
+            ids = np.unique(np.asarray(mask)).tolist() if grey else []
+            offered = [f"--class-id {value}" for value in ids if 0 < value < IGNORE][:3]
             raise UserError(
                 f"{name} {described(mask)}; a mask of one object is white on black, or an image's alpha; in a mask of"
                 f" class ids --class-id (class_id in Python) says which is the target: {' or '.join(offered) or 'none'}"

@@ -100,20 +100,24 @@ def parse_box(text: str) -> tuple[int, int, int, int]:
 
 
 def write_masks_of_boxes(
-    supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path, prefix: str = "box"
+    supports: Sequence[Path], boxes: Sequence[tuple[int, int, int, int]], out: Path, option: str = "--box"
 ) -> list[Path]:
-    """Find the object in the box (x0, y0, x1, y1) of each support, and write its mask into ``out`` for correction."""
-    masks = []
+    """Find the object in the box (x0, y0, x1, y1) of each support, and write its mask into ``out`` for correction.
+
+    ``option``: '--box' or '--not-box', which gave the boxes.
+    """
+    masks, prefix = [], option.strip("-").replace("-", "_")
     for number, (support, (x0, y0, x1, y1)) in enumerate(paired(supports, boxes), 1):
-        image = read_upright(support).pixels
+        image, given = read_upright(support).pixels, f"{option} {x0},{y0},{x1},{y1}"
         height, width = image.shape[:2]
         if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-            raise UserError(f"--box {x0},{y0},{x1},{y1} does not lie in {support}, which is {width} x {height} pixels")
+            raise UserError(f"{given} does not lie in {support}, which is {width} x {height} pixels")
         mask = mask_in_box(image, (x0, y0, x1, y1))
         masks += write_outputs(out, f"{prefix}{number}_{support.stem}", {"mask.png": Image.fromarray(mask)})
-        print(f"{masks[-1]} was made from --box; if it is wrong, correct it and give it as --mask")
+        corrected = option.replace("box", "mask")
+        print(f"{masks[-1]} was made from {option}; if it is wrong, correct it and give it as {corrected}")
         if mask[y0:y1, x0:x1].all():
-            print(f"note: no border was found in --box {x0},{y0},{x1},{y1}, so {masks[-1]} is the whole box")
+            print(f"note: no border was found in {given}, so {masks[-1]} is the whole box")
     return masks
 
 

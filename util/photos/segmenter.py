@@ -233,9 +233,8 @@ class NTRESegmenter(Segmenter):
         if output.eliminated:
             maps["distractor"] = self._at_size(output.eliminated[0].do_mask, size)
         arrays = torch.stack(list(maps.values())).cpu().numpy()  # one copy to the host
-        surest = torch.logit(torch.tensor(np.quantile(arrays[0], 1 - SUREST)), 1e-6)
-        sure = (surest - torch.logit(torch.tensor(self.threshold))).sigmoid().item()
-        return dict(zip(maps, arrays, strict=True)), sure
+        p, t = float(np.quantile(arrays[0], 1 - SUREST)), self.threshold
+        return dict(zip(maps, arrays, strict=True)), p * (1 - t) / (p * (1 - t) + (1 - p) * t)  # 0.5 if p is t
 
     def _at_size(self, values: Tensor, size: tuple[int, int]) -> Tensor:
         """Resize a map (1, 1, h, w) of [0, 1] to the image's (H, W)."""
