@@ -8,11 +8,17 @@ t_i and o_i are the shares of the support position i that are target and non-tar
 
     P_t = unit(sum_i t_i s_i),  P_o = unit(sum_i o_i s_i)                                   prototypes
     d1_j = P_t . q_j - P_o . q_j
-    d2_j = max over target i of s_i . q_j  -  max over non-target i of s_i . q_j            neighbour_difference
+    d2_j = max over target i of s_i . q_j  -  max over non-target i of s_i . q_j            nearest
     score = d1 / std(d1) + d2 / std(d2)
     twice: the query's own prototypes Q_t and Q_o, of its highest 5 % and lowest 30 % by score, are added to those of
     the supports, and d3 = unit(P_t + Q_t) . q - unit(P_o + Q_o) . q;
     score = score / std(score) + d3 / std(d3)                                               self_support
+
+Examples of what the target is not (``--not``) are further positions i, with o_i what they show and t_i = 0. They also
+lower the score where a position is nearer to one of them than to the target:
+
+    n_j = max over target i of s_i . q_j  -  max over negative i of s_i . q_j
+    score = score + 0.6 min(0, n / std(n))
 
 Above 0 is target. The nearest neighbours are PFENet's prior with a non-target side; the self-support pass follows SSP
 (Fan et al., ECCV 2022).
@@ -33,6 +39,8 @@ PASSES = 2
 """self-support passes"""
 TARGET_SHARE, OTHER_SHARE = 0.05, 0.3
 """shares of the query's positions, by score, that make its own prototypes"""
+NEGATIVE_WEIGHT = 0.6
+"""of a position's being nearer to what the target is not than to the target"""
 
 
 class Described(NamedTuple):
@@ -44,17 +52,19 @@ class Described(NamedTuple):
     """(m,) in [0, 1], the share of each position that is target"""
     other: Tensor
     """(m,) in [0, 1], the share of each position that is neither target nor ignored"""
+    negative: Tensor
+    """(m,) in [0, 1], the share of each position that was given as what the target is not; it is in ``other`` too"""
 
 
 def join(supports: Sequence[Described]) -> Described:
     """Join the positions of several supports; their order does not matter."""
-    features, targets, others = zip(*supports, strict=True)
-    return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others))
+    features, *shares = zip(*supports, strict=True)
+    return Described(torch.cat(features, 1), *(torch.cat(share) for share in shares))
 
 
-def negative(examples: Sequence[Described]) -> list[Described]:
-    """Turn examples of something into examples of what the target is not; they join the supports."""
-    return [Described(one.feature, torch.zeros_like(one.target), one.target) for one in examples]
+def as_negative(example: Described) -> Described:
+    """Turn an example of something into one of what the target is not, which joins the supports."""
+    return Described(example.feature, torch.zeros_like(example.target), example.target, example.target)
 
 
 def unit(x: Tensor) -> Tensor:
@@ -80,20 +90,16 @@ def describe_support(feature: Tensor, layers: Tensor, stride: int = 8, offset: i
     """
     padding = offset * (stride // 2)
     seen = F.avg_pool2d(layers, stride + offset, stride, padding, count_include_pad=False).flatten(1)
-    return Described(feature.flatten(1), seen[0], seen[1])
+    return Described(feature.flatten(1), seen[0], seen[1], torch.zeros_like(seen[0]))
 
 
-def neighbour_difference(query: Tensor, supports: Described) -> Tensor:
-    """Compute d2, the similarity of (C, n) to the nearest target position minus that to the nearest other one, (n,).
+def nearest(query: Tensor, feature: Tensor, share: Tensor) -> Tensor:
+    """Compute the similarity of each query position (C, n) to the nearest of the positions (C, m) that count, (n,).
 
-    Positions with at least half of the largest share count as target, and likewise as non-target, because a target of
-    a few pixels fills no position.
+    Those with at least half of the largest share count, because a target of a few pixels fills no position.
     """
-    nearest = []
-    for share in (supports.target, supports.other):
-        counts = (share > 0) & (share >= 0.5 * share.max())
-        nearest.append((supports.feature[:, counts].T @ query).amax(0) if counts.any() else query.new_zeros(1))
-    return nearest[0] - nearest[1]
+    counts = (share > 0) & (share >= 0.5 * share.max())
+    return (feature[:, counts].T @ query).amax(0) if counts.any() else query.new_zeros(query.shape[1])
 
 
 def standardised(x: Tensor) -> Tensor:
@@ -124,13 +130,18 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     """
     size, query = query.shape[-2:], query.flatten(1)
     target, other = prototypes(supports)
-    d1, d2 = (target - other) @ query, neighbour_difference(query, supports)
+    near_target, near_other = (nearest(query, supports.feature, share) for share in (supports.target, supports.other))
+    d1, d2 = (target - other) @ query, near_target - near_other
     if not supports.other.any():
         d1, d2 = d1 - d1.mean(), d2 - d2.mean()
     score = standardised(d1) + standardised(d2)
     for _ in range(PASSES):
         score = self_support(query, score, target, other)
-    return standardised(score).unflatten(0, size)
+    score = standardised(score)
+    if supports.negative.any():
+        n = near_target - nearest(query, supports.feature, supports.negative)
+        score = standardised(score + NEGATIVE_WEIGHT * standardised(n).clamp(max=0))
+    return score.unflatten(0, size)
 
 
 def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tensor) -> Tensor:
@@ -146,7 +157,8 @@ def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tenso
     with torch.autocast(query.device.type, enabled=False):
         scores = []
         for q, s, t, o in zip(query.float(), supports.float(), target.float(), other.float(), strict=True):
-            described = Described(unit(s.transpose(0, 1).flatten(1)), t.flatten(), o.flatten())
+            feature, shares = unit(s.transpose(0, 1).flatten(1)), (t, o, torch.zeros_like(o))
+            described = Described(feature, *(share.flatten() for share in shares))
             scores.append(target_score(unit(q), described))
         return torch.stack(scores).unsqueeze(1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.backbone import build_backbone
 from model.ops import foreground, resize
-from model.training_free import Described, describe_support, join, target_score
+from model.training_free import Described, as_negative, describe_support, join, target_score
 from tests import networks
 from tests.harness import call, succeeded, test_command
 from tests.pfenet import episode
@@ -34,7 +34,7 @@ def described(seed: int, positions: int = 24, channels: int = 6) -> Described:
     other = 1 - target
     target[0], other[0] = 0.4, 0.6
     other[-1] = 0
-    return Described(feature, target, other)
+    return Described(feature, target, other, torch.zeros_like(target))
 
 
 def query(seed: int, height: int = 4, width: int = 5, channels: int = 6) -> Tensor:
@@ -73,6 +73,10 @@ def naive(image: Tensor, supports: list[Described]) -> np.ndarray:
         q_other = unit(sum(places[n] for n in order[-lowest:]) / lowest)
         d3 = [q @ unit(p_target + q_target) - q @ unit(p_other + q_other) for q in places]
         score = [a / deviation(score) + b / deviation(d3) for a, b in zip(score, d3, strict=True)]
+    negatives = [s.feature[:, i].double().numpy() for s in supports for i in s.negative.gt(0.5).nonzero().flatten()]
+    if negatives:
+        n = [max(s @ q for s in on_target) - max(s @ q for s in negatives) for q in places]
+        score = [a / deviation(score) + 0.6 * min(0, b / deviation(n)) for a, b in zip(score, n, strict=True)]
     return (np.array(score) / deviation(score)).reshape(image.shape[1:])
 
 
@@ -80,8 +84,9 @@ def naive(image: Tensor, supports: list[Described]) -> np.ndarray:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_score_is_that_of_a_loop_over_positions(seed: int, shots: int) -> None:
     supports = [described(10 * seed + n, positions=24 + n) for n in range(shots)]
-    score = target_score(query(seed), join(supports))
-    np.testing.assert_allclose(score.numpy(), naive(query(seed), supports), atol=1e-4)
+    for given in (supports, [*supports, as_negative(described(7))]):
+        score = target_score(query(seed), join(given))
+        np.testing.assert_allclose(score.numpy(), naive(query(seed), given), atol=1e-4)
 
 
 @torch.no_grad()
@@ -97,7 +102,7 @@ def test_the_score_of_middle_features_joins_a_networks_prediction_in_evaluation(
         for k in range(2):
             target, other = (foreground((masks[b, k] == v).long()[None], (9, 9)).flatten() for v in (1, 0))
             feature = F.normalize(backbone.middle(supports[b, k][None])[0].flatten(1), dim=0)
-            shown.append(Described(feature, target, other))
+            shown.append(Described(feature, target, other, torch.zeros_like(target)))
         scores.append(naive(F.normalize(backbone.middle(inputs[b][None])[0], dim=0), shown))
     expected = resize(out.fem.logits + torch.tensor(np.stack(scores))[:, None].float() / 2, (65, 65))
     torch.testing.assert_close(out.logits, expected, atol=1e-3, rtol=1e-3)

@@ -32,10 +32,10 @@ from model.ops import foreground, resize
 from model.training_free import (
     Described,
     TrainingFree,
+    as_negative,
     build_training_free,
     describe_support,
     join,
-    negative,
     presence,
     target_score,
 )
@@ -276,7 +276,7 @@ class TrainingFreeSegmenter(Segmenter):
 
     def encode_negative(self, images: Images, masks: Images, class_id: int | None = None) -> list[Described]:
         """See :meth:`Segmenter.encode_negative`."""
-        return negative(self.encode(images, masks, class_id))
+        return [as_negative(example) for example in self.encode(images, masks, class_id)]
 
     def _encode_support(self, image: np.ndarray, mask: np.ndarray, name: str) -> Described:
         return self.describe(self._encode_query(image), mask)
