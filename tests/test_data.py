@@ -17,11 +17,11 @@ from PIL import Image
 from util.config import Config, DataConfig, load_config
 from util.data import class_index
 from util.data.class_index import ClassIndex, Item, load_class_index, read_list
-from util.data.dataset import Episode, EpisodeDataset, read_image_and_ids, target_of
+from util.data.dataset import Episode, EpisodeDataset, read_image_and_ids
 from util.data.episodes import EpisodeFiles, EpisodeList, EpisodeSampler
 from util.data.folds import base_classes, novel_classes
 from util.data.images import image_size, read_class_ids, read_image
-from util.data.transforms import augment, fit, fitted_size, normalize, to_original
+from util.data.transforms import augment, fit, fitted_size, to_original
 from util.engine.build import (
     build_eval_loader,
     build_eval_sampler,
@@ -145,22 +145,6 @@ def test_the_orientation_tag_of_a_camera_is_not_applied(tmp_path: Path) -> None:
     assert image_size(tmp_path / "i.jpg") == (40, 70)
 
 
-def test_an_image_and_its_ids_are_read_and_the_target_cut_out(tmp_path: Path) -> None:
-    Image.fromarray(photograph(18, 21)).save(tmp_path / "i.jpg")
-    Image.fromarray(LABELS).save(tmp_path / "m.png")
-    (tmp_path / "l.txt").write_text("i.jpg m.png\n")
-    index = load_class_index(tmp_path / "l.txt", tmp_path, 254, progress=False)
-    image, ids = read_image_and_ids(index, 0)
-    assert (image.shape, ids.dtype) == ((18, 21, 3), np.uint8)
-    for class_id in (1, 2, 20, 254):
-        target = target_of(torch.from_numpy(ids.copy()), class_id)
-        assert target.dtype == torch.uint8
-        np.testing.assert_array_equal(target.numpy(), np.where(LABELS == 255, 255, class_id == LABELS))
-    Image.fromarray(0 * LABELS).save(tmp_path / "m.png")
-    with pytest.raises(UserError, match=r"m\.png has changed since it was indexed; start again"):
-        read_image_and_ids(index, 0)
-
-
 # ---------------------------------------------------------------- class index
 
 
@@ -209,7 +193,9 @@ def test_the_index_counts_every_value_of_every_mask(masks: list[np.ndarray], pat
             assert index.qualifying(class_id, area).tolist() == [i for i, a in enumerate(areas) if a >= area]
 
 
-def test_a_changed_mask_list_or_number_of_classes_is_noticed(masks: list[np.ndarray], path: Path) -> None:
+def test_a_mask_list_or_number_of_classes_that_changes_is_noticed_before_and_after_indexing(
+    masks: list[np.ndarray], path: Path
+) -> None:
     masks[1][:] = 1
     file = path.parent / "masks/1.png"
     Image.fromarray(masks[1]).save(file)
@@ -224,6 +210,10 @@ def test_a_changed_mask_list_or_number_of_classes_is_noticed(masks: list[np.ndar
     lines = path.read_text().splitlines()
     path.write_text("\n".join(reversed(lines)))
     assert_counts(path, masks[::-1])
+    index = load(path)
+    Image.fromarray(0 * masks[1]).save(file)
+    with pytest.raises(UserError, match=r"1\.png has changed since it was indexed"):
+        read_image_and_ids(index, len(masks) - 2)
 
 
 @pytest.mark.parametrize("writable", [True, False])
@@ -237,12 +227,6 @@ def test_the_index_comes_from_a_cache_next_to_the_list_or_in_the_users_folder(
     assert len(list((tmp_path / "cache").rglob("*.npz"))) == (not writable)
     monkeypatch.setattr(class_index, "count_pixels", None)  # no mask is counted again
     assert_counts(path, masks)
-
-
-def test_many_masks_are_counted_on_all_cores_with_the_same_result(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    masks = [rng.choice([*range(7), 255], (8, 8)).astype(np.uint8) for _ in range(520)]
-    assert_counts(write_tree(tmp_path, masks), masks)
 
 
 # ---------------------------------------------------------------- episodes
@@ -375,9 +359,7 @@ def test_an_image_with_several_lines_is_never_its_own_support() -> None:
     ("height", "width", "size", "expected"),
     [
         (375, 500, 473, (352, 472)),  # 375 * 473 / 500 = 354.75
-        (500, 375, 473, (472, 352)),
-        (500, 500, 473, (472, 472)),
-        (160, 240, 161, (104, 160)),  # 107.33
+        (240, 160, 161, (160, 104)),  # 107.33
         (8, 1000, 473, (8, 472)),  # 3.78, but not nothing
     ],
 )
@@ -403,8 +385,8 @@ def half_pixel(length: int, source: int) -> np.ndarray:
     return (np.arange(length) + 0.5) * source / length - 0.5
 
 
-@pytest.mark.parametrize(("height", "width"), [(101, 67), (300, 211)])
-def test_fit_resizes_images_bilinearly_and_takes_mask_values_from_their_own_position(height: int, width: int) -> None:
+def test_fit_resizes_images_bilinearly_and_takes_mask_values_from_their_own_position() -> None:
+    height, width = 300, 211
     image, mask = photograph(height, width), labels(height, width)
     fitted_image, fitted = fit(image, mask, 97)
     h, w = fitted_size(height, width, 97)
@@ -418,7 +400,7 @@ def test_fit_resizes_images_bilinearly_and_takes_mask_values_from_their_own_posi
         assert fitted[i, j] in mask[top : int(np.ceil(y + reach)) + 1, left : int(np.ceil(x + reach)) + 1]
 
 
-@pytest.mark.parametrize(("height", "width"), [(75, 100), (100, 61), (33, 47)])
+@pytest.mark.parametrize(("height", "width"), [(100, 61), (33, 47)])
 @pytest.mark.parametrize("geometry", ["lineage", "exact"])
 def test_both_geometries_equal_a_direct_recomputation(height: int, width: int, geometry: str) -> None:
     logits = np.random.default_rng(0).standard_normal((1, 73, 73)).astype(np.float32)
@@ -563,15 +545,6 @@ def test_a_share_of_the_images_is_blurred() -> None:
     assert 8 <= sum(np.array_equal(*pair) for pair in zip(half, plain, strict=True)) <= 32
 
 
-def test_normalize_is_imagenets() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (2, 5, 3, 9, 7)).astype(np.uint8)
-    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-    result = normalize(torch.from_numpy(images))
-    assert result.dtype == torch.float32
-    expected = np.moveaxis((np.moveaxis(images, -3, -1) / 255 - mean) / std, -1, -3)
-    np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
-
-
 # ---------------------------------------------------------------- loaders
 
 
@@ -631,7 +604,7 @@ def test_evaluation_and_training_see_the_same_for_any_workers_and_batch_size(
     assert_same(joined(batches), trained)
 
 
-@pytest.mark.parametrize(("start", "batch_size"), [(2, 8), (5, 1), (4, 3)])
+@pytest.mark.parametrize(("start", "batch_size"), [(5, 1), (4, 3)])
 def test_training_resumed_at_a_step_sees_the_tail_of_a_run_from_the_beginning(
     start: int, batch_size: int, synthetic: Path, trained: Episode
 ) -> None:
