@@ -19,7 +19,6 @@ from model.doem import mine_distracting_objects
 from model.fem import FEM
 from model.ops import concat_conv, masked_average_pool
 from model.parallel import Dropout2d
-from model.prior import prior_mask
 from model.prototype_bank import PrototypeBank
 from model.weights import WeightsError
 from tests.authors import authors_forward, authors_head
@@ -81,15 +80,6 @@ def test_concat_conv_and_its_gradients_equal_convolving_the_concatenation(kernel
         assert torch.allclose(gradient, wanted, atol=1e-11)
 
 
-def test_masked_average_pool_equals_a_loop_over_positions():
-    feature, mask = torch.randn(2, 3, 4, 5), torch.rand(2, 1, 4, 5)
-    mask[mask < 0.3] = 0
-    x, m, got = array(feature), array(mask), masked_average_pool(feature, mask)
-    for n, c in np.ndindex(2, 3):
-        total = sum(x[n, c, i, j] * m[n, 0, i, j] for i, j in np.ndindex(4, 5))
-        assert got[n, c, 0, 0].item() == pytest.approx(total / m[n].sum(), abs=1e-6)
-
-
 def test_masked_average_pool_of_an_empty_mask_is_zero_with_finite_gradient():
     feature = torch.randn(2, 3, 4, 4, requires_grad=True)
     pooled = masked_average_pool(feature, torch.zeros(2, 1, 4, 4))
@@ -103,35 +93,6 @@ def test_masked_average_pool_of_half_precision_sums_beyond_the_range_of_half_pre
 
 
 # ---------------- prior
-
-
-def naive_prior(query, supports):
-    """(C, h, w), list of (C, h, w) -> (h, w): cosine, maximum over support, min-max over query, mean over shots."""
-    maps = []
-    for support in supports:
-        best = np.empty(query.shape[1:])
-        for i, j in np.ndindex(*best.shape):
-            q = query[:, i, j]
-            cosines = []
-            for k, m in np.ndindex(*support.shape[1:]):
-                norms = math.sqrt(sum(q**2)) * math.sqrt(sum(support[:, k, m] ** 2))
-                cosines.append(sum(q * support[:, k, m]) / norms if norms else 0.0)
-            best[i, j] = max(cosines)
-        span = best.max() - best.min()
-        maps.append((best - best.min()) / span if span else best * 0)
-    return sum(maps) / len(maps)
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-@pytest.mark.parametrize("shots", [1, 3])
-def test_prior_equals_a_double_loop_over_query_and_support_positions(shots, share):
-    """With empty and full supports: if all cosines are negative, the largest is that of a zero off the target."""
-    query, support = torch.randn(2, 4, 3, 5), torch.randn(2, shots, 4, 3, 5)
-    support *= torch.rand(2, shots, 1, 3, 5) < share
-    prior = prior_mask(query, support)
-    assert prior.shape == (2, 1, 3, 5)
-    for b in range(2):
-        assert np.abs(array(prior[b, 0]) - naive_prior(array(query[b]), list(array(support[b])))).max() < 1e-5
 
 
 # ---------------- DOEM; the equations of the full network test every box
