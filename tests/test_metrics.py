@@ -10,7 +10,6 @@ from scipy.stats import bootstrap
 from sklearn.metrics import jaccard_score, precision_score
 
 from util.engine.metrics import Scores, confusion, interval, iou, mask_iou, resampled_miou, scores
-from util.engine.results import over_seeds
 
 CLASSES = {3: "cat", 7: "dog", 4: "cow"}
 Made = list[tuple[np.ndarray, np.ndarray, int]]
@@ -78,28 +77,6 @@ def test_miou_is_the_mean_over_classes_of_the_iou_of_summed_counts() -> None:
     assert found.miou == 0.5  # neither (0.9 + 0 + 0.25) / 3 nor (0.45 + 0.25) / 2 nor 91 / 124
 
 
-def test_fb_iou_and_precision_are_of_all_counts() -> None:
-    made = [
-        episode(tp=6, fp=2, fn=0, tn=12, class_id=3),
-        episode(tp=2, fp=2, fn=8, tn=28, class_id=7),
-    ]
-    found = scored(made, {3: "cat", 7: "dog"})
-    # TP 8, FP 4, FN 8, TN 40: foreground 8 / 20, background 40 / 52
-    assert found.fb_iou == pytest.approx((8 / 20 + 40 / 52) / 2)
-    assert found.precision == pytest.approx(8 / 12)
-
-
-@pytest.mark.parametrize("predicted", [True, False])
-def test_ignored_pixels_change_nothing(predicted: bool) -> None:
-    made = episodes(0, ignored=0.0)
-    wider = []
-    for prediction, truth, class_id in made:
-        rim = np.full((truth.shape[0], 9), 255, np.uint8)
-        rimmed = np.concatenate([prediction, np.full(rim.shape, predicted)], 1), np.concatenate([truth, rim], 1)
-        wider.append((*rimmed, class_id))
-    assert np.array_equal(count(wider), count(made))
-
-
 def test_no_episode_at_all_gives_finite_scores_and_a_class_without_an_episode_counts_as_0() -> None:
     nothing = scored([])
     assert all(math.isfinite(value) for value in (*nothing[:3], *nothing.per_class.values()))
@@ -156,16 +133,3 @@ def test_an_episode_without_target_and_prediction_is_perfect_alone_and_as_a_clas
     assert iou(count(made)).tolist() == [0.5, 1.0]
     assert [mask_iou(*one[:2]) for one in made] == [0.5, 1.0]
     assert scored([empty], {3: "cat"})[:2] == (1.0, 1.0)
-
-
-def test_several_seeds_give_mean_and_sample_standard_deviation_in_percent() -> None:
-    found = [
-        Scores(0.60, 0.70, 0.80, {"a": 0.5, "b": 0.7}),
-        Scores(0.62, 0.70, 0.50, {"a": 0.6, "b": 0.64}),
-        Scores(0.67, 0.70, 0.20, {"a": 0.7, "b": 0.64}),
-    ]
-    spread = over_seeds(found)
-    assert spread["miou"]["per_seed"] == pytest.approx([60, 62, 67])
-    for name, mean, std in (("miou", 63, math.sqrt((9 + 1 + 16) / 2)), ("fb_iou", 70, 0), ("precision", 50, 30)):
-        assert (spread[name]["mean"], spread[name]["std"]) == pytest.approx((mean, std))
-    assert spread["per_class"] == pytest.approx({"a": 60, "b": 66})
