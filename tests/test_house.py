@@ -66,7 +66,3 @@ def test_a_name_is_imported_only_in_its_files(name: str) -> None:
         place = path.relative_to(ROOT).as_posix()
         if any(within(found, name) or found.endswith(f".{name}") for found in imports(path)):
             assert place.startswith(ONLY_IN[name]), f"{place} imports {name}"
-
-
-def test_the_training_script_imports_few_names() -> None:
-    assert len(set(imports(ROOT / "train.py"))) <= 15
