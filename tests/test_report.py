@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,9 @@ import yaml
 
 from scripts import report
 from scripts.report import Run
-from tests.harness import call, refused
+from tests.harness import ROOT, call, refused, succeeded
 from util.config import load_config
 
-ROOT = Path(__file__).resolve().parent.parent
 PAPER = yaml.safe_load((ROOT / "scripts/paper.yaml").read_text())
 TABLE3, TABLE4 = PAPER["table3"]["rows"], PAPER["table4"]["rows"]
 ROWS = {key: row for table in report.ablations(PAPER).values() for key, row in table["rows"].items()}
@@ -66,31 +63,10 @@ def run(tmp_path: Path) -> Any:
     return read
 
 
-def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "scripts/report.py", *map(str, words)]
-    return subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-
 def row_of(markdown: str, *cells: str) -> list[str]:
     """The cells after ``cells`` in the first row that begins with them."""
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line.startswith("|")]
     return next(line[len(cells) :] for line in lines if line[: len(cells)] == list(cells))
-
-
-def test_the_papers_tables_are_transcribed() -> None:
-    def printed(table: str, backbone: str, method: str) -> dict[str, Any]:
-        (row,) = [r for r in PAPER[table]["rows"] if (r["backbone"], r["method"]) == (backbone, method)]
-        return row
-
-    assert (len(PAPER["table1"]["rows"]), len(PAPER["table2"]["rows"])) == (22, 12)
-    assert printed("table1", "VGG-16", "OSLSM")["5-shot"] == [35.9, 58.1, 42.7, 39.1, 44.0, 61.5]
-    assert printed("table1", "ResNet-50", "ReRPI")["1-shot"] == [59.8, 68.3, 62.1, 48.5, 59.7, None]
-    assert printed("table2", "ResNet-50", "ASGNet")["5-shot"] == [None, None, None, None, 42.5, 67.0]
-    assert TABLE3["bgem"]["paper"] == [63.2, 71.1, 57.7, 57.4, 62.4, 62.8]
-    assert TABLE4["negatives_bg"]["paper"] == [64.4, 68.7, 58.4, 58.6, 62.6]
-    full = printed("table1", "ResNet-50", "NTRENet")["1-shot"]
-    assert full == [65.4, 72.3, 59.4, 59.8, 64.2, 77.0]
-    assert full[:5] == TABLE3["full"]["paper"][:5] == TABLE4["full"]["paper"]
 
 
 def test_the_papers_means_are_those_of_its_folds_except_in_one_row() -> None:
@@ -99,6 +75,8 @@ def test_the_papers_means_are_those_of_its_folds_except_in_one_row() -> None:
     rows += [(key, row["paper"]) for table in (TABLE3, TABLE4) for key, row in table.items()]
     wrong = [key for key, row in rows if row[0] is not None and abs(np.mean(row[:4]) - row[4]) > 0.1 + 1e-6]
     assert wrong == ["MMNet"]
+    full = [65.4, 72.3, 59.4, 59.8, 64.2, 77.0]
+    assert ("NTRENet", full) in rows and full[:5] == TABLE3["full"]["paper"][:5] == TABLE4["full"]["paper"]
 
 
 def test_each_file_of_configs_ablation_and_each_width_of_figure_6_is_a_row_on_any_config(run: Any) -> None:
@@ -229,12 +207,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_report_shows_our_runs_next_to_the_papers_and_hides_no_failure(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "report.md"
-    done = command(runs, "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert "17 counted, 1 replaced by newer ones, 1 without results, skipped files 2" in done.stdout
+    done = succeeded(call(report, runs, "--out", out))
+    assert "17 counted, 1 replaced by newer ones, 1 without results, skipped files 2" in done.out
     text = out.read_text()
     for name in ("damaged", "nan"):
-        assert f"warning: skipped {runs}/toy/results_{name}.json" in done.stderr
+        assert f"warning: skipped {runs}/toy/results_{name}.json" in done.err
         assert f"- {runs}/toy/results_{name}.json" in text
     assert f"- {runs}/crashed: unfinished" in text
     assert row_of(text, f"{runs}/old/results.json")[0] == "replaced by a newer run"
@@ -249,20 +226,20 @@ def test_the_report_shows_our_runs_next_to_the_papers_and_hides_no_failure(runs:
     cells = ["not run", "not run", "40.0", "not run", "-", "", "60.0", "50.0", "41.5", "70.0"]
     assert row_of(text.split("## Toy-5i")[1], "+ BGEM")[:10] == cells
     assert "ResNet-101" not in text  # not run
-    assert command(runs).stdout.splitlines() == text.split("\n\n## Every run")[0].splitlines()[2:]
+    assert call(report, runs).out.splitlines() == text.split("\n\n## Every run")[0].splitlines()[2:]
 
 
 def test_a_jsonl_file_gives_the_same_tables_as_its_runs(runs: Path, tmp_path: Path) -> None:
     lines = tmp_path / "lines.jsonl"
-    tables = command(runs, "--lines", lines).stdout.split("\n\n", 1)
-    assert tables[1] in command(lines).stdout
+    tables = call(report, runs, "--lines", lines).out.split("\n\n", 1)
+    assert tables[1] in call(report, lines).out
 
 
 def test_the_stored_results_are_read_and_give_the_published_table() -> None:
     """The means in README, which names no other place where they come from."""
-    done = command("scripts/results.jsonl")
-    assert done.stderr == ""
-    synthetic = done.stdout.split("## Synthetic-5i, EfficientNet-Lite0, 1-shot, model.channels=64\n")[1]
+    done = call(report, ROOT / "scripts/results.jsonl")
+    assert done.err == ""
+    synthetic = done.out.split("## Synthetic-5i, EfficientNet-Lite0, 1-shot, model.channels=64\n")[1]
     labels = [
         "PFENet",
         "as printed, BGEM alone",
@@ -291,8 +268,8 @@ def test_two_results_are_compared_in_pairs_or_it_says_why_not(tmp_path: Path) ->
     better = right + rng.integers(0, 5, 40)
     a = of_episodes(tmp_path / "a.json", right.tolist())
     b = of_episodes(tmp_path / "b.json", better.tolist())
-    done = command("--compare", a, b)
-    title, _, one, other, difference = done.stdout.splitlines()
+    done = call(report, "--compare", a, b)
+    title, _, one, other, difference = done.out.splitlines()
     assert title == "Toy-5i, fold 0 of 4 alone, 1-shot, 40 episodes"
     gain = (better - right).mean()
     assert [row.split()[1] for row in (one, other)] == [f"{right.mean():.1f}", f"{better.mean():.1f}"]
@@ -312,5 +289,4 @@ def test_two_results_are_compared_in_pairs_or_it_says_why_not(tmp_path: Path) ->
 
 def test_a_folder_without_results_says_what_to_run(tmp_path: Path) -> None:
     write(tmp_path / "started", {"device": "abacus"}, "run.json")
-    done = command(tmp_path)
-    assert done.returncode == 2 and "(1 runs without results); run 'python test.py --config" in done.stderr
+    refused(call(report, tmp_path), "1 runs without results", "python test.py --config")
