@@ -5,7 +5,6 @@ from util.command import run_command
 import ast
 import errno
 import io
-import json
 import os
 import re
 import resource
@@ -19,15 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from model import weights
 from model.weights import WeightsError, load_exactly, read_weights, torchvision_file
 from scripts import make_synthetic, prepare_pascal
-from scripts.prepare_coco import read_jobs
 from tests.harness import ROOT, Trap, call, ended, refused, test_command
 from util.errors import UserError
-from util.files import held_alone, write_atomically, write_text
+from util.files import held_alone, write_atomically
 from util.progress import progress
 
 # ---------------------------------------------------------------- how a command ends
@@ -71,14 +68,6 @@ def files_of_at_most(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_the_old_file_and_its_name_in_the_error(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    write_text(path, "old")
-    with files_of_at_most(100):
-        refused(ended(lambda: write_text(path, "new" * 100)), path, "File too large")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole_and_is_kept_under_another_name(tmp_path: Path) -> None:
@@ -135,9 +124,7 @@ def test_sound_weights_are_read_in_each_form(tmp_path: Path) -> None:
     [
         (STATE | {"weight": torch.full((5, 12), torch.nan)}, "'weight' is no tensor of finite numbers"),
         (STATE | {"weight": STATE["weight"].T}, "1 of another shape (weight)"),
-        (STATE | {"more": torch.zeros(1)}, "1 unknown (more)"),
-        ({"weight": STATE["weight"]}, "1 missing (bias)"),
-        ({"weight": [1.0]}, "does not hold a state dict"),
+        ({"weight": STATE["weight"], "more": torch.zeros(1)}, "1 missing (bias), 1 unknown (more)"),
         ({"model": STATE, "epoch": 3}, "does not hold a state dict but model, epoch"),
         ([torch.zeros(3)], "does not hold a state dict"),
     ],
@@ -164,6 +151,8 @@ def test_damaged_weights_and_code_are_refused_and_code_is_not_run(
         torch.save({"state_dict": Trap(exploded)}, path, _use_new_zipfile_serialization=zipped)
         refused(ended(lambda: read_weights(path)), path, "fetch it again")
     assert not exploded.exists()
+    torch.load(path, weights_only=False)
+    assert exploded.exists(), "the trap is a working one"
 
 
 # ---------------------------------------------------------------- nothing that is read or fetched is run
@@ -193,19 +182,6 @@ def test_every_download_has_a_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     for backbone in ("resnet50", "resnet101", "vgg16_bn"):
         path = torchvision_file(backbone, tmp_path)
         assert path.parent == tmp_path and asked[-1] is not None and f"-{asked[-1]}." in path.name
-
-
-def test_annotations_cannot_name_a_file_elsewhere(tmp_path: Path) -> None:
-    names = yaml.safe_load((ROOT / "configs/base/coco.yaml").read_text(encoding="utf-8"))["data"]["classes"]
-    good = {"id": 1, "file_name": "COCO_train2014_000000000001.jpg", "height": 4, "width": 5}
-    shown = {"id": 7, "image_id": 1, "category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 3, 0, 3, 3]]}
-    data = {"categories": [{"id": n, "name": c} for n, c in enumerate(names, 1)], "annotations": [shown]}
-    path = tmp_path / "instances.json"
-    path.write_text(json.dumps({**data, "images": [good]}))
-    assert [job.mask for job in read_jobs(path)] == ["COCO_train2014_000000000001.png"]
-    path.write_text(json.dumps({**data, "images": [good | {"file_name": "../evil.jpg"}]}))
-    with pytest.raises(UserError, match=r"instances\.json is damaged"):
-        read_jobs(path)
 
 
 # ---------------------------------------------------------------- progress bars
