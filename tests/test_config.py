@@ -202,7 +202,6 @@ def test_of_epochs_and_steps_the_one_given_last_is_the_length_of_a_run(tmp_path:
 WRONG = {
     "train.lr: .nan": ["nan"],
     "train.epochs: '20'": ["integer", "'20'"],
-    "data.shots: 0": ["greater than or equal to 1", "0"],
     "model.backbone: resnet18": ["resnet50", "vgg16_bn", "timm:NAME", "'resnet18'"],
 }
 """words of the message about a wrong value"""
@@ -283,48 +282,12 @@ def test_mistakes_of_a_base_are_laid_at_the_base(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"config {base} does not exist")
 
 
-PRINTED = {
-    "model.elimination": "single",
-    "model.prototype_channels": 640,
-    "model.two_class": False,
-    "loss.initial": 1,
-    "loss.bg_ignored": False,
-    "loss.pcl_regions": "predicted",
-    "loss.pcl_drawn": 0,
-}
-ABLATIONS = {
-    "pfenet": {"model.bgem": False, "model.doem": False, "loss.pcl": 0},
-    "bgem": {"model.doem": False, "loss.pcl": 0},
-    "bgem_doem": {"loss.pcl": 0},
-    "negatives_bg": {"loss.pcl_negatives": "bg"},
-    "negatives_non_target": {"loss.pcl_negatives": "non_target"},
-    "base_learner": {"model.base_learner": True},
-    "printed": {**PRINTED, "model.do_average": "region"},
-    "ours": {
-        **PRINTED,
-        "model.fem_prior": True,
-        "model.do_similarity": True,
-        "model.detach_initial": True,
-        "model.relative_target": True,
-        "model.training_free": True,
-    },
-    "authors": {
-        "data.blur": 0.5,
-        "eval.every": 2,
-        "model.initialisation": "torch",
-        "train.lr": 0.025,
-        "train.batch_size": 4,
-        "train.epochs": 150,
-        "train.warmup": 0,
-    },
-}
-
-
-def test_an_ablation_changes_exactly_what_it_is_named_for() -> None:
+def test_an_ablation_changes_its_own_keys_and_each_of_them() -> None:
     fold, files = ROOT / "configs/pascal/resnet50_fold2_1shot.yaml", sorted((ROOT / "configs/ablation").glob("*.yaml"))
-    assert {file.stem for file in files} == set(ABLATIONS)
+    assert {"pfenet", "bgem", "printed", "ours", "authors"} < {file.stem for file in files}
     plain = dict(flatten(load_config(fold).model_dump()))
     for file in files:
         varied = dict(flatten(load_config([fold, file]).model_dump()))
         assert varied.pop("run_dir") == f"{plain['run_dir']}_{file.stem}"
-        assert {key: value for key, value in varied.items() if value != plain[key]} == ABLATIONS[file.stem]
+        changed = {key: value for key, value in varied.items() if value != plain[key]}
+        assert changed == dict(flatten(yaml.safe_load(file.read_text())))
