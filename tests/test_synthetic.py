@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.harness import contents, process, succeeded
+from scripts import make_synthetic
+from tests.harness import call, contents, process, succeeded
 from util.data import synthetic as generator
 from util.data.class_index import read_list
 from util.data.synthetic import CLASS_NAMES, generate
@@ -73,13 +74,9 @@ def test_the_layout_is_that_of_pfenet(small: Path) -> None:
             f"JPEGImages/{split}_{number:05d}.jpg SegmentationClassAug/{split}_{number:05d}.png"
             for number in range(count)
         ]
-    colours = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 4: (0, 0, 128), 8: (64, 0, 0)}
-    colours |= {15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
     for path in (small / "SegmentationClassAug").iterdir():
         mask = Image.open(path)
         assert (mask.format, mask.mode) == ("PNG", "P")
-        palette = mask.getpalette() or []
-        assert all(tuple(palette[3 * value : 3 * value + 3]) == colour for value, colour in colours.items())
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -99,19 +96,6 @@ def test_objects_are_large_enough_to_qualify_and_have_an_ignored_border(masks: d
         for a, b in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1]), (mask[1:, 1:], mask[:-1, :-1])):
             assert not ((a != b) & (a != 255) & (b != 255)).any()
         assert 0.005 < (mask == 255).mean() < 0.15, "a border, not an area"
-
-
-def test_an_object_leaves_the_others_visible_or_gets_no_window() -> None:
-    """Each keeps 70 % of its own pixels, whatever covers it."""
-    owner = np.zeros((90, 120), np.uint8)
-    owner[10:30, 10:30], owner[30:50, 40:70] = 1, 2
-    for seed in range(40):
-        window = generator.place(np.random.default_rng(seed), np.ones((35, 35)), owner, [400, 600])
-        assert window is not None
-        covered = owner.copy()
-        covered[window] = 0
-        assert (covered == 1).sum() >= 0.7 * 400 and (covered == 2).sum() >= 0.7 * 600
-    assert generator.place(np.random.default_rng(0), np.ones((88, 118)), owner, [400, 600]) is None
 
 
 # ---------------------------------------------------------------- the kind with small objects
@@ -136,8 +120,7 @@ def test_small_objects_are_many_and_some_are_attached(tmp_path: Path) -> None:
 
 
 def test_small_objects_are_the_same_on_every_call_and_recorded(tmp_path: Path) -> None:
-    args = ("scripts/make_synthetic.py", "--small", "--train", "4", "--val", "2")
-    succeeded(process(*args, "--out", tmp_path / "a"))
+    succeeded(call(make_synthetic, "--small", "--train", 4, "--val", 2, "--out", tmp_path / "a"))
     assert generate(tmp_path / "a", train=4, val=2, small=True) is False
     assert generate(tmp_path / "b", train=5, val=2, small=True) is True
     images = {name: data for name, data in files(tmp_path / "a").items() if name.endswith((".jpg", ".png"))}
@@ -154,14 +137,10 @@ def made(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_second_call_does_nothing(made: Path) -> None:
-    before = contents(made)
+def test_a_second_call_does_nothing_unless_a_file_is_lost_or_parameters_differ(made: Path) -> None:
+    before, times = files(made), contents(made)
     assert generate(made, train=3, val=2) is False
-    assert contents(made) == before
-
-
-def test_a_lost_file_or_other_parameters_are_noticed(made: Path) -> None:
-    before = files(made)
+    assert contents(made) == times
     (made / "SegmentationClassAug/val_00000.png").unlink()
     assert generate(made, train=3, val=2) is True
     assert files(made) == before
