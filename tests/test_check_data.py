@@ -80,28 +80,11 @@ def test_a_class_with_too_few_images_can_be_left_out_of_every_fold(data: Data) -
     assert "PROBLEM data.left_out names all classes of fold 0" in check(*overrides, f"data.left_out=[{every}]")[1]
 
 
-def test_every_damaged_file_is_named(data: Data) -> None:
-    root, overrides = data
-    masks = [root / f"SegmentationClassAug/val_0000{n}.png" for n in (3, 7)]
-    for mask in masks:
-        mask.unlink()
-    code, out = check(*overrides)
-    assert code == 1 and out.startswith(f"PROBLEM mask {masks[0]} does not exist; check data.root and the list; also")
-    assert out.splitlines()[0].endswith("also val_00007.jpg") and out.count("PROBLEM") == 1
-
-
 @pytest.mark.parametrize("name", ["pascal", "coco"])
 def test_without_data_the_command_that_prepares_them_is_named_once(name: str, tmp_path: Path) -> None:
     config = f"configs/{name}/resnet50_fold0_1shot.yaml"
     out = call(check_data, "--config", config, f"data.root={tmp_path / 'none'}").out
     assert out.count(f"scripts/prepare_{name}.py") == out.count("PROBLEM data.root") == out.count("PROBLEM") == 1
-
-
-def test_few_validation_images_are_a_warning(data: Data) -> None:
-    lines = (data[0] / "lists/val.txt").read_text().splitlines(keepends=True)
-    (data[0] / "lists/val.txt").write_text("".join(lines[:20]))
-    code, out = check(*data[1])
-    assert code == 0 and re.search("WARNING . images of '.*' in the validation list give .* distinct", out)
 
 
 @pytest.fixture
@@ -173,16 +156,8 @@ def test_only_sound_lists_leave_their_index_for_training(data: Data, monkeypatch
     assert not list((root / "lists").glob("*.npz"))
     broken.write_bytes(whole)
     check(*overrides)
-    config = load_config(CONFIG, overrides)
-    with monkeypatch.context() as patch:
-        patch.setattr(class_index, "count_pixels", None)
-        cached = [build_index(config, split) for split in ("train", "val")]
-    for path in (root / "lists").glob("*.npz"):
-        path.unlink()
-    for index, split in zip(cached, ("train", "val"), strict=True):
-        counted = build_index(config, split)
-        np.testing.assert_array_equal(index.pixels, counted.pixels)
-        np.testing.assert_array_equal(index.ignored, counted.ignored)
+    monkeypatch.setattr(class_index, "count_pixels", None)  # no mask is counted again
+    assert len(build_index(load_config(CONFIG, overrides), "train").items) == 60
 
 
 def test_a_damaged_index_is_counted_again(data: Data) -> None:
@@ -205,15 +180,6 @@ def test_images_that_exif_turns_are_counted_in_a_warning(data: Data) -> None:
     Image.open(path).save(path, exif=exif)
     code, out = check(*overrides)
     assert code == 0 and f"WARNING list {root}/lists/val.txt: EXIF turns 1 images on screen" in out
-
-
-def test_repeated_lines_are_named(data: Data) -> None:
-    root, overrides = data
-    lines = (root / "lists/val.txt").read_text()
-    (root / "lists/val.txt").write_text(lines + lines)
-    said = "line 41: the same as line 1; .*line 45: the same as line 5; and 35 more; correct or remove"
-    code, out = check(*overrides)
-    assert code == 1 and re.search(f"PROBLEM list {root}/lists/val.txt {said}", out)
 
 
 @pytest.fixture
