@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from scripts import make_lists
-from tests.harness import NOVEL, ROOT, call, process, refused, succeeded, test_command
+from tests.harness import NOVEL, ROOT, call, refused, succeeded, test_command
 from util.config import load_config
 from util.data.folds import base_classes, novel_classes
 from util.engine.build import build_eval_sampler, build_index
@@ -58,17 +58,11 @@ def write_layout(root: Path, layout: str, classes: int) -> dict[Path, int]:
 @pytest.mark.parametrize(("layout", "classes"), [("deepglobe", 6), ("isic", 3), ("lung", 1)])
 def test_a_network_is_tested_on_the_published_layout(layout: str, classes: int, short: Path, tmp_path: Path) -> None:
     pixels = write_layout(tmp_path / "data", layout, classes)
-    out = succeeded(
-        process("scripts/make_lists.py", "--layout", layout, "--root", tmp_path / "data", "--out", tmp_path)
-    ).out
+    making = ["--layout", layout, "--root", tmp_path / "data", "--out", tmp_path]
+    out = succeeded(call(make_lists, *making)).out
     assert f"{len(pixels)} images, 1 without a mask" in out
-    at = [
-        f"data.root={tmp_path}/data",
-        f"data.val_list={tmp_path}/val.txt",
-        "device=cpu",
-        "workers=0",
-        "precision=fp32",
-    ]
+    at = [f"data.root={tmp_path}/data", f"data.val_list={tmp_path}/val.txt"]
+    at += ["device=cpu", "workers=0", "precision=fp32"]
     config = load_config(ACROSS / f"{layout}.yaml", at)
     index = build_index(config, "val")
     assert len(index.items) == len(pixels)
@@ -86,9 +80,7 @@ def test_a_network_is_tested_on_the_published_layout(layout: str, classes: int, 
     assert list(results["per_class"]) == config.data.classes
     if layout == "lung":
         (tmp_path / "data/masks").rename(tmp_path / "data/elsewhere")
-        refused(
-            call(make_lists, *["--layout", "lung", "--root"], tmp_path / "data", "--out", tmp_path), "no images CXR_png"
-        )
+        refused(call(make_lists, *making), "no images CXR_png")
 
 
 def test_a_planted_leak_is_refused_and_what_is_left_out_is_no_leak(config: Path, short: Path, tmp_path: Path) -> None:
