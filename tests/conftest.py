@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import train
+from model.backbone import Backbone, build_backbone
 from tests.harness import ROOT, TINY, Run, call, short_run, succeeded
+from tests.scenes import write_checkpoint
 from util.data.synthetic import generate
+from util.photos.segmenter import NTRESegmenter, TrainingFreeSegmenter
 
 SLOWEST = ("resume", "train", "predict", "model", "readme", "evaluate", "convert_pfenet", "extension", "export", "demo")
 """files of tests that take longest"""
@@ -28,12 +31,23 @@ def one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def signal_handlers() -> Iterator[None]:
     """Undo what a run in this process that was stopped leaves behind; children would inherit an ignored signal."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def small_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make training-free segmentation a ninth of the work."""
+    monkeypatch.setattr(TrainingFreeSegmenter, "SIDE", 129)
 
 
 @pytest.fixture(scope="session")
@@ -72,3 +86,20 @@ def run(config: Path) -> Run:
     """Two epochs in one go. Leave its files as they are."""
     folder = config.parent / "run"
     return Run(folder, succeeded(call(train, "--config", config, f"run_dir={folder}")))
+
+
+@pytest.fixture(scope="session")
+def lite0() -> Backbone:
+    """The light backbone with its ImageNet weights."""
+    return build_backbone("efficientnet_lite0")[0]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained checkpoint that predicts half of a scene. Leave it as it is."""
+    return write_checkpoint(tmp_path_factory.mktemp("checkpoint") / "small.pt")
+
+
+@pytest.fixture(scope="session")
+def segmenter(checkpoint: Path) -> NTRESegmenter:
+    return NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "https_proxy": "http://127.0.0.1:9",  # nothing listens there: a download fails at once
     "http_proxy": "http://127.0.0.1:9",
 }
+SYNTHETIC = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
 NOVEL = ["striped_star", "dotted_ring", "brick_arrow", "checked_heart", "cracked_leaf"]
 """classes 1 to 5: fold 0 of a contiguous scheme"""
 TINY = """\
@@ -191,11 +192,15 @@ def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def copied(tiny: Path, folder: Path, *, keep_index: bool = False) -> tuple[Path, list[str]]:
+def data_at(root: Path | str) -> list[str]:
+    """Overrides that select a data set."""
+    return [f"data.root={root}", *(f"data.{split}_list={root}/lists/{split}.txt" for split in ("train", "val"))]
+
+
+def copied(tiny: Path, folder: Path) -> tuple[Path, list[str]]:
     """A copy of a data set that may be changed, and the overrides that select it."""
-    root = shutil.copytree(tiny, folder / "data", ignore=None if keep_index else shutil.ignore_patterns("*.npz"))
-    lists = [f"data.{split}_list={root}/lists/{split}.txt" for split in ("train", "val")]
-    return root, [f"data.root={root}", *lists, f"run_dir={folder / 'run'}"]
+    root = shutil.copytree(tiny, folder / "data", ignore=shutil.ignore_patterns("*.npz"))
+    return root, [*data_at(root), f"run_dir={folder / 'run'}"]
 
 
 def short_run(config: Path, folder: Path, *overrides: str) -> Path:

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from tests.harness import SYNTHETIC
 from util.config import load_config
 from util.data.transforms import normalize
 from util.engine.build import build_model, select_hardware
 from util.engine.checkpoint import save_checkpoint
 from util.photos.segmenter import NTRESegmenter
 
-ROOT = Path(__file__).resolve().parent.parent
 SIDE = 65
 """of the network's input"""
 
@@ -57,7 +57,7 @@ def write_checkpoint(path: Path, *overrides: str) -> Path:
 
     The head has random weights; the backbone's come with the pip package.
     """
-    config = load_config(ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml", [*SMALL, *overrides])
+    config = load_config(SYNTHETIC, [*SMALL, *overrides])
     torch.manual_seed(config.seed)
     model, weights = build_model(config)
     model.measure_scale(normalize(torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.backbone import Backbone, build_backbone
+from model.backbone import Backbone
 from model.base_learner import BaseMaps, base_agreement, base_elsewhere, base_posterior, join_base
 from model.doem import distracting_object_mask, distracting_similarity, mine_distracting_objects
 from model.losses import base_loss
@@ -15,16 +15,6 @@ from model.ops import foreground, masked_average_pool, resize
 from model.prototype_bank import PrototypeBank
 from tests import networks
 from tests.pfenet import episode
-
-
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
-
-
-@pytest.fixture(scope="module")
-def lite0() -> Backbone:
-    return build_backbone("efficientnet_lite0")[0]
 
 
 def network(backbone: Backbone, elimination: str = "single") -> NTRENet:
