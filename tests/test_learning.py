@@ -1,4 +1,4 @@
-"""The training loop learns: it overfits an episode, gives recorded losses, and ends at a loss that is not finite."""
+"""The training loop learns: it overfits an episode, and ends at a loss that is not finite."""
 
 import itertools
 import os
