@@ -20,30 +20,18 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 from PIL import Image
-from scenes import iou, scene, write_checkpoint
 
 from tests.harness import finished, start
+from tests.scenes import iou, scene
 from util.data import synthetic
 from util.data.folds import novel_classes
 from util.errors import UserError
-from util.photos.demo import LONGEST, Demo, Server
+from util.photos.demo import LONGEST, Demo
 from util.photos.example import SEED, SHOWN, draw_example
 from util.photos.segmenter import NTRESegmenter
 
 ORIENTATION = 0x0112
 CHROMIUM = shutil.which("chromium")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    path = write_checkpoint(tmp_path_factory.mktemp("demo") / "small.pt")
-    yield path
-    path.unlink()
-
-
-@pytest.fixture(scope="module")
-def segmenter(checkpoint: Path) -> NTRESegmenter:
-    return NTRESegmenter.from_checkpoint(checkpoint, device="cpu", precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -87,13 +75,6 @@ def test_what_is_painted_is_segmented(demo: Demo, segmenter: NTRESegmenter, shar
     assert touched[found.mask].mean() > 2 * touched[~found.mask].mean()
     assert list(answer["maps"]) == ["probability", "prior: similar to the object", "background", "distracting objects"]
     assert all(pixels_of(drawn).shape == image.shape for drawn in answer["maps"].values())
-
-
-def test_another_threshold_takes_no_new_search(demo: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = demo.segment(asked(scene(2), url(scene(5)[0])))
-    monkeypatch.setattr(demo, "segmenter", None)
-    again = demo.segment(asked(scene(2), url(scene(5)[0]), threshold=0.01))
-    assert again["share"] > first["share"]
 
 
 def test_a_large_rotated_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees(demo: Demo) -> None:
@@ -146,15 +127,6 @@ def test_all_results_come_in_a_zip(demo: Demo) -> None:
         np.testing.assert_array_equal(np.asarray(Image.open(archive.open("a_cutout.png"))), cutout)
 
 
-def test_mistakes_are_said_in_plain_words(demo: Demo) -> None:
-    image, disc = scene(1)
-    with pytest.raises(UserError, match=r"^paint the object first"):
-        demo.segment(asked((image, disc & False), url(scene(4)[0])))
-    notes = f"data:text/plain;base64,{base64.b64encode(b'not an image').decode()}"
-    with pytest.raises(UserError, match=r"^photo\.png cannot be read .*; convert it to JPEG or PNG"):
-        demo.segment(asked(scene(1), notes))
-
-
 @pytest.mark.parametrize("fold", [0, 3])
 def test_the_example_shows_a_class_that_the_network_was_not_trained_on(segmenter: NTRESegmenter, fold: int) -> None:
     data = segmenter.config.data.model_copy(update={"fold": fold})
@@ -203,15 +175,6 @@ def test_other_pages_are_not_answered(address: str, headers: dict[str, str]) -> 
     for path, body in (("/", None), ("/example", {})):
         with pytest.raises(urllib.error.HTTPError, match=r"40[34]"):
             send(address + path, body, **headers)
-
-
-def test_a_port_in_use_is_refused_with_the_remedy(demo: Demo) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"^port {port} cannot be used .*choose another with --port$"):
-            Server(demo, port)
 
 
 @pytest.mark.browser

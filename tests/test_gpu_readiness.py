@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from model.parallel import Dropout2d
-from tests.harness import process, succeeded
+from tests.harness import ROOT, SYNTHETIC, data_at, process, succeeded
 from tests.scenes import SMALL
 from util.config import Config, load_config
 from util.data.dataset import Episode
@@ -37,16 +37,13 @@ from util.engine.log import TrainingLog
 from util.engine.training import start_or_resume, train_epoch
 from util.progress import progress
 
-ROOT = Path(__file__).resolve().parent.parent
 META = torch.device("meta")
 
 
 def config_of(root: Path, run: Path, *overrides: str, ablation: str | None = None) -> Config:
-    files = [ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"]
-    files += [ROOT / f"configs/ablation/{ablation}.yaml"] if ablation else []
-    data = [f"data.root={root}", *(f"data.{split}_list={root}/lists/{split}.txt" for split in ("train", "val"))]
+    files = [SYNTHETIC, *([ROOT / f"configs/ablation/{ablation}.yaml"] if ablation else [])]
     sizes = ["data.min_area=64", "model.channels=32", "loss.bank_size=8", "train.batch_size=2", "workers=0"]
-    return load_config(files, [*data, *SMALL, *sizes, f"run_dir={run}", *overrides])
+    return load_config(files, [*data_at(root), *SMALL, *sizes, f"run_dir={run}", *overrides])
 
 
 def batches_of(config: Config, count: int) -> Iterator[Episode]:
