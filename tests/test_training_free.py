@@ -10,15 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scenes import ROOT, iou, scene
 from torch import Tensor
 
 from model.backbone import build_backbone
 from model.ops import foreground, resize
 from model.training_free import Described, as_negative, describe_support, join, target_score
 from tests import networks
-from tests.harness import call, succeeded, test_command
+from tests.harness import SYNTHETIC, call, data_at, succeeded, test_command
 from tests.pfenet import episode
+from tests.scenes import iou, scene
 from util.config import load_config
 from util.engine.build import build_eval_sampler, build_index
 from util.photos.baselines import TrainingFreeMethod
@@ -110,27 +110,16 @@ def test_the_score_of_middle_features_joins_a_networks_prediction_in_evaluation(
     torch.testing.assert_close(trained.logits, resize(trained.fem.logits, (65, 65)))
 
 
-@pytest.mark.parametrize("case", ["no_target", "no_other", "same_everywhere", "faint_target"])
-def test_every_degenerate_support_or_query_gives_a_finite_score(case: str) -> None:
+def test_every_degenerate_support_or_query_gives_a_finite_score() -> None:
     support, image = described(0), query(0)
     zeros = torch.zeros_like(support.target)
-    if case == "no_target":
-        support = support._replace(target=zeros)
-    if case == "no_other":
-        support = support._replace(other=zeros)
-    if case == "faint_target":
-        support = support._replace(target=zeros.index_fill(0, torch.tensor([3]), 0.02))
-    if case == "same_everywhere":
-        image = image[:, :1, :1].expand_as(image)
-    score = target_score(image, support)
-    assert score.isfinite().all()
-    if case == "same_everywhere":
-        assert not score.any()
-    if case == "no_other":
-        assert (score > 0).any() and (score < 0).any()  # not everything is target
-    if case == "faint_target":
-        nearest = (support.feature[:, 3] @ image.flatten(1)).argmax()
-        assert score.flatten()[nearest] > 0
+    assert target_score(image, support._replace(target=zeros)).isfinite().all()
+    assert not target_score(image[:, :1, :1].expand_as(image), support).any()
+    score = target_score(image, support._replace(other=zeros))
+    assert score.isfinite().all() and (score > 0).any() and (score < 0).any()  # not everything is target
+    faint = support._replace(target=zeros.index_fill(0, torch.tensor([3]), 0.02))
+    nearest = (support.feature[:, 3] @ image.flatten(1)).argmax()
+    assert target_score(image, faint).flatten()[nearest] > 0
 
 
 def test_one_pixel_of_target_is_seen_and_ignored_pixels_are_neither() -> None:
@@ -173,13 +162,12 @@ def test_edges_keep_what_is_certain_follow_the_threshold_and_leave_an_empty_map_
     assert not sharp_mask(np.full(disc.shape, 0.2, np.float32), image).any()
 
 
+@pytest.mark.usefixtures("small_side")
 def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
     synthetic: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TrainingFreeSegmenter, "SIDE", 129)  # a ninth of the work
     monkeypatch.setattr(TrainingFreeSegmenter, "POSITIONS", 1)
-    lists = [f"data.{name}_list={synthetic / f'lists/{name}.txt'}" for name in ("train", "val")]
-    overrides = [f"data.root={synthetic}", *lists, "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
+    overrides = [*data_at(synthetic), "data.shots=2", "eval.episodes=2", "device=cpu", "precision=fp32"]
     sizes, predict = list[int](), TrainingFreeMethod.predict
 
     def counted(self: TrainingFreeMethod, episodes: Any, *others: Any) -> Any:
@@ -187,15 +175,14 @@ def test_the_score_without_a_checkpoint_is_that_of_a_loop_over_episodes(
         return predict(self, episodes, *others)
 
     monkeypatch.setattr(TrainingFreeMethod, "predict", counted)
-    config = ROOT / "configs/synthetic/efficientnet_lite0_fold0_1shot.yaml"
     out = tmp_path / "r.json"
-    done = succeeded(call(test_command, "--config", config, "--baselines", "--out", out, *overrides))
+    done = succeeded(call(test_command, "--config", SYNTHETIC, "--baselines", "--out", out, *overrides))
     assert "training free edges" in done.out
     results = json.loads(out.read_text())
     assert results["checkpoint"] is None and "miou" not in results and results["seconds"] > 0.1
     assert sizes == [1, 1], "the bar moves after each episode, whatever eval.batch_size is"
 
-    settings = load_config(config, overrides)
+    settings = load_config(SYNTHETIC, overrides)
     index = build_index(settings, "val")
     sampler = build_eval_sampler(settings, index, 0)
     method = NTRESegmenter.training_free(device="cpu", precision="fp32")
