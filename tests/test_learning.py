@@ -69,7 +69,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoint_before
     monkeypatch.setattr(NTRELoss, "forward", spoiled)
     monkeypatch.setattr(train, "select_hardware", lambda _: Hardware(torch.device("cpu"), precision))
     options = [f"run_dir={tmp_path}", "train.epochs=9", "train.checkpoint_minutes=0", "eval.every=9"]
-    options.append("data.image_size=33")
+    options += ["data.image_size=33", "model.channels=8"]
     line = refused(call(train, "--config", config, *options), "the loss of step 13 is not finite (total inf, final ")
     settings = load_config(config, options)
     sampler = build_train_sampler(settings, build_index(settings, "train"))
