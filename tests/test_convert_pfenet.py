@@ -111,8 +111,6 @@ def test_the_logit_of_the_converted_model_is_pfenets_difference_of_two(converted
 
 def test_the_command_names_what_it_found_and_how_to_test_it(converted: Converted) -> None:
     out, checkpoint = converted.result.out, load(converted.out)
-    entries = [name for name in published(converted.backbone, converted.head) if "num_batches" not in name]
-    assert f"{converted.kind}, " in out and f"{len(entries)} tensors mapped" in out
     assert checkpoint["weights"]["stem"] == ("standard" if converted.kind == "vgg16_bn" else "deep")
     assert checkpoint["weights"]["sha256"] == sha256_of(converted.pfenet)
     config = f"configs/pascal/{converted.kind}_fold0_1shot.yaml"
@@ -128,12 +126,10 @@ def test_test_py_evaluates_a_converted_checkpoint_on_the_fold_it_is_given(
     results = tmp_path / "results.json"
     small = ["model.channels=256", "model.fem_scales=[1, 0.5, 0.25, 0.125]", "eval.episodes=2"]
     network = ["--checkpoint", converted.out, "--config", config, "model.backbone=resnet50", *small]
-    for fold in (0, 2):
-        data = f"data.fold={fold}", "data.shots=2"
-        out = succeeded(call(test_command, *network, *convert_pfenet.ALL_OFF, *data, "--out", results)).out
-        (note,) = [line for line in out.splitlines() if line.startswith("note")]
-        assert str(converted.out) in note and f"fold {fold}" in note
-        assert f"Synthetic-5i fold {fold} of 4" in out
+    data = "data.fold=2", "data.shots=2", "--out", results
+    out = succeeded(call(test_command, *network, *convert_pfenet.ALL_OFF, *data)).out
+    (note,) = [line for line in out.splitlines() if line.startswith("note")]
+    assert str(converted.out) in note and "fold 2" in note and "Synthetic-5i fold 2 of 4" in out
     assert '"train_seed": null' in results.read_text()
     refused(call(test_command, *network), "model.bgem is False there and True here")
     other = [*network, *convert_pfenet.ALL_OFF, "model.backbone=resnet101"]
