@@ -146,21 +146,6 @@ def test_continues_and_keeps_what_is_finished(coco: Path, run: Run) -> None:
     assert run().out.startswith("train: 4 images, 4 masks made, 0 kept\n")
 
 
-def test_without_links_images_are_copied(coco: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*_: object) -> None:
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr(os, "symlink", no_links)
-    succeeded(run())
-    copy, original = Path("data/coco/val2014"), coco / "val2014"
-    (copy / f"{name('val', 7)}.jpg").unlink()  # as after an interruption
-    succeeded(run())
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == {
-        path.name: path.read_bytes() for path in original.iterdir()
-    }
-    assert not copy.is_symlink() and same(made(Path("data/coco")))
-
-
 def test_as_a_process_on_all_cores(coco: Path, tmp_path: Path) -> None:
     real = process(ROOT / "scripts/prepare_coco.py", "--root", coco, cwd=tmp_path)
     refused(real, "expected 82081 images with annotations, found 4")
