@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from scenes import ROOT, scene, write_pair
 
+from tests.harness import ROOT
+from tests.scenes import scene, write_pair
 from util.config import load_config
 
 NOT_RUN = r"pascal|coco|COCO|--download|pfenet|^demo\.py|^scripts/(bench|export)\.py|^-m "

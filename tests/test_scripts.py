@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.harness import ROOT
 
 STAND_IN = f"""#!{sys.executable}
 import json, os, pathlib, signal, sys
