@@ -1,31 +1,22 @@
-"""How commands end, files that are written whole or not at all, damaged weights, code in files, and progress bars."""
+"""How commands end, damaged weights, and code in files."""
 
 from util.command import run_command
 
 import ast
 import errno
-import io
-import os
 import re
-import resource
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model import weights
-from model.weights import WeightsError, load_exactly, read_weights, torchvision_file
-from scripts import make_synthetic, prepare_pascal
-from tests.harness import ROOT, Trap, call, ended, refused, test_command
+from model.weights import WeightsError, load_exactly, read_weights
+from tests.harness import ROOT, Trap, ended, refused
 from util.errors import UserError
-from util.files import held_alone, write_atomically
-from util.progress import progress
 
 # ---------------------------------------------------------------- how a command ends
 
@@ -54,56 +45,6 @@ def test_ctrl_c_and_success_have_their_exit_codes() -> None:
 def test_other_errors_keep_their_traceback(error: Exception) -> None:
     with pytest.raises(type(error)):
         run_command(raising(error))
-
-
-# ---------------------------------------------------------------- writing
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A limit of the system on the size of files, with the effect of a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_the_old_file_stays_until_the_new_one_is_whole_and_is_kept_under_another_name(tmp_path: Path) -> None:
-    path, kept = tmp_path / "last.pt", tmp_path / "previous.pt"
-    for text in ("first", "second", "third"):
-        write_atomically(path, lambda file, text=text: file.write(text.encode()), keep=kept)  # type: ignore[misc]
-        assert path.read_text() == text
-    assert kept.read_text() == "second"
-
-    def fail(file: Any) -> None:
-        file.write(b"half")
-        raise ValueError("of ours")
-
-    with pytest.raises(ValueError, match="of ours"):
-        write_atomically(path, fail, keep=kept)
-    assert (path.read_text(), kept.read_text()) == ("third", "second") and len(list(tmp_path.iterdir())) == 2
-
-
-def test_a_full_disk_ends_other_commands_in_one_line(config: Path, short: Path, tmp_path: Path) -> None:
-    command = ["--config", config, "--checkpoint", short / "best.pt", "--episodes", 2, "--out", tmp_path / "r.json"]
-    with files_of_at_most(0):
-        refused(call(test_command, *command), tmp_path / "r.json", "File too large")
-        made = call(make_synthetic, "--out", tmp_path / "made", "--train", 20, "--val", 20)
-    refused(made, tmp_path / "made/JPEGImages/train_00000.jpg", "File too large")
-
-
-def test_a_held_folder_is_clean_and_leaves_nothing_if_nothing_is_written(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with held_alone(folder):
-        assert (folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
-    assert not folder.exists()
-    folder.mkdir()
-    for name in ("last.pt", "last.pt.0123.tmp"):  # the second is of a process that was killed while it wrote
-        (folder / name).touch()
-    with held_alone(folder):
-        assert {path.name for path in folder.iterdir()} == {"last.pt", "lock"}
 
 
 # ---------------------------------------------------------------- weights
@@ -172,34 +113,3 @@ def test_tensors_and_arrays_are_loaded_without_code_and_only_two_sources_fetch()
         assert all("weights_only=True" in call for call in calls if call.startswith("torch.load(")), name
         assert "allow_pickle=True" not in text, name
         assert name in MAY_FETCH or not re.search(r"urlopen|urlretrieve|import requests|httpx|from_url\(", text), name
-
-
-def test_every_download_has_a_hash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for _, md5 in prepare_pascal.DOWNLOADS.values():
-        assert re.fullmatch("[0-9a-f]{32}", md5)
-    asked: list[str | None] = []
-    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, hash_prefix=None: asked.append(hash_prefix))
-    for backbone in ("resnet50", "resnet101", "vgg16_bn"):
-        path = torchvision_file(backbone, tmp_path)
-        assert path.parent == tmp_path and asked[-1] is not None and f"-{asked[-1]}." in path.name
-
-
-# ---------------------------------------------------------------- progress bars
-
-
-class Closed(io.StringIO):
-    def write(self, text: str) -> int:
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
-
-@pytest.mark.parametrize(("stream", "lines"), [(io.StringIO(), 2), (Closed(), 0)])
-def test_a_log_gets_a_first_and_a_last_line_and_a_closed_terminal_stops_nothing(
-    stream: io.StringIO, lines: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stderr", stream)
-    with progress(total=500, desc="title", unit="step", mininterval=0) as shown:
-        for _ in range(500):
-            shown.update()
-    found = stream.getvalue().splitlines()
-    assert len(found) == lines and all("title" in line for line in found)
-    assert not lines or ("0/500" in found[0] and "100%" in found[1])
