@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from scenes import scene, spread
 from torch import Tensor, nn
 
 import predict
 from model.backbone import build_backbone
 from model.torchvision_compat import import_models
 from tests.harness import call, evaluated, load, refused, short_run, succeeded, test_command
+from tests.scenes import scene, spread
 from util.photos.segmenter import NTRESegmenter
 
 import_models()
@@ -75,12 +75,6 @@ def test_it_is_trained_tested_and_predicts(name: str, config: Path, tmp_path: Pa
     free = [*files, "--out", tmp_path, "--device", "cpu", "--backbone", f"timm:{name}", "--weights"]
     assert f"features of timm:{name}" in succeeded(call(predict, *free, path)).out
     assert Image.open(tmp_path / "q_mask.png").size == (60, 48)
-    data = path.read_bytes()
-    path.write_bytes(data[:-200])
-    refused(call(predict, *free, path), path, "fetch it again")
-    torch.save(nn.Linear(3, 4).state_dict(), path)
-    refused(call(predict, *free, path), "does not fit", "another architecture")
-    refused(call(predict, *free, tmp_path / "no.pth"), "no.pth does not exist")
     refused(call(predict, *free[:-2], "timm:test_vitt"), "no network 'test_vitt'; near are test_vit")
     checkpoint = ["--checkpoint", run / "best.pt", "--weights", path]
     refused(call(predict, *files, "--out", tmp_path, *checkpoint), "--weights is for training-free")
