@@ -85,14 +85,6 @@ def test_a_large_rotated_photo_is_shrunk_and_its_mask_has_the_size_a_person_sees
     assert pixels_of(answer["mask"]).shape == disc.shape
 
 
-def test_a_box_becomes_the_mask_of_the_object_in_it(demo: Demo) -> None:
-    image, disc = scene(1, 240, 320)
-    ys, xs = np.nonzero(disc)
-    box = [float(xs.max()) + 4.5, float(ys.max()) + 4.5, float(xs.min()) - 4.5, float(ys.min()) - 4.5]  # upwards
-    boxed = pixels_of(demo.mask({"support": url(image), "box": box})["mask"])[..., 3] > 0
-    assert iou(boxed, disc) > 0.93
-
-
 def test_a_click_finds_the_object_and_a_mask_file_is_read(demo: Demo) -> None:
     image, disc = scene(1, 240, 320)
     y, x = np.argwhere(disc).mean(0).tolist()
