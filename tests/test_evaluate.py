@@ -17,13 +17,11 @@ from PIL import Image
 
 from tests.harness import (
     NOVEL,
-    ROOT,
     Result,
     beside_progress_bars,
     call,
     evaluated,
     load,
-    refused,
     sha256,
     short_run,
     succeeded,
@@ -35,7 +33,7 @@ from util.engine.build import build_eval_sampler, build_index, build_model
 from util.engine.panels import GAP, TILE
 from util.photos.segmenter import TrainingFreeSegmenter
 
-Tested = tuple[Result, dict[str, Any], Path]
+Tested = tuple[Result, dict[str, Any]]
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +64,13 @@ def mixed(short: Path, config: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tested(mixed: Path, config: Path) -> Tested:
-    """test.py with three seeds, baselines and picture: its ending, results and picture."""
-    out, panel = config.parent / "out/results.json", config.parent / "out/panel.png"
-    arguments = ["--seeds", 0, 1, 2, "--episodes", 6, "--baselines", "--out", out, "--panel", panel]
+    """test.py with three seeds and baselines: its ending and results."""
+    out = config.parent / "out/results.json"
+    arguments = ["--seeds", 0, 1, 2, "--episodes", 6, "--baselines", "--out", out]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingFreeSegmenter, "SIDE", 129)  # a ninth of the work
         result = succeeded(call(test_command, "--config", config, "--checkpoint", mixed, *arguments))
-    return result, json.loads(out.read_text()), panel
+    return result, json.loads(out.read_text())
 
 
 def fitted(mask: np.ndarray) -> tuple[int, int]:
@@ -144,20 +142,18 @@ def scores_by_hand(settings: Config, checkpoint: Path, seed: int, episodes: int)
 
 
 def test_results_tell_what_was_evaluated(tested: Tested, config: Path, mixed: Path, tiny: Path) -> None:
-    _, results, _ = tested
+    _, results = tested
     expected = {"dataset": "Synthetic-5i", "fold": 0, "folds": 4, "shots": 1, "episodes": 6, "seeds": [0, 1, 2]}
     assert {key: results[key] for key in expected} == expected
     assert results["backbone"] == "efficientnet_lite0"
     assert results["config"] == load_config(config, ["eval.episodes=6", "train.epochs=1"]).model_dump()
     assert results["checkpoint_sha256"] == sha256(mixed)
     assert results["list_sha256"] == sha256(tiny / "lists/val.txt")
-    assert 0 < results["seconds"] < 300
-    assert 50 < results["peak_memory_mib"] < 20_000
     assert results["environment"]["torch"] == torch.__version__
 
 
 def test_mean_and_deviation_are_those_of_the_seeds(tested: Tested) -> None:
-    _, results, _ = tested
+    _, results = tested
     for name in ("miou", "fb_iou", "precision"):
         per_seed = results[name]["per_seed"]
         assert len(set(per_seed)) == 3
@@ -168,7 +164,7 @@ def test_mean_and_deviation_are_those_of_the_seeds(tested: Tested) -> None:
 
 
 def test_an_evaluation_by_hand_gives_the_same_scores(tested: Tested, config: Path, mixed: Path) -> None:
-    _, results, _ = tested
+    _, results = tested
     seeds = [scores_by_hand(load_config(config), mixed, seed, episodes=6) for seed in (0, 1, 2)]
     assert min(seed["miou"] for seed in seeds) > 1  # else the comparison would say nothing
     for name in ("miou", "fb_iou", "precision"):
@@ -193,12 +189,9 @@ def test_three_shots_on_a_one_shot_checkpoint_score_as_by_hand(config: Path, mix
         assert results[name]["mean"] == pytest.approx(by_hand[name], abs=0.01)
 
 
-@pytest.mark.parametrize("shots", [1, 3])
-def test_neither_memory_nor_batches_nor_workers_change_a_score(
-    config: Path, mixed: Path, tmp_path: Path, shots: int
-) -> None:
+def test_neither_memory_nor_batches_nor_workers_change_a_score(config: Path, mixed: Path, tmp_path: Path) -> None:
     results = [
-        evaluated(config, mixed, tmp_path / f"{i}.json", "--episodes", 8, "--shots", shots, "--seeds", 0, 1, *overrides)
+        evaluated(config, mixed, tmp_path / f"{i}.json", "--episodes", 8, "--shots", 3, "--seeds", 0, 1, *overrides)
         for i, overrides in enumerate(([], ["eval.cache_gib=1e-9"], ["eval.batch_size=1", "workers=1"]))
     ]
     a_few_pixels = 0.005  # percent: convolutions round otherwise in a batch, which can turn a pixel that stands at 0
@@ -209,19 +202,15 @@ def test_neither_memory_nor_batches_nor_workers_change_a_score(
 
 
 def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
-    result, results, panel = tested
+    result, results = tested
     assert "Synthetic-5i fold 0 of 4, 1-shot, efficientnet_lite0: 6 episodes, seeds 0, 1, 2" in result.out
     for name in NOVEL:
         assert re.search(rf"^ +{name} +{results['per_class'][name]:.1f}$", result.out, re.MULTILINE)
     miou = results["miou"]
     assert re.search(rf"^ +mIoU +{miou['mean']:.1f} ± {miou['std']:.1f}", result.out, re.MULTILINE)
-    prior = results["baselines"]["prior"]
-    figures = [f"{prior[name]['mean']:.1f} ± {prior[name]['std']:.1f}" for name in ("miou", "fb_iou", "precision")]
-    assert re.search("prior +{}.*FB-IoU {}, precision {}".format(*figures), result.out)
-    assert "of this fold alone" in result.out
+    prior = results["baselines"]["prior"]["miou"]
+    assert re.search(rf"prior +{prior['mean']:.1f} ± {prior['std']:.1f}", result.out)
     assert beside_progress_bars(result.err) == []
-    with Image.open(panel) as picture:
-        assert picture.height > 4 * 65 and picture.width > 4 * 65  # four episodes, at least four tiles each
 
 
 def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
@@ -232,28 +221,14 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     shutil.copy(mixed, checkpoint)
     switches = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
     baseline = short_run(config, tmp_path / "pfenet", *switches) / "last.pt"
-    command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9]
+    command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9, "--panel", tmp_path / "panel.png"]
     result = succeeded(call(test_command, *command, "--save-panels", 2, "--baseline-checkpoint", baseline))
+    assert min(Image.open(tmp_path / "panel.png").size) > 4 * TILE  # four episodes, at least four tiles each
     folder = checkpoint.parent / "panels"
     assert str(folder / "contact_sheet.png") in result.out
     names = sorted(path.name for path in folder.iterdir())
     assert [name.split("_")[:2] for name in names if name != "contact_sheet.png"] == [
         [kind, rank] for kind in ("best", "random", "worst") for rank in "12"
     ]
-    sizes = {name: Image.open(folder / name).size for name in names}
-    width, height = sizes.pop("contact_sheet.png")
-    (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
-    assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
-    assert single[0] == 7 * (TILE + GAP) + GAP
-
-
-def test_options_that_make_no_sense_are_refused(config: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    command: list[Any] = ["--config", config, "--checkpoint", short / "best.pt", "eval.episodes=2"]
-    for arguments, words in (
-        (["--save-panels", 0], ["--save-panels", "at least 1"]),
-        (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
-        (["--seeds", "-1"], ["--seeds", "different whole numbers"]),
-        (["--out", "LICENSE/results.json"], ["LICENSE/results.json"]),
-    ):
-        refused(call(test_command, *command, *arguments), *words)
+    for name in names:  # seven columns: the baseline's is one of them
+        assert Image.open(folder / name).width == 7 * (TILE + GAP) + GAP
