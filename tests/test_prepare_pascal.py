@@ -6,7 +6,6 @@ import random
 import sys
 import tarfile
 import threading
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -181,15 +180,9 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
 
 
-def zipped(path: Path) -> None:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("JPEGImages/a.jpg", b"")
-
-
 MISTAKES: dict[str, tuple[Callable[[Path], object], dict[str, str], str]] = {
     "voc alone": (str, {"voc": "voc.tar"}, "give --voc and --sbd"),
     "cut tar": (lambda at: cut(at / "sbd.tgz"), {}, r"sbd\.tgz is damaged or no tar archive; .*again"),
-    "zip": (lambda at: zipped(at / "voc.tar"), {}, r"voc\.tar is a zip archive; unzip it"),
     "swapped": (str, {"voc": "sbd.tgz", "sbd": "voc.tar"}, rf"sbd\.tgz and .*voc\.tar lack JPEGImages/{A}"),
     "no image": (lambda at: (at / f"{VOC}/JPEGImages/{A}.jpg").unlink(), FOLDERS, f"lack JPEGImages/{A}.*; download"),
     "cut mat": (lambda at: cut(at / f"{SBD}/cls/{H}.mat"), FOLDERS, rf"{H}\.mat is damaged"),
