@@ -100,6 +100,13 @@ def test_doem_without_distracting_objects_gives_a_zero_prototype_and_finite_grad
     assert torch.allclose(prototype[1, :, 0, 0], feature[1].mean((1, 2)), atol=1e-6)
 
 
+def test_a_relative_target_is_cut_at_a_share_of_the_largest_probability_of_its_own_image():
+    initial = torch.tensor([[0.9, 0.3, 0.2], [0.2, 0.1, 0.05]]).logit()[:, None, None]  # cuts at 0.27 and 0.06
+    feature, background = torch.randn(2, 3, 1, 3), torch.full((2, 1, 1, 3), -5.0)
+    mask, _ = mine_distracting_objects(feature, background, initial, "image", relative=True)
+    assert mask.flatten(1).tolist() == [[0, 0, 1], [0, 0, 1]]
+
+
 # ---------------- FEM against tests/pfenet.py: PFENet's names, two classes and plain concatenation
 
 
@@ -247,7 +254,7 @@ def test_all_parts_off_is_pfenet(random_backbone, kind, shots, scales):
     ours = to_our_names(head, prefix="fem.")
     assert set(ours) == {name for name in model.state_dict() if not name.startswith(("backbone.", "middle_scale"))}
     model.load_state_dict(ours, strict=False)
-    side = 129 if kind == "vgg16_bn" else 65  # 9 x 9 positions at stride 16 and 8
+    side = 121 if kind == "vgg16_bn" else 65  # 8 x 8 positions, between which VGG's masks lie, and 9 x 9 at stride 8
     query, supports, masks = episode(1, shots, size=(side, side))
     expected, prior, prototype, inner = pfenet(NAIVE[kind](state), head, query, supports, masks, scales)
     got = model(query, supports, masks)
