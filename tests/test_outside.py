@@ -122,7 +122,7 @@ def test_what_is_no_method_is_refused(
         (["--method", "weak_too:flat"], ["weak_too:flat must return", "returned (3,)"]),
         (["--method", "weak_too:none"], ["weak_too:none", "package.module:function"]),
         (["--method", "nowhere:f"], ["nowhere:f", "No module named 'nowhere'"]),
-        (["--method", "weak_too:np"], ["has no such function"]),
+        (["--method", "weak_too:np"], ["is no function"]),
         (["--method", "weak_too:flat", "--checkpoint", short / "best.pt"], ["one of --checkpoint, --method"]),
         (["--predictions", tmp_path], ["--episodes-from"]),
     ):
