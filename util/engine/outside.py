@@ -1,6 +1,6 @@
 """Methods from outside this repository, in the same evaluation: a Python function, or masks on disk."""
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -81,16 +81,15 @@ class FunctionMethod(PixelMethod):
 
 def load_function(name: str) -> Function:
     """Import 'package.module:function', also from the folder in which the command is started."""
-    module_name, _, attribute = name.partition(":")
     sys.path.append(str(Path.cwd()))
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
+        function = pkgutil.resolve_name(name)
+    except (ValueError, AttributeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and not name.startswith(error.name or ":"):
             raise  # something that the module itself imports
         raise UserError(f"--method {name}: {error}; give package.module:function") from error
-    if not callable(function := getattr(module, attribute, None)):
-        raise UserError(f"--method {name}: {module_name} has no such function; give package.module:function")
+    if not callable(function):
+        raise UserError(f"--method {name}: this is no function; give package.module:function")
     return function
 
 
