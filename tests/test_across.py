@@ -15,13 +15,8 @@ from util.data.folds import base_classes, novel_classes
 from util.engine.build import build_eval_sampler, build_index
 
 ACROSS = ROOT / "configs/across"
-SAME = {
-    "aeroplane": "airplane",
-    "diningtable": "dining table",
-    "motorbike": "motorcycle",
-    "pottedplant": "potted plant",
-}
-SAME |= {"sofa": "couch", "tvmonitor": "tv"}
+SAME = {"aeroplane": "airplane", "diningtable": "dining table", "motorbike": "motorcycle"}
+SAME |= {"pottedplant": "potted plant", "sofa": "couch", "tvmonitor": "tv"}
 MASKS = {"deepglobe": "../groundtruth/{}.png", "lung": "../masks/{}_mask.png"}
 MASKS |= {"isic": "../../ISIC2018_Task1_Training_GroundTruth/{}_segmentation.png"}
 IMAGES = {"deepglobe": "{}/test/origin/{}.jpg", "isic": "ISIC2018_Task1-2_Training_Input/{}/{}.jpg"}

@@ -272,20 +272,15 @@ def test_all_parts_off_is_pfenet(random_backbone, kind, shots, scales):
 # ---------------- the whole model
 
 
+EVIDENCE = {"fem_prior": True, "do_similarity": True, "detach_initial": True}
 ROWS = {  # of Table 3, and the other networks
     "pfenet": {"bgem": False, "doem": False},
     "bgem": {"doem": False},
     "authors": {},
     "printed": {"elimination": "single", "do_average": "region"},
     "printed bgem": {"elimination": "single", "doem": False},
-    "ours": {
-        "elimination": "single",
-        "fem_prior": True,
-        "do_similarity": True,
-        "detach_initial": True,
-        "relative_target": True,
-    },
-    "ours at each scale": {"fem_prior": True, "do_similarity": True, "detach_initial": True},
+    "ours": {"elimination": "single", "relative_target": True, **EVIDENCE},
+    "ours at each scale": EVIDENCE,
 }
 every_row = pytest.mark.parametrize("row", ROWS)
 
