@@ -25,7 +25,6 @@ from tests.harness import (
     load,
     refused,
     sha256,
-    short_run,
     succeeded,
     test_command,
 )
@@ -224,16 +223,12 @@ def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
         assert picture.height > 4 * 65 and picture.width > 4 * 65  # four episodes, at least four tiles each
 
 
-def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
-    config: Path, mixed: Path, tmp_path: Path
-) -> None:
+def test_panels_show_the_best_worst_and_random_episodes(config: Path, mixed: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/best.pt"
     checkpoint.parent.mkdir()
     shutil.copy(mixed, checkpoint)
-    switches = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
-    baseline = short_run(config, tmp_path / "pfenet", *switches) / "last.pt"
     command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9]
-    result = succeeded(call(test_command, *command, "--save-panels", 2, "--baseline-checkpoint", baseline))
+    result = succeeded(call(test_command, *command, "--save-panels", 2))
     folder = checkpoint.parent / "panels"
     assert str(folder / "contact_sheet.png") in result.out
     names = sorted(path.name for path in folder.iterdir())
@@ -242,17 +237,15 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     ]
     sizes = {name: Image.open(folder / name).size for name in names}
     width, height = sizes.pop("contact_sheet.png")
-    (single,) = set(sizes.values())  # one row each, as wide as the sheet; with the baseline's column
+    (single,) = set(sizes.values())  # one row each, as wide as the sheet
     assert (width, height) == (single[0], 6 * (single[1] - GAP) + GAP)
-    assert single[0] == 7 * (TILE + GAP) + GAP
+    assert single[0] == 6 * (TILE + GAP) + GAP
 
 
 def test_options_that_make_no_sense_are_refused(config: Path, short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     command: list[Any] = ["--config", config, "--checkpoint", short / "best.pt", "eval.episodes=2"]
     for arguments, words in (
-        (["--save-panels", 0], ["--save-panels", "at least 1"]),
-        (["--baseline-checkpoint", "x.pt"], ["--save-panels N"]),
         (["--seeds", "-1"], ["--seeds", "different whole numbers"]),
         (["--out", "LICENSE/results.json"], ["LICENSE/results.json"]),
     ):
