@@ -303,7 +303,11 @@ class Config(Section):
 
 
 def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, its base, files that vary it (configs/ablation/*.yaml), and ``key=value`` overrides."""
+    """Read a config file, its base, files that vary it (configs/ablation/*.yaml), and ``key=value`` overrides.
+
+    Raises:
+        UserError: naming the file (or the command line), the key and the remedy.
+    """
     path, *variants = [paths] if isinstance(paths, Path) else paths
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
@@ -375,7 +379,11 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of keys and values."""
+    """Read a YAML file of keys and values.
+
+    Raises:
+        UserError: it cannot be read, is no valid YAML, or holds something else.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 (a subclass of SafeLoader)
     except FileNotFoundError as error:
