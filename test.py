@@ -57,8 +57,6 @@ def main() -> None:
         network, config = load_across(config, hardware, args.checkpoint)
     elif args.checkpoint is not None:
         network = load_network(config, hardware, args.checkpoint)
-    other = args.baseline_checkpoint
-    baseline = None if other is None else load_network(config, hardware, other, ablation=True).model
     counts: dict[str, np.ndarray] = {}
     began = time.perf_counter()
     for title, method in choose_methods(args, config, hardware, index, together, network):
@@ -89,7 +87,7 @@ def main() -> None:
         print(f"image: {args.panel}")
     if args.save_panels is not None and network is not None and args.checkpoint is not None:
         folder, of_first = args.checkpoint.parent / "panels", counts["network"][: len(episodes[0])]
-        save_panels(folder, args.save_panels, network.model, baseline, first_seed, of_first, config, hardware)
+        save_panels(folder, args.save_panels, network.model, first_seed, of_first, config, hardware)
         print(f"panels: {folder}, all of them in {folder / 'contact_sheet.png'}")
 
 
@@ -114,7 +112,6 @@ def read_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--episodes-from", type=Path, metavar="F", help="evaluate exactly the episodes of this file")
     parser.add_argument("--panel", type=Path, help="write an image of the first episodes here, as PNG")
     parser.add_argument("--save-panels", type=int, metavar="N", help="draw the N best, worst and random episodes")
-    parser.add_argument("--baseline-checkpoint", type=Path, metavar="F", help="an ablation to show in the panels")
     args, overrides = parse_arguments(parser)
     refuse_contradictions(args)
     for path, suffix in ((args.out, ".json"), (args.panel, ".png"), (args.write_episodes, ".jsonl")):
@@ -144,10 +141,6 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         raise UserError("--predictions are of written episodes: give --episodes-from F.jsonl as well")
     if (args.backbone or args.weights != "imagenet") and not (args.backbone and args.baselines):
         raise UserError("--backbone is of --baselines, and --weights of --backbone; a network's is model.backbone=...")
-    if args.save_panels is not None and args.save_panels < 1:
-        raise UserError(f"--save-panels must be at least 1, got {args.save_panels}")
-    if args.baseline_checkpoint and args.save_panels is None:
-        raise UserError("--baseline-checkpoint is shown in the panels only; give --save-panels N as well")
     if args.checkpoint is None and (args.panel or args.save_panels):
         raise UserError("--panel and --save-panels show a network: give --checkpoint as well")
 

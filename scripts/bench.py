@@ -3,14 +3,12 @@
     python scripts/bench.py --mode train [--backbone resnet50] [--batch 2] [--shots 1] [--precision fp32] [key=value]
     python scripts/bench.py --mode eval [--episodes 1000] [--images 450] [--shots 1] [--precision fp32]
     python scripts/bench.py --mode loader [--images 450]
-    python scripts/bench.py --mode page [--out bench.md]
 
 train: a training step (forward, loss, backward, SGD) and the plain one in turn; peak memory of --repeats steps in a
     process of their own (on CUDA: of the allocator); largest differences of logits and loss, without dropout.
 eval: util.engine.evaluation.evaluate on all episodes, against one episode after another. Only --plain-episodes of the
     latter are run, and their time is scaled; their pixel counts are compared.
 loader: training images a second in one process, from JPEG and PNG files to batches.
-page: all modes in a short form, at each precision of the device, as one Markdown page about this machine.
 
 The plain formulation is tests/plain.py, in fp32. Images of 500x375 pixels are drawn and weights are random, so nothing
 is downloaded.
@@ -19,7 +17,6 @@ is downloaded.
 import argparse
 import itertools
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -55,14 +52,11 @@ from util.engine.build import (
     build_model,
     build_optimizer,
     build_train_sampler,
-    find_hardware,
     forward,
     select_hardware,
     training_batches,
 )
 from util.engine.evaluation import NetworkMethod, evaluate
-from util.engine.record import environment, processor
-from util.files import require_writable, write_text
 from util.progress import progress
 
 R = TypeVar("R")
@@ -70,8 +64,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SIZE = (500, 375)
 TRAINING_IMAGES = 80  # enough for every base class to have some
 NUMBERS = {"size": 473, "batch": 2, "shots": 1, "repeats": 5, "images": 450, "episodes": 1000, "plain-episodes": 20}
-SHORT = {"repeats": 2, "images": 60, "episodes": 100, "plain_episodes": 4}  # at most, with --mode page
-HEAD = ("", "plain", "ours", "times faster", "peak MiB, plain", "peak MiB, ours", "speed and agreement")
 
 
 class Result(NamedTuple):
@@ -86,31 +78,28 @@ class Result(NamedTuple):
     memory: Sequence[float] = ()
     """peak memory of the plain formulation and of ours, MiB"""
 
-    def row(self) -> list[str]:
-        """Return the cells of a table under ``HEAD``."""
-        times = ["" if seconds is None else f"{seconds:.3g} s" for seconds in (self.plain, self.ours)]
-        ratio = f"{self.plain / self.ours:.2f}" if self.plain and self.ours else ""
-        return [self.measured, *times, ratio, *([f"{mib:.0f}" for mib in self.memory] or ["", ""]), self.text]
+    def __str__(self) -> str:
+        lines = [self.measured, self.text]
+        if self.ours:
+            lines.append(f"ours: {self.ours:.3g} s")
+        if self.plain and self.ours:
+            lines.append(f"plain: {self.plain:.3g} s, {self.plain / self.ours:.2f} times as long")
+        if self.memory:
+            lines.append("peak memory: plain {:.0f} MiB, ours {:.0f} MiB".format(*self.memory))
+        return "\n  ".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mode", choices=[*MODES, "page"], required=True)
+    parser.add_argument("--mode", choices=MODES, required=True)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="fp32", help="of ours; the plain one is fp32, or tf32 with it")
     for name, default in NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{default} by default")
-    parser.add_argument("--out", type=Path, default=Path("bench.md"), help="file that --mode page writes")
     args, overrides = parse_arguments(parser)
-    if args.mode == "page":
-        require_writable(args.out, ".md")
-        page(args, overrides)
-        return
     with tempfile.TemporaryDirectory() as folder:
-        result = MODES[args.mode](args, overrides, Path(folder))
-    cells = zip(HEAD[1:], result.row()[1:], strict=True)
-    print("\n  ".join([result.measured, *(f"{name}: {cell}" for name, cell in cells if cell)]))
+        print(MODES[args.mode](args, overrides, Path(folder)))
 
 
 # ---------------------------------------------------------------- train
@@ -247,36 +236,6 @@ def bench_loader(args: argparse.Namespace, overrides: Sequence[str], root: Path)
     seconds, images = timed(lambda: sum(batch.pixels.shape[:2].numel() for batch in batches))
     measured = f"loading {images} images of {SIZE[0]}x{SIZE[1]} to {args.size} px in one process"
     return Result(measured, f"{images / seconds:.0f} images/s", None, seconds)
-
-
-def page(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Run every mode in a short form and write the page."""
-    device, best = find_hardware(args.device, "auto")
-    cuda, auto = device.type == "cuda", "fp32" if best == torch.float32 else "bf16"
-    both = list(dict.fromkeys(["fp32", auto]))
-    runs: list[tuple[str, dict[str, Any], list[str]]] = [("train", {"precision": auto, "shots": 5}, [])]
-    runs += [("train", {"precision": name}, []) for name in (["fp32", "tf32", "bf16", "fp16"] if cuda else both)]
-    runs += [("train", {"precision": auto}, ["train.compile=true"])] if cuda else []
-    runs += [("eval", {"precision": name}, []) for name in both]
-    short = {name: min(getattr(args, name), most) for name, most in SHORT.items()}
-    results = []
-    for mode, options, more in [*runs, ("loader", {}, [])]:
-        title = " ".join([mode, *map(str, options.values()), *more])
-        print(title, flush=True)
-        chosen = argparse.Namespace(**{**vars(args), **short, **options, "mode": mode})
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                results.append(MODES[mode](chosen, [*overrides, *more], Path(folder)))
-            except RuntimeError as error:  # no memory, or no compiler: the other rows are still of use
-                results.append(Result(title, f"failed: {str(error).strip().splitlines()[0]:.150}"))
-    known = environment(device)
-    lines = [f"# {known['device']}", "", f"- processor: {processor()}, {os.cpu_count()} cores"]
-    lines += [f"- CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"] if cuda else []
-    lines += [f"- {name}: {known[name]}" for name in ("platform", "python", "torch", "git_revision", "git_clean")]
-    lines += [f"- `python scripts/bench.py {' '.join(sys.argv[1:])}`", ""]
-    rows = [HEAD, ["---"] * len(HEAD), *(result.row() for result in results)]
-    write_text(args.out, "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n")
-    print(f"written: {args.out}")
 
 
 # ---------------------------------------------------------------- shared by the modes

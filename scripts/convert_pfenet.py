@@ -22,7 +22,7 @@ from util.command import run_command
 from torch import Tensor
 
 from model.backbone import fuse_batch_norm
-from model.weights import WeightsError, read_weights
+from model.weights import read_weights
 from util.config import TASK, keys_with, load_config
 from util.engine.build import build_model
 from util.engine.checkpoint import save_checkpoint
@@ -60,14 +60,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="where to write ours, a .pt file")
     args = parser.parse_args()
     require_writable(args.out, ".pt")
-    try:
-        published, sha256 = read_weights(args.pfenet)  # without 'module.'; no code in the file is run
-    except WeightsError as error:
-        problem = str(error).partition(";")[0]
-        raise UserError(
-            f"{problem}; give a .pth file of PFENet as it was published, and if it holds more, its state dict alone:"
-            " torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), if you trust its source"
-        ) from error
+    published, sha256 = read_weights(args.pfenet)  # without 'module.'; no code in the file is run
     backbone, deep_stem = recognise(published, args.pfenet)
 
     config_file = f"configs/pascal/{backbone}_fold0_1shot.yaml"

@@ -5,26 +5,22 @@ r"""Lists for your own data set, from a folder of images and one of masks, or fr
 
 An image and its mask have the same name but for the suffix, in the same subfolder; all masks may have one ending more,
 such as _mask. If both are in one folder, give it twice. Masks are PNGs whose grey values or palette indices are class
-ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked. train.txt and val.txt
-hold 'image mask' lines relative to --root. Every class has about --val of its images in val and, if there are enough,
-at least two in each list, which a 1-shot episode needs. A config for these data is written next to the lists, here
-data/mine/lists/mine.yaml, if there is none yet.
+ids: 0 background, classes 1, 2, ... without gaps, 255 ignored. Every file is opened and checked. Every class has about
+--val of its images in val.txt and, if there are enough, at least two in each list, which a 1-shot episode needs. A
+config for these data is written next to the lists, here data/mine/lists/mine.yaml, if there is none yet.
 
     ... --images data/mine/images --masks data/mine/masks --colours labelmap.txt   # coloured masks, or ids with gaps
     ... --coco result.json [--images data/mine/images]                             # COCO's JSON of your own classes
 
 write masks of class ids into ROOT/class_ids first. labelmap.txt has a line 'name:r,g,b' for each class, as CVAT writes
-it; background and void are no classes. The images that a JSON names are looked for next to it, or in --images. Classes
-that no mask shows are in data.left_out.
+it. The images that a JSON names are looked for next to it, or in --images. Classes that no mask shows are left out.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
 ROOT holds a folder for each class, named after it, such as FSS-1000's: images with their masks, 1.jpg with 1.png and so
-on. A mask is black and white, the class in white. Written to OUT are classes.txt (all, in the order of their ids),
-{train,val,test}_classes.txt, train.txt ('image mask' lines of the training classes) and val.txt (of the others).
-
-24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of test_classes.txt and
-val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a config are printed.
+on, the class in white on black. 24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of
+test_classes.txt and val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a
+config are printed.
 
     python scripts/make_lists.py --layout deepglobe --root data/deepglobe --out lists/deepglobe
 

@@ -8,9 +8,8 @@ https://cocodataset.org/#download: train2014/, val2014/ and annotations/instance
   lists/coco/{train,val}.txt       a line 'image mask' for each of them, sorted
 
 Values are 0 background, 1-80 the categories in the order of their ids (which run to 90, with gaps), 255 ignored.
-Overlaps: crowd regions (iscrowd = 1) are painted first, with 255; then the other instances by decreasing area in
-pixels, equal areas by ascending annotation id. So a smaller instance covers a larger one, and every instance covers
-crowds. Polygons of fewer than 3 points cover nothing.
+Overlaps: crowds are painted first, with 255; then the other instances by decreasing area in pixels, equal areas by
+ascending annotation id. Polygons of fewer than 3 points cover nothing.
 
 After an interruption the same command continues: masks that are newer than the annotations are kept.
 """

@@ -87,7 +87,7 @@ def bgmm(model: NTRENet, x: Tensor) -> Tensor:
     part = model.bgmm
     hidden = concat(part.conv, x, part.prototype).relu()
     if isinstance(part, DeepBGMM):
-        hidden = part.dropout(hidden)
+        hidden = part.dropout(hidden.clone())  # it works in place, and the gradient of the ReLU needs its result
         hidden = part.refine(hidden) + hidden
     logits: Tensor = part.classifier(hidden)
     return logits

@@ -23,7 +23,6 @@ from tests.harness import (
     evaluated,
     load,
     sha256,
-    short_run,
     succeeded,
     test_command,
 )
@@ -213,16 +212,12 @@ def test_the_table_names_fold_classes_and_scores(tested: Tested) -> None:
     assert beside_progress_bars(result.err) == []
 
 
-def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
-    config: Path, mixed: Path, tmp_path: Path
-) -> None:
+def test_panels_show_the_best_worst_and_random_episodes(config: Path, mixed: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/best.pt"
     checkpoint.parent.mkdir()
     shutil.copy(mixed, checkpoint)
-    switches = ["model.bgem=false", "model.doem=false", "loss.pcl=0"]
-    baseline = short_run(config, tmp_path / "pfenet", *switches) / "last.pt"
     command = ["--config", config, "--checkpoint", checkpoint, "--episodes", 9, "--panel", tmp_path / "panel.png"]
-    result = succeeded(call(test_command, *command, "--save-panels", 2, "--baseline-checkpoint", baseline))
+    result = succeeded(call(test_command, *command, "--save-panels", 2))
     assert min(Image.open(tmp_path / "panel.png").size) > 4 * TILE  # four episodes, at least four tiles each
     folder = checkpoint.parent / "panels"
     assert str(folder / "contact_sheet.png") in result.out
@@ -230,5 +225,5 @@ def test_panels_show_the_best_worst_and_random_episodes_with_a_baseline_beside(
     assert [name.split("_")[:2] for name in names if name != "contact_sheet.png"] == [
         [kind, rank] for kind in ("best", "random", "worst") for rank in "12"
     ]
-    for name in names:  # seven columns: the baseline's is one of them
-        assert Image.open(folder / name).width == 7 * (TILE + GAP) + GAP
+    for name in names:  # six columns
+        assert Image.open(folder / name).width == 6 * (TILE + GAP) + GAP

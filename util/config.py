@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -302,7 +303,7 @@ class Config(Section):
 
 
 def load_config(paths: Path | Sequence[Path], overrides: Sequence[str] = ()) -> Config:
-    """Read a config file, its base, files that vary it (such as configs/ablation/*.yaml), and ``key=value`` overrides.
+    """Read a config file, its base, files that vary it (configs/ablation/*.yaml), and ``key=value`` overrides.
 
     Raises:
         UserError: naming the file (or the command line), the key and the remedy.
@@ -465,15 +466,15 @@ def keys_with(*kinds: Kind) -> frozenset[str]:
     return frozenset(key for key, kind in keys.items() if kind in kinds)
 
 
-PROTOCOLS = Path(__file__).resolve().parent.parent / "configs/protocol"
+@cache
+def _protocols() -> dict[str, dict[str, Any]]:
+    folder = Path(__file__).resolve().parent.parent / "configs/protocol"
+    return {path.stem: dict(flatten(read_yaml(path))) for path in sorted(folder.glob("*.yaml"))}
 
 
 def protocol_of(values: Mapping[str, Any]) -> str | None:
     """Return the file of configs/protocol that says what these values of :func:`flatten` say, by name, if one does."""
-    for path in sorted(PROTOCOLS.glob("*.yaml")):
-        if all(values.get(key) == value for key, value in flatten(read_yaml(path))):
-            return path.stem
-    return None
+    return next((name for name, settings in _protocols().items() if settings.items() <= values.items()), None)
 
 
 NOT_A_DEPARTURE = ("model.backbone", "model.weights", "model.fem_scales")

@@ -26,8 +26,7 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 HIDDEN = (".", "__MACOSX", "@eaDir")  # how the names begin that Jupyter, macOS and network drives leave in folders
 
 TINT = 8  # up to this difference between its channels a colour counts as grey, since JPEG tints
-SOFT_BORDER = 0.25
-"""up to this share of a mask's pixels, values between black and white are taken for a soft border"""
+SOFT_BORDER = 0.25  # up to this share of a mask's pixels, values between black and white are taken for a soft border
 
 VOC_PALETTE = bytes(
     sum((i >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(8)) for i in range(256) for channel in range(3)

@@ -85,17 +85,13 @@ class TrainedNetwork(NamedTuple):
     """the data set, if it is tested on another, and the fold, if that is another"""
 
 
-def load_network(config: Config, hardware: Hardware, path: Path, *, ablation: bool = False) -> TrainedNetwork:
+def load_network(config: Config, hardware: Hardware, path: Path) -> TrainedNetwork:
     """Build the network of a checkpoint, which must have been trained for this config's fold and network.
 
     A converted checkpoint lists the keys that it does not record ('unknown'); they are taken from ``config``.
-    If ``ablation``, another network on the same fold is accepted.
     """
     checkpoint = load_checkpoint(path)
     saved, unknown = saved_config(checkpoint, path), checkpoint.get("unknown", ())
-    if ablation:
-        scales = {"fem_scales": config.model.fem_scales}
-        config = config.model_copy(update={"model": saved.model.model_copy(update=scales)})
     require_same(saved, config, path, unknown=unknown)
     model = build_saved_model(config, checkpoint, path).to(hardware.device)
     if "data.fold" in unknown:

@@ -25,30 +25,45 @@ Images are RGB (H, W, 3) uint8, each of its own size; a support's mask is (H, W)
 """
 
 
-class Pixels(NamedTuple):
-    """An image (H, W, 3) and its mask of class ids (H, W), both uint8."""
+class Entry(NamedTuple):
+    """An image as its method keeps it, and its mask of class ids (H, W), uint8."""
 
-    image: np.ndarray
+    image: Any
     ids: Tensor
 
 
 class PixelMethod(Method):
-    """A method that needs nothing but images and masks at their own sizes; subclasses predict."""
+    """A method that reads images and masks at their own sizes; subclasses predict.
 
-    def __init__(self, owner: object) -> None:
+    Args:
+        prepare: an image (H, W, 3) -> the image as it is kept, of about so many ``more_bytes``, on ``device``.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        prepare: Callable[[np.ndarray], Any] = lambda image: image,
+        more_bytes: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.owner, self.read = (owner,), _read
+        self.prepare, self.more_bytes, self.device = prepare, more_bytes, device
 
     def keys(self, episode: EpisodeFiles, value: int) -> list[Key]:
         """Return one key for each image."""
         return [(line, IMAGE) for line in (episode.query, *episode.supports)]
 
     def nbytes(self, key: Key) -> int:
-        """Estimate the bytes of an image and mask of 500 x 500."""
-        return 4 * 500**2
+        """Estimate the bytes of an image and mask of 500 x 500, and of what is kept of the image."""
+        return 4 * 500**2 + self.more_bytes
 
     def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
-        """Keep the pixels."""
-        return {(line, part): Pixels(samples[line][0], torch.from_numpy(samples[line][1])) for line, part in missing}
+        """Prepare each image."""
+        entries: dict[Key, Any] = {}
+        for key in missing:
+            image, ids = samples[key[0]]
+            entries[key] = Entry(self.prepare(image), torch.from_numpy(ids).to(self.device))
+        return entries
 
 
 class FunctionMethod(PixelMethod):

@@ -47,21 +47,14 @@ def heat(values: np.ndarray) -> np.ndarray:
     return cv2.cvtColor(coloured, cv2.COLOR_BGR2RGB)
 
 
-def episode_tiles(batch: Episode, output: NTRENetOutput, n: int, baseline: Tensor | None = None) -> list[Tile]:
-    """Draw episode ``n`` of a batch from left to right: inputs, maps, prediction.
-
-    Maps that an ablation lacks are left out; ``baseline`` holds another network's logits, (B, 1, S, S).
-    """
+def episode_tiles(batch: Episode, output: NTRENetOutput, n: int) -> list[Tile]:
+    """Draw episode ``n`` of a batch from left to right: inputs, maps (an ablation lacks some), prediction."""
     query, support = (x.permute(1, 2, 0).cpu().numpy() for x in (batch.query[n], batch.supports[n, 0]))
     ground_truth, support_mask = batch.query_mask[n].cpu().numpy(), batch.support_masks[n, 0].cpu().numpy()
     size = (query.shape[0], query.shape[1])
 
     def full(values: Tensor) -> np.ndarray:
         return resize(values[n : n + 1].float(), size)[0, 0].cpu().numpy()
-
-    def prediction(title: str, logits: Tensor) -> Tile:
-        mask = (logits[n, 0] > 0).cpu().numpy() & (ground_truth != IGNORE)
-        return f"{title}, IoU {100 * mask_iou(mask, ground_truth):.0f}", overlay(query, mask, TARGET)
 
     tiles = [
         ("support", overlay(support, support_mask == 1, TARGET)),
@@ -72,23 +65,19 @@ def episode_tiles(batch: Episode, output: NTRENetOutput, n: int, baseline: Tenso
         tiles.append(("background", heat(full(output.query_bg_logits.float().sigmoid()))))
     if output.eliminated:
         tiles.append(("distracting", overlay(query, full(output.eliminated[0].do_mask) > 0.5, DISTRACTOR)))
-    if baseline is not None:
-        tiles.append(prediction("baseline", baseline))
-    return [*tiles, prediction("prediction", output.logits)]
+    mask = (output.logits[n, 0] > 0).cpu().numpy() & (ground_truth != IGNORE)
+    return [*tiles, (f"prediction, IoU {100 * mask_iou(mask, ground_truth):.0f}", overlay(query, mask, TARGET))]
 
 
-def episode_rows(
-    model: NTRENet, loader: Iterable[Episode], *, hardware: Hardware, baseline: NTRENet | None = None
-) -> list[list[Tile]]:
-    """Run every episode of a loader through the model (and another network), and draw it."""
+def episode_rows(model: NTRENet, loader: Iterable[Episode], *, hardware: Hardware) -> list[list[Tile]]:
+    """Run every episode of a loader through the model, and draw it."""
     model.eval()
     rows: list[list[Tile]] = []
     for batch in loader:
         on_device = batch.to(hardware.device)
         with torch.inference_mode():
             output = forward(model, on_device, hardware)
-            other = None if baseline is None else forward(baseline.eval(), on_device, hardware).logits
-        rows += [episode_tiles(on_device, output, n, other) for n in range(len(batch.names))]
+        rows += [episode_tiles(on_device, output, n) for n in range(len(batch.names))]
     return rows
 
 
@@ -115,7 +104,6 @@ def save_panels(
     folder: Path,
     number: int,
     model: NTRENet,
-    baseline: NTRENet | None,
     source: EpisodeList,
     counts: np.ndarray,
     config: Config,
@@ -129,7 +117,7 @@ def save_panels(
         old.unlink()
     sheet = []
     for kind, chosen in choose(iou(counts), number).items():
-        drawn = episode_rows(model, build_eval_loader(config, source, chosen), hardware=hardware, baseline=baseline)
+        drawn = episode_rows(model, build_eval_loader(config, source, chosen), hardware=hardware)
         for rank, (episode, row) in enumerate(zip(chosen, drawn, strict=True), 1):
             name = config.data.classes[source(episode).class_id - 1]
             sheet.append([(f"{kind} {rank}: {name}", row[0][1]), *row[1:]])

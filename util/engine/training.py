@@ -15,7 +15,7 @@ from model.losses import NTRELoss
 from model.ntrenet import NTRENet, NTRENetOutput
 from model.parallel import processes, rank
 from model.weights import WeightsInfo
-from util.config import Config, config_from_dict, read_yaml
+from util.config import Config
 from util.data.dataset import Episode
 from util.data.episodes import too_few
 from util.data.folds import base_classes, novel_classes
@@ -209,9 +209,6 @@ def start_or_resume(config: Config, hardware: Hardware, list_sha256: dict[str, s
     checkpoint, path = _checkpoint_to_resume(config, list_sha256)
     torch.manual_seed(config.seed)
     if checkpoint is None:
-        started = Path(config.run_dir) / "config.yaml"
-        if started.exists():
-            require_same(config_from_dict(read_yaml(started), str(started)), config, started, resume=True)
         with first_process_first():
             model, weights = build_model(config)
     else:

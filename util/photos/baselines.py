@@ -1,7 +1,7 @@
 """Training-free segmentation as a method that util/engine/evaluation.py scores: test.py --baselines."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,13 +16,6 @@ from util.photos.edges import sharp_mask
 from util.photos.segmenter import EncodedQuery, TrainingFreeSegmenter
 
 
-class Entry(NamedTuple):
-    """An encoded image and its mask of class ids (H, W), uint8."""
-
-    query: EncodedQuery
-    ids: Tensor
-
-
 class TrainingFreeMethod(PixelMethod):
     """Training-free segmentation without and with edges: 'training_free' and 'training_free_edges'.
 
@@ -30,22 +23,10 @@ class TrainingFreeMethod(PixelMethod):
     """
 
     def __init__(self, segmenter: TrainingFreeSegmenter) -> None:
-        super().__init__((segmenter.model, segmenter.side, segmenter.hardware.precision))
+        model, side, hardware = segmenter.model, segmenter.side, segmenter.hardware
+        features = 4 * model.channels * model.backbone.map_side(side) ** 2  # bytes, in float32
+        super().__init__((model, side, hardware.precision), segmenter.encode_query, features, hardware.device)
         self.segmenter = segmenter
-
-    def nbytes(self, key: Key) -> int:
-        """Estimate the bytes of a square image's features, in float32, and of an image and mask of 500 x 500."""
-        model = self.segmenter.model
-        return 4 * model.channels * model.backbone.map_side(self.segmenter.side) ** 2 + 4 * 500**2
-
-    def encode(self, missing: Sequence[Key], samples: Mapping[int, Any], held: Mapping[Key, Any]) -> dict[Key, Any]:
-        """Compute the features of each image."""
-        entries: dict[Key, Any] = {}
-        for line, part in missing:
-            image, ids = samples[line]
-            ids = torch.from_numpy(ids).to(self.segmenter.hardware.device)
-            entries[line, part] = Entry(self.segmenter.encode_query(image), ids)
-        return entries
 
     def predict(
         self, episodes: Sequence[EpisodeFiles], values: Sequence[int], held: Mapping[Key, Any]
@@ -53,12 +34,12 @@ class TrainingFreeMethod(PixelMethod):
         """Return probabilities minus one half."""
         scores: dict[str, list[Tensor]] = {"training_free": [], "training_free_edges": []}
         for episode, value in zip(episodes, values, strict=True):
-            query: EncodedQuery = held[episode.query, IMAGE].query
+            query: EncodedQuery = held[episode.query, IMAGE].image
             target = []
             for support, ids in (held[line, IMAGE] for line in episode.supports):
                 target.append(self.segmenter.describe(support.features, target_of(ids, value).cpu().numpy()))
             probability = self.segmenter.segment_encoded(target, query).probability
             sharp = sharp_mask(probability, query.pixels).astype(np.float32)
             for name, values_of in zip(scores, (probability, sharp), strict=True):
-                scores[name].append(torch.from_numpy(values_of).to(self.segmenter.hardware.device) - 0.5)
+                scores[name].append(torch.from_numpy(values_of).to(self.device) - 0.5)
         return scores
