@@ -52,14 +52,15 @@ class Described(NamedTuple):
     """(m,) in [0, 1], the share of each position that is target"""
     other: Tensor
     """(m,) in [0, 1], the share of each position that is neither target nor ignored"""
-    negative: Tensor
+    negative: Tensor | None = None
     """(m,) in [0, 1], the share of each position that was given as what the target is not; it is in ``other`` too"""
 
 
 def join(supports: Sequence[Described]) -> Described:
     """Join the positions of several supports; their order does not matter."""
-    features, *shares = zip(*supports, strict=True)
-    return Described(torch.cat(features, 1), *(torch.cat(share) for share in shares))
+    features, targets, others, given = zip(*supports, strict=True)
+    negatives = [torch.zeros_like(o) if n is None else n for o, n in zip(others, given, strict=True)]
+    return Described(torch.cat(features, 1), torch.cat(targets), torch.cat(others), torch.cat(negatives))
 
 
 def as_negative(example: Described) -> Described:
@@ -90,30 +91,30 @@ def describe_support(feature: Tensor, layers: Tensor, stride: int = 8, offset: i
     """
     padding = offset * (stride // 2)
     seen = F.avg_pool2d(layers, stride + offset, stride, padding, count_include_pad=False).flatten(1)
-    return Described(feature.flatten(1), seen[0], seen[1], torch.zeros_like(seen[0]))
+    return Described(feature.flatten(1), seen[0], seen[1])
 
 
 def nearest(query: Tensor, feature: Tensor, share: Tensor) -> Tensor:
-    """Compute the similarity of each query position (C, n) to the nearest of the positions (C, m) that count, (n,).
+    """Compute the similarity of each query position (C, n) to the nearest support position (C, m) that counts, (n,).
 
-    Those with at least half of the largest share count, because a target of a few pixels fills no position.
+    Those with at least half of the largest share (m,) count, because a target of a few pixels fills no position. If
+    all shares are 0, it is 0.
     """
-    counts = (share > 0) & (share >= 0.5 * share.max())
-    return (feature[:, counts].T @ query).amax(0) if counts.any() else query.new_zeros(query.shape[1])
+    counts = (share >= 0.5 * share.max()).nonzero()[:, 0]  # torch.export takes no boolean index here
+    return torch.where(share.any(), (feature.index_select(1, counts).T @ query).amax(0), 0.0)
 
 
 def standardised(x: Tensor) -> Tensor:
     """Divide (n,) by its standard deviation, without centring; zeros if all values are the same."""
     std = x.std(correction=0)
-    return x / std if std > 1e-6 else torch.zeros_like(x)
+    return torch.where(std > 1e-6, x / std, 0.0)
 
 
 def self_support(query: Tensor, score: Tensor, target: Tensor, other: Tensor) -> Tensor:
     """Compute the score (n,) again with the query's own prototypes added to those of the supports."""
-    order = score.argsort(descending=True, stable=True)
-    highest, lowest = (max(1, round(share * len(order))) for share in (TARGET_SHARE, OTHER_SHARE))
-    own_target = unit(query[:, order[:highest]].mean(1))
-    own_other = unit(query[:, order[-lowest:]].mean(1))
+    highest, lowest = (max(1, round(share * len(score))) for share in (TARGET_SHARE, OTHER_SHARE))
+    own_target = unit(query[:, score.topk(highest).indices].mean(1))
+    own_other = unit(query[:, score.topk(lowest, largest=False).indices].mean(1))
     d3 = (unit(target + own_target) - unit(other + own_other)) @ query
     return standardised(score) + standardised(d3)
 
@@ -132,13 +133,12 @@ def target_score(query: Tensor, supports: Described) -> Tensor:
     target, other = prototypes(supports)
     near_target, near_other = (nearest(query, supports.feature, share) for share in (supports.target, supports.other))
     d1, d2 = (target - other) @ query, near_target - near_other
-    if not supports.other.any():
-        d1, d2 = d1 - d1.mean(), d2 - d2.mean()
+    d1, d2 = (torch.where(supports.other.any(), d, d - d.mean()) for d in (d1, d2))
     score = standardised(d1) + standardised(d2)
     for _ in range(PASSES):
         score = self_support(query, score, target, other)
     score = standardised(score)
-    if supports.negative.any():
+    if supports.negative is not None and supports.negative.any():
         n = near_target - nearest(query, supports.feature, supports.negative)
         score = standardised(score + NEGATIVE_WEIGHT * standardised(n).clamp(max=0))
     return score.unflatten(0, size)
@@ -157,8 +157,7 @@ def episode_scores(query: Tensor, supports: Tensor, target: Tensor, other: Tenso
     with torch.autocast(query.device.type, enabled=False):
         scores = []
         for q, s, t, o in zip(query.float(), supports.float(), target.float(), other.float(), strict=True):
-            feature, shares = unit(s.transpose(0, 1).flatten(1)), (t, o, torch.zeros_like(o))
-            described = Described(feature, *(share.flatten() for share in shares))
+            described = Described(unit(s.transpose(0, 1).flatten(1)), t.flatten(), o.flatten())
             scores.append(target_score(unit(q), described))
         return torch.stack(scores).unsqueeze(1)
 

@@ -70,10 +70,16 @@ def test_an_onnx_file_gives_the_networks_probability(checkpoint: Path, tmp_path:
     "variant",
     [
         ["model.bgem=false", "model.doem=false", "loss.pcl=0"],
-        ["model.elimination=single", "model.fem_prior=true", "model.do_similarity=true", "model.relative_target=true"],
+        [
+            "model.elimination=single",
+            "model.fem_prior=true",
+            "model.do_similarity=true",
+            "model.relative_target=true",
+            "model.training_free=true",
+        ],
         ["model.base_learner=true"],
     ],
-    ids=["pfenet", "ours without the training-free score", "base learner"],
+    ids=["pfenet", "ours", "base learner"],
 )
 def test_every_network_exports(variant: list[str], tmp_path: Path) -> None:
     checkpoint, out = write_checkpoint(tmp_path / "variant.pt", *variant), tmp_path / "a.pt2"

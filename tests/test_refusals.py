@@ -24,6 +24,10 @@ IMAGE, MASK = "JPEGImages/{}_00003.jpg", "SegmentationClassAug/{}_00003.png"
 # ---------------------------------------------------------------- configs and the command line
 
 
+def test_windows_is_refused() -> None:
+    refused(process("-c", "import sys; sys.modules['fcntl'] = None; import util.command"), "Windows is not supported")
+
+
 def test_the_command_itself_ends_in_one_line(config: Path, tmp_path: Path) -> None:
     """As a process: a typo in a config, and a checkpoint that is code."""
     broken, code = tmp_path / "typo.yaml", tmp_path / "code.pt"

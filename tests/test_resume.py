@@ -1,6 +1,8 @@
 """Runs that are stopped or killed anywhere, and runs of several processes, equal one run in one go."""
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import json
 import os
@@ -39,6 +41,7 @@ from tests.harness import (
 )
 from util.engine import build, evaluation, training
 from util.engine.checkpoint import load_checkpoint, save_checkpoint
+from util.files import held_alone
 
 EACH_STEP = "train.checkpoint_minutes=0"
 """saves after every step"""
@@ -193,6 +196,29 @@ def test_a_run_of_so_many_steps_ends_inside_an_epoch_and_resumes_there(
     assert lines[-1]["loss"]["total"] == pytest.approx(sum(last) / 3, rel=1e-5)
 
 
+def test_a_signal_in_the_very_last_write_is_heeded(
+    config: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, fsync = copy_of(run, tmp_path / "run"), os.fsync
+    best = load(folder / "best.pt")
+    del best["threshold"]
+    torch.save(best, folder / "best.pt")
+
+    def asked(file: int) -> None:
+        if list(folder.glob("best.pt.*.tmp")):
+            os.kill(os.getpid(), signal.SIGTERM)
+        fsync(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", asked)
+        result = call(train, "--config", config, f"run_dir={folder}", "resume=auto")
+    assert result.code == 143 and result.out.splitlines()[-1].startswith("stopped by SIGTERM")
+    assert "finished" not in (folder / "run.json").read_text()  # so that scripts/train_fold.sh resumes it
+    resume(config, folder)
+    assert_same_run(folder, run.folder)
+    assert "finished" in (folder / "run.json").read_text()
+
+
 # ---------------------------------------------------------------- killed, out of disk, damaged
 
 
@@ -332,6 +358,17 @@ def test_two_trainings_in_one_folder_are_refused_with_the_owner(config: Path, tm
     )
     first.kill()
     finished(first)
+
+
+def test_a_folder_that_cannot_be_locked_is_used_with_a_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_daemon(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_daemon)
+    with held_alone(tmp_path / "run"):
+        assert "cannot be locked (No locks available)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- what is not resumed, and what is

@@ -34,7 +34,7 @@ def described(seed: int, positions: int = 24, channels: int = 6) -> Described:
     other = 1 - target
     target[0], other[0] = 0.4, 0.6
     other[-1] = 0
-    return Described(feature, target, other, torch.zeros_like(target))
+    return Described(feature, target, other)
 
 
 def query(seed: int, height: int = 4, width: int = 5, channels: int = 6) -> Tensor:
@@ -73,7 +73,12 @@ def naive(image: Tensor, supports: list[Described]) -> np.ndarray:
         q_other = unit(sum(places[n] for n in order[-lowest:]) / lowest)
         d3 = [q @ unit(p_target + q_target) - q @ unit(p_other + q_other) for q in places]
         score = [a / deviation(score) + b / deviation(d3) for a, b in zip(score, d3, strict=True)]
-    negatives = [s.feature[:, i].double().numpy() for s in supports for i in s.negative.gt(0.5).nonzero().flatten()]
+    negatives = [
+        s.feature[:, i].double().numpy()
+        for s in supports
+        if s.negative is not None
+        for i in s.negative.gt(0.5).nonzero().flatten()
+    ]
     if negatives:
         n = [max(s @ q for s in on_target) - max(s @ q for s in negatives) for q in places]
         score = [a / deviation(score) + 0.6 * min(0, b / deviation(n)) for a, b in zip(score, n, strict=True)]
@@ -102,7 +107,7 @@ def test_the_score_of_middle_features_joins_a_networks_prediction_in_evaluation(
         for k in range(2):
             target, other = (foreground((masks[b, k] == v).long()[None], (9, 9)).flatten() for v in (1, 0))
             feature = F.normalize(backbone.middle(supports[b, k][None])[0].flatten(1), dim=0)
-            shown.append(Described(feature, target, other, torch.zeros_like(target)))
+            shown.append(Described(feature, target, other))
         scores.append(naive(F.normalize(backbone.middle(inputs[b][None])[0], dim=0), shown))
     expected = resize(out.fem.logits + torch.tensor(np.stack(scores))[:, None].float() / 2, (65, 65))
     torch.testing.assert_close(out.logits, expected, atol=1e-3, rtol=1e-3)
