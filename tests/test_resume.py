@@ -241,6 +241,7 @@ def kill_and_resume(config: Path, folder: Path, kills: int, seed: int) -> None:
         os.killpg(child.pid, signal.SIGKILL)
         finished(child)
         hits += 1
+    time.sleep(1)  # TensorBoard orders the event files of one second by process id, and this process is the oldest
     resume(config, folder, EACH_STEP)
 
 
