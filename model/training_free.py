@@ -40,7 +40,7 @@ PASSES = 2
 TARGET_SHARE, OTHER_SHARE = 0.05, 0.3
 """shares of the query's positions, by score, that make its own prototypes"""
 NEGATIVE_WEIGHT = 0.6
-"""of a position's being nearer to what the target is not than to the target"""
+"""weight of the term n below 0, of positions that are nearer to what the target is not than to the target"""
 
 
 class Described(NamedTuple):

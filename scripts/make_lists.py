@@ -13,14 +13,15 @@ config for these data is written next to the lists, here data/mine/lists/mine.ya
     ... --coco result.json [--images data/mine/images]                             # COCO's JSON of your own classes
 
 write masks of class ids into ROOT/class_ids first. labelmap.txt has a line 'name:r,g,b' for each class, as CVAT writes
-it. The images that a JSON names are looked for next to it, or in --images. Classes that no mask shows are left out.
+it; background and void are no classes. The images that a JSON names are looked for next to it, or in --images. Classes
+that no mask shows are in data.left_out.
 
     python scripts/make_lists.py --root data/fss --out lists/fss
 
 ROOT holds a folder for each class, named after it, such as FSS-1000's: images with their masks, 1.jpg with 1.png and so
-on, the class in white on black. 24 % of the classes are for test and 24 % for validation, drawn by --seed, or those of
-test_classes.txt and val_classes.txt in OUT if they exist: lists/fss holds the published test classes. The keys for a
-config are printed.
+on, the class in white on black. train.txt has the images of the training classes and val.txt those of the others. 24 %
+of the classes are for test and 24 % for validation, drawn by --seed, or those of test_classes.txt and val_classes.txt
+in OUT if they exist: lists/fss holds the published test classes. The keys for a config are printed.
 
     python scripts/make_lists.py --layout deepglobe --root data/deepglobe --out lists/deepglobe
 
